@@ -1,0 +1,1 @@
+"""Stable Diffusion 2 depth-to-image, from scratch in pure PyTorch."""

@@ -1,0 +1,151 @@
+"""Attention in one place: one function type in several forms, and the one layer that uses it.
+
+All forms compute softmax(q kᵀ / sqrt(D)) v (arXiv:1706.03762, eq. 1) with the same signature and no parameters, so
+that a model's weights do not depend on the choice, which `use_attention` makes by an explicit call.
+
+Letters: B batch, H heads, Lq and Lk numbers of queries and keys, D channels of a head, C channels of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+AttentionFn = Callable[..., Tensor]
+"""(q, k, v, *, mask=None) -> out; q and out (B, H, Lq, D), k and v (B, H, Lk, D); mask bool, True where a query may
+look, broadcastable to (B, H, Lq, Lk)."""
+
+AttentionName = Literal["sdpa", "sliced", "math", "efficient"]
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Attend by the definition, with the whole (Lq, Lk) matrix in memory; the form that the others are tested against.
+
+    Args:
+        q: (B, H, Lq, D), float.
+        k: (B, H, Lk, D), float.
+        v: (B, H, Lk, D), float.
+        mask: bool, broadcastable to (B, H, Lq, Lk), True where a query may look.
+
+    Returns:
+        (B, H, Lq, D), float.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, Lq, Lk)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1) @ v
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Attend with torch's fused kernel, which picks its own back end. Shapes as in `math_attention`."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Attend with a kernel that never holds the (Lq, Lk) matrix: xFormers' method, which torch contains.
+
+    Shapes as in `math_attention`. Where the device has no such kernel for the given shapes, torch's plain one is used.
+    """
+    order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def sliced_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, slice_size: int = 1) -> Tensor:
+    """Attend for `slice_size` of the B * H heads at a time, so that only so many (Lq, Lk) matrices exist at once.
+
+    Shapes as in `math_attention`. Every slice is complete attention: masks and remainders are right by construction.
+    """
+    if mask is not None:
+        mask = mask.expand(*q.shape[:-1], k.shape[-2]).flatten(0, 1)
+    batch, q, k, v = q.shape[0], q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (BH, L, D)
+    out = torch.empty_like(q)
+    for start in range(0, q.shape[0], slice_size):
+        part = slice(start, start + slice_size)
+        out[part] = math_attention(q[part], k[part], v[part], mask=None if mask is None else mask[part])
+    return out.view(batch, -1, *out.shape[1:])
+
+
+FORMS: dict[str, AttentionFn] = {
+    "sdpa": sdpa_attention,
+    "efficient": efficient_attention,
+    "sliced": sliced_attention,
+    "math": math_attention,
+}
+
+
+class MultiHeadAttention(nn.Module):
+    """Let every token of `x` look at the tokens of `context`, or at those of `x` itself.
+
+    Args:
+        dim: C, channels of `x` and of the result.
+        num_heads: H.
+        head_dim: D; `dim // num_heads` if absent.
+        context_dim: channels of `context`; `dim` if absent.
+        qkv_bias: whether queries, keys and values have a bias.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        inner_dim = num_heads * (head_dim or dim // num_heads)
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, inner_dim, bias=qkv_bias)
+        self.to_k = nn.Linear(context_dim or dim, inner_dim, bias=qkv_bias)
+        self.to_v = nn.Linear(context_dim or dim, inner_dim, bias=qkv_bias)
+        self.to_out = nn.Linear(inner_dim, dim)
+        self.attn_fn: AttentionFn = sdpa_attention
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Attend from `x` (B, Lq, C) to `context` (B, Lk, context_dim), or to `x` where that is None; (B, Lq, C)."""
+        context = x if context is None else context
+        q = self._split_heads(self.to_q(x))
+        k = self._split_heads(self.to_k(context))
+        v = self._split_heads(self.to_v(context))
+        return self.to_out(self.attn_fn(q, k, v, mask=mask).transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, L, HD) -> (B, H, L, D)
+
+
+def use_attention(model: nn.Module, name: AttentionName, slice_size: int | Literal["auto", "max"] = "auto") -> int:
+    """Choose the form of attention in every `MultiHeadAttention` of `model`; return how many there are.
+
+    Args:
+        model: any network of this package.
+        name: "sdpa" (torch's fused kernel), "efficient" (never holds the matrix), "sliced" or "math".
+        slice_size: for "sliced": heads at a time; "auto" takes half of a layer's heads, "max" one.
+
+    Raises:
+        ValueError: unknown name, a slice size beyond a layer's heads, or a model without attention.
+    """
+    if name not in FORMS:
+        raise ValueError(f"attention must be one of {', '.join(FORMS)}, got {name!r}")
+    layers = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no attention layer to switch to {name!r}")
+    fewest = min(layer.num_heads for layer in layers)
+    if name == "sliced" and slice_size not in ("auto", "max"):
+        if not isinstance(slice_size, int) or isinstance(slice_size, bool) or not 1 <= slice_size <= fewest:
+            raise ValueError(
+                f'slice_size must be "auto", "max" or a number of heads from 1 to {fewest}, got {slice_size!r}'
+            )
+    for layer in layers:
+        layer.attn_fn = FORMS[name]
+        if name == "sliced":
+            heads = max(layer.num_heads // 2, 1) if slice_size == "auto" else 1 if slice_size == "max" else slice_size
+            layer.attn_fn = partial(sliced_attention, slice_size=heads)
+    return len(layers)

@@ -1,0 +1,1 @@
+"""Noise schedules and solvers, one file each."""
