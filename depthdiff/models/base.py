@@ -1,0 +1,158 @@
+"""What every network shares: a config, a device and a dtype, loading and saving, and the switches of its attention."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from depthdiff.config import Config
+from depthdiff.models.attention import AttentionName, use_attention
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Model(nn.Module):
+    """Base of the networks.
+
+    Attributes:
+        config: what the checkpoint fixes; the only argument of the constructor.
+        config_class: its class.
+        weights_name: stem of the weight file in the published layout.
+    """
+
+    config_class: ClassVar[type[Config]]
+    weights_name: ClassVar[str]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self._slice_size: int | Literal["auto", "max"] | None = None
+        self._efficient = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build the network with random weights from a config or from the parsed JSON of one."""
+        return cls(config if isinstance(config, cls.config_class) else cls.config_class.from_dict(config))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | Literal["auto"] | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Self:
+        """Load the network from a folder or from the Hub, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder that holds `config.json` and safetensors weights, or a Hub id.
+            subfolder: of the folder or repository, such as "unet".
+            torch_dtype: of the weights; float32 if absent, the file's own for "auto".
+            variant: of the weight file, such as "fp16".
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
+            token: for gated repositories.
+            local_files_only: never ask the network.
+            force_download: ignore the cache.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or describes a network that this class is not.
+        """
+        from depthdiff.checkpoint.loading import load_model  # deferred: the checkpoint package knows all models
+
+        return load_model(
+            cls,
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            torch_dtype=torch_dtype,
+            variant=variant,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+    ) -> None:
+        """Write `config.json` and the weights in the published layout, all or nothing.
+
+        Args:
+            save_directory: the folder; made where it does not exist.
+            safe_serialization: must be True: pickles are not written.
+            variant: put into the file's name, such as "fp16".
+            max_shard_size: bytes, or text such as "5GB"; larger weights are split into shards with an index.
+        """
+        from depthdiff.checkpoint.saving import save_model  # deferred, as above
+
+        save_model(
+            self, save_directory, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    def num_parameters(self) -> int:
+        """Count the weights."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def set_attention(self, name: AttentionName, slice_size: int | Literal["auto", "max"] = "auto") -> None:
+        """Choose the form of attention: see `depthdiff.models.attention.use_attention`."""
+        use_attention(self, name, slice_size)
+
+    def set_attention_slice(self, slice_size: int | Literal["auto", "max"] | None) -> None:
+        """Compute attention for some heads at a time ("auto" half of them, "max" one), or at once for None."""
+        use_attention(self, "sdpa" if slice_size is None else "sliced", slice_size or "auto")
+        self._slice_size = slice_size
+        self._apply_switches()
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: object = None) -> None:
+        """Use torch's memory-efficient kernel, which is xFormers' own; it takes precedence over slicing.
+
+        Args:
+            attention_op: must be None: torch chooses the operator.
+
+        Raises:
+            ValueError: an operator was given.
+        """
+        if attention_op is not None:
+            raise ValueError(f"attention_op must be None, got {attention_op!r}: torch chooses the operator itself")
+        self._efficient = True
+        self._apply_switches()
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Go back to what slicing says, or to torch's own choice of kernel."""
+        self._efficient = False
+        self._apply_switches()
+
+    def _apply_switches(self) -> None:
+        if self._efficient:
+            use_attention(self, "efficient")
+        elif self._slice_size is not None:
+            use_attention(self, "sliced", self._slice_size)
+        else:
+            use_attention(self, "sdpa")

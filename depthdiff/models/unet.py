@@ -1,0 +1,302 @@
+"""The UNet: predicts the noise in the latents, given the depth map, the timestep and the prompt.
+
+Source: arXiv:2112.10752 (latent diffusion), with the depth map as one more input channel (Stability-AI/stablediffusion,
+ldm/models/diffusion/ddpm.py, `LatentDepth2ImageDiffusion`).
+
+Letters: B batch, C channels, h and w height and width of the latents, L tokens of the prompt, D their channels,
+T channels of the time embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from depthdiff.config import Config, Output
+from depthdiff.models.base import Model
+from depthdiff.models.layers import (
+    ACTIVATIONS,
+    Downsample2D,
+    ResnetBlock2D,
+    SpatialTransformer,
+    TimestepEmbedding,
+    Upsample2D,
+    timestep_embedding,
+)
+
+DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
+UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+
+
+@dataclass(frozen=True)
+class UNet2DConditionConfig(Config):
+    """What a checkpoint fixes about the UNet; names and defaults are those of the published `config.json`.
+
+    Fields that take one number or a tuple hold one value a level, from the finest to the coarsest.
+    `attention_head_dim` is, against its name, the number of heads of a level.
+    """
+
+    sample_size: int | tuple[int, ...] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+
+    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "down_block_types": DOWN_BLOCKS,
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+        "up_block_types": UP_BLOCKS,
+        "downsample_padding": (1, 0),
+        "act_fn": tuple(ACTIVATIONS),
+        "only_cross_attention": (False,),
+        "mid_block_only_cross_attention": (None, False),
+        "mid_block_scale_factor": (1,),
+        "reverse_transformer_layers_per_block": (None,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "num_attention_heads": (None,),
+        "dual_cross_attention": (False,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "addition_embed_type": (None,),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1,),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "time_cond_proj_dim": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "attention_type": ("default",),
+        "class_embeddings_concat": (False,),
+        "cross_attention_norm": (None,),
+    }
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types"):
+            if len(self[name]) != levels or not levels:
+                raise ValueError(f"{name} must name {levels} blocks, one a level, got {len(self[name])}")
+        for name in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim"):
+            numbers = self.per_level(name)
+            if len(numbers) != levels or min(numbers) < 1:
+                raise ValueError(f"{name} must be a positive number, or {levels} of them, got {self[name]}")
+        for channels in self.block_out_channels:
+            if self.norm_num_groups < 1 or channels < 1 or channels % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels must be multiples of {self.norm_num_groups} groups, got {channels}"
+                )
+        if min(self.in_channels, self.out_channels) < 1:
+            raise ValueError(
+                f"in_channels and out_channels must be positive, got {self.in_channels, self.out_channels}"
+            )
+
+    def per_level(self, name: str) -> tuple[int, ...]:
+        """Return a field that takes one number or one a level as one a level, finest first."""
+        value = self[name]
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+
+@dataclass
+class UNet2DConditionOutput(Output):
+    """`sample`: (B, out_channels, h, w), the predicted noise (or v, or clean latents: the scheduler knows)."""
+
+    sample: Tensor
+
+
+class PassThrough(nn.Module):
+    """Stands where a level has no attention."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return `x`."""
+        return x
+
+
+class Level:
+    """The sizes of one level of the UNet, from which its layers are made."""
+
+    def __init__(self, config: UNet2DConditionConfig, index: int, *, attention: bool) -> None:
+        self.config, self.attention = config, attention
+        self.channels = config.block_out_channels[index]
+        self.num_heads = config.per_level("attention_head_dim")[index]
+        self.num_resnets = config.per_level("layers_per_block")[index]
+        self.num_transformers = config.per_level("transformer_layers_per_block")[index]
+        self.context_dim = config.per_level("cross_attention_dim")[index]
+
+    def resnet(self, in_channels: int) -> ResnetBlock2D:
+        """Make a residual block that ends in this level's channels."""
+        config = self.config
+        time_dim, groups = 4 * config.block_out_channels[0], config.norm_num_groups
+        return ResnetBlock2D(
+            in_channels, self.channels, time_dim, groups=groups, eps=config.norm_eps, act_fn=config.act_fn
+        )
+
+    def transformer(self) -> nn.Module:
+        """Make the attention that follows a residual block, or a pass-through."""
+        if not self.attention:
+            return PassThrough()
+        return SpatialTransformer(
+            self.channels,
+            self.num_heads,
+            num_layers=self.num_transformers,
+            context_dim=self.context_dim,
+            groups=self.config.norm_num_groups,
+            use_linear=self.config.use_linear_projection,
+        )
+
+
+class DownBlock(nn.Module):
+    """One level on the way down; hands out what its counterpart on the way up will read."""
+
+    def __init__(self, level: Level, in_channels: int, *, downsample: bool) -> None:
+        super().__init__()
+        widths = [in_channels] + [level.channels] * (level.num_resnets - 1)
+        self.resnets = nn.ModuleList(level.resnet(width) for width in widths)
+        self.attentions = nn.ModuleList(level.transformer() for _ in widths)
+        self.downsample = Downsample2D(level.channels, level.config.downsample_padding) if downsample else None
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the block's result and every intermediate one, the result included."""
+        skips = []
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(x, time), context)
+            skips.append(x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """The coarsest level: residual block, attention, residual block."""
+
+    def __init__(self, level: Level) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(level.resnet(level.channels) for _ in range(2))
+        self.attentions = nn.ModuleList([level.transformer()])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        x = self.attentions[0](self.resnets[0](x, time), context)
+        return self.resnets[1](x, time)
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: every residual block also reads a result of the way down."""
+
+    def __init__(self, level: Level, in_channels: int, skip_channels: int, *, upsample: bool) -> None:
+        super().__init__()
+        widths = [in_channels] + [level.channels] * level.num_resnets
+        skips = [level.channels] * level.num_resnets + [skip_channels]
+        self.resnets = nn.ModuleList(level.resnet(width + skip) for width, skip in zip(widths, skips, strict=True))
+        self.attentions = nn.ModuleList(level.transformer() for _ in widths)
+        self.upsample = Upsample2D(level.channels) if upsample else None
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        """Take what it needs off the end of `skips`, and come out at the size of the skip that is then last."""
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(torch.cat([x, skips.pop()], dim=1), time), context)
+        return x if self.upsample is None else self.upsample(x, skips[-1].shape[-2:])
+
+
+class UNet2DConditionModel(Model):
+    """The denoising network of latent diffusion.
+
+    Args:
+        config: its geometry.
+    """
+
+    config_class = UNet2DConditionConfig
+    weights_name = "diffusion_pytorch_model"
+    config: UNet2DConditionConfig
+
+    def __init__(self, config: UNet2DConditionConfig) -> None:
+        super().__init__(config)
+        widths, last = config.block_out_channels, len(config.block_out_channels) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], config.act_fn)
+        self.act = ACTIVATIONS[config.act_fn]()
+
+        self.down_blocks = nn.ModuleList()
+        for i, kind in enumerate(config.down_block_types):
+            level = Level(config, i, attention=kind == "CrossAttnDownBlock2D")
+            self.down_blocks.append(DownBlock(level, widths[max(i - 1, 0)], downsample=i < last))
+
+        self.mid_block: MidBlock | None = None
+        if config.mid_block_type is not None:
+            self.mid_block = MidBlock(Level(config, last, attention=config.mid_block_type == "UNetMidBlock2DCrossAttn"))
+
+        self.up_blocks = nn.ModuleList()
+        for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):  # the coarsest level comes first
+            level = Level(config, i, attention=kind == "CrossAttnUpBlock2D")
+            self.up_blocks.append(UpBlock(level, widths[min(i + 1, last)], widths[max(i - 1, 0)], upsample=i > 0))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict the noise.
+
+        Args:
+            sample: (B, in_channels, h, w); for depth-to-image four noisy latent channels and the depth in [-1, 1].
+            timestep: how noisy the latents are, 0..999: a number, or a tensor of no dimension or (B,).
+            encoder_hidden_states: (B, L, D), the prompt as the text encoder reads it.
+            return_dict: return a record, else a tuple of its one field.
+
+        Returns:
+            A record with `sample` (B, out_channels, h, w).
+        """
+        noise_pred = self.predict(sample, self.embed_time(timestep, sample), encoder_hidden_states)
+        return UNet2DConditionOutput(noise_pred) if return_dict else (noise_pred,)
+
+    def embed_time(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
+        """Turn a timestep into what the residual blocks read: (B, T), after the activation they all apply to it."""
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        config = self.config
+        sinusoids = timestep_embedding(
+            timesteps,
+            config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+        return self.act(self.time_embedding(sinusoids.to(sample.dtype)))
+
+    def predict(self, sample: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """Run the network proper: (B, in_channels, h, w), (B, T) and (B, L, D) -> (B, out_channels, h, w)."""
+        x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
+        skips = [x]
+        for down_block in self.down_blocks:
+            x, more = down_block(x, time, context)
+            skips.extend(more)
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, context)
+        for up_block in self.up_blocks:
+            x = up_block(x, skips, time, context)
+        return self.conv_out(self.act(self.conv_norm_out(x)))
