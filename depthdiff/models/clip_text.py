@@ -36,7 +36,7 @@ class CLIPTextConfig(Config):
     layer_norm_eps: float = 1e-5
     pad_token_id: int | None = 1
     bos_token_id: int | None = 49406
-    eos_token_id: int | None = 49407
+    eos_token_id: int = 49407
 
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "hidden_act": tuple(ACTIVATIONS),
@@ -135,7 +135,7 @@ class CLIPTextModel(Model):
         mask = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
         if attention_mask is not None:
             mask = mask & attention_mask[:, None, None, :].bool()  # (B, 1, L, L)
-        x = self.token_embedding(input_ids) + self.position_embedding.weight[:length]
+        x = self.token_embedding(input_ids) + self.position_embedding(torch.arange(length, device=input_ids.device))
         hidden_states = [x]
         for layer in self.layers:
             x = layer(x, mask)
@@ -147,5 +147,5 @@ class CLIPTextModel(Model):
     def _pool(self, x: Tensor, input_ids: Tensor) -> Tensor:
         """Pick each text's end token: the first one, or the largest number where an old config wrongly says 2."""
         eos = self.config.eos_token_id
-        ends = input_ids.argmax(dim=1) if eos == 2 else torch.eq(input_ids, eos or 0).int().argmax(dim=1)
+        ends = input_ids.argmax(dim=1) if eos == 2 else (input_ids == eos).int().argmax(dim=1)
         return x[torch.arange(len(x), device=x.device), ends]

@@ -79,6 +79,7 @@ class DiagonalGaussianDistribution:
     """
 
     def __init__(self, parameters: Tensor) -> None:
+        self.parameters = parameters
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
 
@@ -91,6 +92,10 @@ class DiagonalGaussianDistribution:
         """Draw latents (B, C, h, w); see `depthdiff.noise.randn` for the generator."""
         mean = self.mean
         return mean + self.std * randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> DiagonalGaussianDistribution:
+        """Return the distribution whose parameters are `change` of these, such as more copies of each."""
+        return DiagonalGaussianDistribution(change(self.parameters))
 
     def mode(self) -> Tensor:
         """Return the most probable latents (B, C, h, w)."""

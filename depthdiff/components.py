@@ -1,0 +1,311 @@
+"""What surrounds the pipeline's story: its components as a whole, loaded, saved, moved, offloaded and switched."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from tqdm.auto import tqdm
+
+from depthdiff.checkpoint.loading import load_components
+from depthdiff.checkpoint.saving import save_components
+from depthdiff.models.attention import AttentionName
+from depthdiff.models.base import Model
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which known name an unknown one may have meant: `; did you mean 'x'?`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Components:
+    """Base of the pipeline: a set of named components, each an attribute.
+
+    Attributes:
+        NAMES: of the components, in the order of the constructor.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]]
+
+    def __init__(self, **components: Any) -> None:
+        for name in self.NAMES:
+            setattr(self, name, components[name])
+        self.name_or_path: str | None = None
+        self._progress_bar_config: dict[str, Any] = {}
+        self._offload_device: torch.device | None = None
+        self._offload_whole = False
+        self._hooks: list[RemovableHandle] = []
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The components by name, as the constructor takes them."""
+        return {name: getattr(self, name) for name in self.NAMES}
+
+    @property
+    def networks(self) -> dict[str, Model]:
+        """Those components that have weights."""
+        return {name: part for name, part in self.components.items() if isinstance(part, Model)}
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | Literal["auto"] | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        **components: Any,
+    ) -> Self:
+        """Load a pipeline from a folder in the published layout, or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder that holds `model_index.json`, or a Hub id.
+            torch_dtype: of all weights; float32 if absent, the files' own for "auto".
+            dtype: another name of `torch_dtype`.
+            variant: of the weight files, such as "fp16".
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
+            token: for gated repositories.
+            local_files_only: never ask the network.
+            force_download: ignore the cache.
+            use_safetensors: True or None; pickled weights are never read.
+            low_cpu_mem_usage: of no effect: loading never holds the weights twice.
+            **components: ready components by name, used instead of the checkpoint's, such as `scheduler=...`.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or describes what this package does not have.
+            TypeError: an unknown argument.
+            ValueError: `use_safetensors=False`.
+        """
+        if use_safetensors is False:
+            raise ValueError("use_safetensors must be True or None, got False: pickled weights are never read")
+        for name in sorted(components.keys() - set(cls.NAMES)):
+            if components.pop(name) is not None:
+                raise TypeError(f"from_pretrained got an unknown argument {name!r}{nearest(name, cls.NAMES)}")
+            warnings.warn(f"{cls.__name__} has no component {name!r}; {name}=None is ignored", stacklevel=2)
+        parts = load_components(
+            pretrained_model_name_or_path,
+            overrides=components,
+            torch_dtype=torch_dtype if torch_dtype is not None else dtype,
+            variant=variant,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        pipeline = cls(**parts)
+        pipeline.name_or_path = os.fspath(pretrained_model_name_or_path)
+        return pipeline
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+    ) -> None:
+        """Write all components in the published layout, which diffusers loads; all or nothing.
+
+        Args:
+            save_directory: the folder; made where it does not exist.
+            safe_serialization: must be True: pickles are not written.
+            variant: put into the names of the weight files, such as "fp16".
+            max_shard_size: bytes, or text such as "5GB"; larger weights are split into shards with an index.
+        """
+        save_components(
+            self.components,
+            save_directory,
+            class_name=type(self).__name__,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+        )
+
+    # Devices
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next((network.device for network in self.networks.values()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks' weights."""
+        return next((network.dtype for network in self.networks.values()), torch.float32)
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where the work is done: the offloading device where that is on, else where the networks are."""
+        return self._offload_device or self.device
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move and cast all networks, as `torch.nn.Module.to` does: a device, a dtype, or both.
+
+        Raises:
+            ValueError: the networks are being offloaded; a plain move would undo that.
+        """
+        kwargs.pop("silence_dtype_warnings", None)
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if self._offload_device is not None and device is not None and device.type != "cpu":
+            raise ValueError(f"device {device} clashes with CPU offloading, which is on; call remove_all_hooks() first")
+        for network in self.networks.values():
+            network.to(*args, **kwargs)
+        return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
+        """Keep the networks on the CPU and bring each to `device` only while it works: the memory of the largest one.
+
+        Args:
+            gpu_id: which of several devices of that type.
+            device: where to work.
+        """
+        self._start_offloading(gpu_id, device)
+        self._offload_whole = True
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
+        """Keep the weights on the CPU and bring each layer's to `device` only while it works: least memory, slow.
+
+        Args:
+            gpu_id: which of several devices of that type.
+            device: where to work.
+        """
+        self._start_offloading(gpu_id, device)
+        target = self.execution_device
+        for network in self.networks.values():
+            for layer in network.modules():
+                if next(layer.parameters(recurse=False), None) is not None:
+                    self._hooks += visit_device(layer, target)
+
+    def remove_all_hooks(self) -> None:
+        """End offloading; the networks stay on the CPU until `to` moves them."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.maybe_free_model_hooks()
+        self._offload_device, self._offload_whole = None, False
+
+    def maybe_free_model_hooks(self) -> None:
+        """Bring a network that is still on the offloading device back to the CPU."""
+        if self._offload_whole:
+            for network in self.networks.values():
+                network.to("cpu")
+
+    def _start_offloading(self, gpu_id: int | None, device: torch.device | str) -> None:
+        device = torch.device(device)
+        if gpu_id is not None:
+            if device.index is not None and device.index != gpu_id:
+                raise ValueError(f"gpu_id {gpu_id} and device {device} name different devices; give one of them")
+            device = torch.device(device.type, gpu_id)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device must be one that exists, got {device}: torch sees no CUDA device")
+        self.remove_all_hooks()
+        for network in self.networks.values():
+            network.to("cpu")
+        self._offload_device = device
+
+    def _at_work(self, name: str) -> Any:
+        """Return a network, brought to the device where it is to work; with whole offloading the others leave it."""
+        network = getattr(self, name)
+        if network is None:
+            raise ValueError(f"the pipeline has no {name}, which this call needs; load one and pass it as {name}=...")
+        if self._offload_whole:
+            for other in self.networks.values():
+                if other is not network:
+                    other.to("cpu")
+            network.to(self.execution_device)
+        return network
+
+    # Memory and speed
+
+    def set_attention(self, name: AttentionName, slice_size: int | Literal["auto", "max"] = "auto") -> None:
+        """Choose the form of attention in all networks: see `depthdiff.models.attention.use_attention`."""
+        for network in self.networks.values():
+            network.set_attention(name, slice_size)
+
+    def enable_attention_slicing(self, slice_size: int | Literal["auto", "max"] | None = "auto") -> None:
+        """Compute the UNet's attention in several steps to save memory.
+
+        Args:
+            slice_size: "auto" for half of the heads at a time, "max" for one, a number for so many.
+        """
+        self.unet.set_attention_slice(slice_size)  # type: ignore[attr-defined]
+
+    def disable_attention_slicing(self) -> None:
+        """Compute attention in one step again."""
+        self.enable_attention_slicing(None)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: object = None) -> None:
+        """Use torch's memory-efficient kernel, xFormers' own, in UNet and autoencoder; it wins over slicing.
+
+        Args:
+            attention_op: must be None: torch chooses the operator.
+        """
+        for name in ("unet", "vae"):
+            getattr(self, name).enable_xformers_memory_efficient_attention(attention_op)
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Go back to slicing where that is on, else to torch's own choice of kernel."""
+        for name in ("unet", "vae"):
+            getattr(self, name).disable_xformers_memory_efficient_attention()
+
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode one image of the batch at a time."""
+        self.vae.enable_slicing()  # type: ignore[attr-defined]
+
+    def disable_vae_slicing(self) -> None:
+        """Encode and decode the whole batch at once."""
+        self.vae.disable_slicing()  # type: ignore[attr-defined]
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode large images in overlapping tiles."""
+        self.vae.enable_tiling()  # type: ignore[attr-defined]
+
+    def disable_vae_tiling(self) -> None:
+        """Encode and decode images whole."""
+        self.vae.disable_tiling()  # type: ignore[attr-defined]
+
+    # The progress bar
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """Wrap an iterable, or count to `total`, in tqdm's bar with the settings of `set_progress_bar_config`."""
+        return tqdm(iterable, **{"total": total, **self._progress_bar_config})
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Set tqdm's arguments for the bars of this pipeline, such as `disable=True`."""
+        self._progress_bar_config = kwargs
+
+
+def visit_device(layer: nn.Module, device: torch.device) -> list[RemovableHandle]:
+    """Make a layer's own weights go to `device` before it works, and back to where they were after it."""
+    at_home: dict[str, torch.Tensor] = {}
+
+    def go(module: nn.Module, args: Any) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            at_home[name] = parameter.data
+            parameter.data = parameter.data.to(device)
+
+    def come_back(module: nn.Module, args: Any, output: Any) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = at_home.pop(name)
+
+    return [layer.register_forward_pre_hook(go), layer.register_forward_hook(come_back, always_call=True)]

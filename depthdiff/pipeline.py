@@ -1,0 +1,535 @@
+"""Depth-to-image, the story in one file: check -> read the prompt -> find the depth -> add noise -> denoise -> decode.
+
+A photo and a prompt go in; the photo's depth is estimated, and a latent diffusion that sees this depth repaints the
+scene while its geometry stays. `prepare`, `denoise` and `decode` are public, so that the loop can be the caller's:
+
+    run = pipe.prepare("two tigers", photo, strength=0.7)
+    for step in pipe.denoise(run):
+        step.latents = step.latents + my_change(step.denoised)
+    pictures = pipe.decode(run.latents)
+
+Letters: B pictures (prompts or images, times `num_images_per_prompt`), L tokens, C their channels, H and W height and
+width in pixels, h and w in latents.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Generator, Tensor
+
+from depthdiff import sampler
+from depthdiff.components import Components, nearest
+from depthdiff.config import Output
+from depthdiff.image import from_pixels, image_size, is_latents, read_depth, read_images, to_pixels
+from depthdiff.image_processor import DPTImageProcessor
+from depthdiff.inputs import (
+    CALLBACK_TENSORS,
+    batch_size,
+    check_callbacks,
+    check_cross_attention_kwargs,
+    check_embeds,
+    check_generator,
+    check_number,
+    check_output_type,
+    check_prompt,
+)
+from depthdiff.models.clip_text import CLIPTextModel
+from depthdiff.models.dpt import DPTForDepthEstimation
+from depthdiff.models.unet import UNet2DConditionModel
+from depthdiff.models.vae import AutoencoderKL
+from depthdiff.noise import randn
+from depthdiff.sampler import Step, guide
+from depthdiff.schedulers.base import Plan, Scheduler
+from depthdiff.tokenizer import CLIPTokenizer
+
+logger = logging.getLogger(__name__)
+
+ImageInput = Image.Image | np.ndarray | Tensor | list[Any]
+
+
+@dataclass
+class StableDiffusionPipelineOutput(Output):
+    """What a call returns.
+
+    Attributes:
+        images: B PIL images, an array (B, H, W, 3) in [0, 1], or a tensor, as `output_type` says.
+        nsfw_content_detected: None: no safety check runs.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    nsfw_content_detected: list[bool] | None = None
+
+
+@dataclass
+class Run:
+    """Everything that a run needs once it is prepared; assign to a field to change the course of the run.
+
+    Attributes:
+        plan: the scheduler's steps, already cut by the strength.
+        latents: (B, 4, h, w), as noisy as the next step expects.
+        context: (B, L, C), the prompts; with guidance (2B, L, C), the negative ones first.
+        depth: (B, 1, h, w) in [-1, 1], near is large; with guidance (2B, 1, h, w), twice the same.
+        guidance_scale: guidance is on above 1.
+        generator: for schedulers that add noise on the way.
+    """
+
+    plan: Plan
+    latents: Tensor
+    context: Tensor
+    depth: Tensor
+    guidance_scale: float
+    generator: Generator | Sequence[Generator] | None
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+
+def normalize_depth(disparity: Tensor) -> Tensor:
+    """Stretch each map to the range the UNet was trained on.
+
+    MiDaS predicts relative inverse depth: no unit, larger is nearer, known only up to scale and shift. Stretching to
+    [-1, 1] removes both.
+
+    Args:
+        disparity: (B, 1, h, w), float, any range.
+
+    Returns:
+        (B, 1, h, w), in [-1, 1]; both ends are reached in every map, but a constant map is -1 everywhere.
+
+    Source: Stability-AI/stablediffusion, scripts/gradio/depth2img.py, `paint`. For constant maps, where that divides by
+        zero, we follow training (ldm/models/diffusion/ddpm.py, `LatentDepth2ImageDiffusion.get_input`), which has 0.001
+        more in the denominator.
+    """
+    low, high = disparity.amin(dim=(1, 2, 3), keepdim=True), disparity.amax(dim=(1, 2, 3), keepdim=True)
+    extent = torch.where(high > low, high - low, torch.full_like(low, 0.001))
+    return 2.0 * (disparity - low) / extent - 1.0
+
+
+class StableDiffusionDepth2ImgPipeline(Components):
+    """Text-guided image-to-image generation that keeps the depth of the input. Source: arXiv:2112.10752.
+
+    Names, arguments and numbers are those of diffusers' pipeline of the same name.
+
+    Args:
+        vae: pixels to latents and back.
+        text_encoder: tokens to context.
+        tokenizer: text to tokens.
+        unet: predicts the noise; four latent channels and one of depth go in.
+        scheduler: the noise levels and the solver.
+        depth_estimator: pixels to disparity.
+        feature_extractor: prepares pixels for it.
+    """
+
+    NAMES = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "depth_estimator", "feature_extractor")
+    _callback_tensor_inputs = CALLBACK_TENSORS
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: Scheduler,
+        depth_estimator: DPTForDepthEstimation,
+        feature_extractor: DPTImageProcessor,
+    ) -> None:
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            depth_estimator=depth_estimator,
+            feature_extractor=feature_extractor,
+        )
+        self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
+        self.scheduler, self.depth_estimator, self.feature_extractor = scheduler, depth_estimator, feature_extractor
+        self._guidance_scale, self._clip_skip, self._num_timesteps = 7.5, None, 0
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many pixels, in height and in width, one latent stands for."""
+        return self.vae.factor
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the present or last call; a callback may assign `_guidance_scale` to change it on the way."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether guidance is on."""
+        return self._guidance_scale > 1
+
+    @property
+    def clip_skip(self) -> int | None:
+        """Of the present or last call."""
+        return self._clip_skip
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many times the present or last call runs the UNet."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        depth_map: ImageInput | None = None,
+        strength: float = 0.8,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generator | list[Generator] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **kwargs: Any,
+    ) -> StableDiffusionPipelineOutput | tuple[Any]:
+        """Repaint images.
+
+        Prompts, images and depth maps pair one to one; a single one serves all.
+
+        Args:
+            prompt: what the pictures should show.
+            image: to start from: PIL images, arrays or tensors (see `depthdiff.image.read_images`), or latents
+                (B, 4, h, w), for which `depth_map` is needed.
+            depth_map: near is large, in any unit: PIL images, arrays or tensors (see `depthdiff.image.read_depth`);
+                estimated from `image` if absent.
+            strength: in [0, 1], how far to go from the image: the share of the steps that is run.
+            num_inference_steps: of a whole run, at strength 1.
+            guidance_scale: how closely to follow the prompt; guidance is on above 1.
+            negative_prompt: what the pictures should not show; of no effect without guidance.
+            num_images_per_prompt: pictures for each prompt.
+            eta: in [0, 1], noise added on the way; only DDIM reads it.
+            generator: one, or one a picture, to make the result reproducible.
+            prompt_embeds: (B, L, C), in place of `prompt`.
+            negative_prompt_embeds: (B, L, C), in place of `negative_prompt`.
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 4, h, w).
+            return_dict: return a record, else a tuple of the images.
+            cross_attention_kwargs: None or empty.
+            clip_skip: how many of the text encoder's last layers to skip for the prompt (not for the negative one).
+            callback_on_step_end: called after each step with the pipeline, the step's index, the timestep and a dict
+                of tensors; may return a dict of those it replaces.
+            callback_on_step_end_tensor_inputs: which tensors that dict holds.
+            **kwargs: `callback` and `callback_steps` in diffusers' older form.
+
+        Raises:
+            TypeError: an unknown argument, or one of a wrong type.
+            ValueError: a value out of range, or arguments that do not fit each other.
+        """
+        callback, callback_steps = kwargs.pop("callback", None), kwargs.pop("callback_steps", None)
+        for name in kwargs:
+            known = StableDiffusionDepth2ImgPipeline.__call__.__wrapped__.__annotations__  # type: ignore[attr-defined]
+            raise TypeError(f"__call__ got an unknown argument {name!r}{nearest(name, known)}")
+        callback_steps = 1 if callback_steps is None else callback_steps
+        check_callbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_output_type(output_type)
+        check_cross_attention_kwargs(cross_attention_kwargs)
+
+        run = self.prepare(
+            prompt,
+            image,
+            depth_map,
+            strength=strength,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            generator=generator,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            clip_skip=clip_skip,
+        )
+        self._guidance_scale, self._clip_skip, self._num_timesteps = guidance_scale, clip_skip, len(run)
+        for step in self.progress_bar(self.denoise(run), total=len(run)):
+            if callback_on_step_end is not None:
+                self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, run, step)
+            if callback is not None and step.index % callback_steps == 0:
+                callback(step.index, step.timestep, step.latents)
+        images = self.decode(run.latents, output_type)
+        self.maybe_free_model_hooks()
+        return StableDiffusionPipelineOutput(images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        prompt: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        depth_map: ImageInput | None = None,
+        *,
+        strength: float = 0.8,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generator | Sequence[Generator] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
+    ) -> Run:
+        """Do everything that comes before the first step. Arguments and errors as in `__call__`."""
+        check_number("strength", strength, 0.0, 1.0)
+        check_number("guidance_scale", guidance_scale, 0.0)
+        check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
+        check_number("eta", eta, 0.0, 1.0)
+        check_prompt(prompt, prompt_embeds)
+        check_prompt(negative_prompt, negative_prompt_embeds, "negative_prompt")
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("Provide either `prompt` or `prompt_embeds`; both are None")
+        if not isinstance(self.scheduler, Scheduler):
+            raise TypeError(f"scheduler must be one of depthdiff's, got {type(self.scheduler).__name__}")
+        plan = self.scheduler.plan(num_inference_steps, strength, eta=eta, device=self.execution_device)
+        images = self._read_image(image, depth_map)
+        depths = None if depth_map is None else read_depth(depth_map)
+
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        counts = {"prompt": len(texts) if texts is not None else len(prompt_embeds), "image": len(images)}  # type: ignore[arg-type]
+        if depths is not None:
+            counts["depth_map"] = len(depths)
+        pictures = batch_size(counts)
+        check_generator(generator, pictures * num_images_per_prompt)
+
+        guided = guidance_scale > 1
+        if texts is not None:
+            texts = repeat(texts, pictures)
+        else:
+            prompt_embeds = torch.cat([prompt_embeds] * (pictures // len(prompt_embeds)))  # type: ignore[list-item, arg-type]
+        positive, negative = self.encode_prompt(
+            texts,
+            self.execution_device,
+            num_images_per_prompt,
+            guided,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            clip_skip=clip_skip,
+        )
+        context = positive if negative is None else torch.cat([negative, positive])
+
+        depth = self._depth(images, depths)
+        depth = expand(depth, pictures, num_images_per_prompt).to(context.dtype)
+        latents = self._noisy_latents(images, plan, pictures, num_images_per_prompt, context.dtype, generator)
+        return Run(plan, latents, context, torch.cat([depth] * 2) if guided else depth, guidance_scale, generator)
+
+    @torch.no_grad()
+    def denoise(self, run: Run) -> Iterator[Step]:
+        """Walk through a prepared run.
+
+        Yields:
+            Each step once it is taken; what the caller assigns to its `latents`, or to the run's fields, counts from
+            the next step on. `run.latents` follows.
+        """
+        unet = self._at_work("unet")
+
+        def predict_noise(latents: Tensor, timestep: Tensor) -> Tensor:
+            if run.guidance_scale <= 1:
+                return unet(torch.cat([latents, run.depth], dim=1), timestep, run.context).sample
+            sample = torch.cat([torch.cat([latents] * 2), run.depth], dim=1)  # (2B, 5, h, w)
+            uncond, cond = unet(sample, timestep, run.context).sample.chunk(2)
+            return guide(uncond, cond, run.guidance_scale)
+
+        for step in sampler.denoise(predict_noise, run.plan, run.latents, run.generator):
+            run.latents = step.latents
+            yield step
+            run.latents = step.latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: Literal["pil", "np", "pt", "latent"] = "pil") -> Any:
+        """Turn clean latents (B, 4, h, w) into pictures of the kind that `output_type` names (see `__call__`)."""
+        check_output_type(output_type)
+        if output_type == "latent":
+            return latents
+        vae = self._at_work("vae")
+        return from_pixels(vae.decode(latents / vae.config.scaling_factor).sample, output_type)
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read the prompts.
+
+        Args:
+            prompt: one or several.
+            device: where the result lies.
+            num_images_per_prompt: each prompt's context is repeated so often, neighbours staying neighbours.
+            do_classifier_free_guidance: read the negative prompts as well.
+            negative_prompt: one for all, or one a prompt; the empty text if absent.
+            prompt_embeds: (B, L, C), in place of `prompt`.
+            negative_prompt_embeds: (B, L, C), in place of `negative_prompt`.
+            lora_scale: must be None: no adapter is loaded.
+            clip_skip: how many of the last layers to leave out for the prompt; as in diffusers the negative one is
+                always read with all.
+
+        Returns:
+            Two tensors (B * num_images_per_prompt, L, C): for the prompts, and for the negative ones or None.
+
+        Raises:
+            ValueError: numbers of prompts that do not pair, or a `clip_skip` beyond the encoder's layers.
+        """
+        check_prompt(prompt, prompt_embeds)
+        check_prompt(negative_prompt, negative_prompt_embeds, "negative_prompt")
+        check_embeds(prompt_embeds, negative_prompt_embeds, max(self.unet.config.per_level("cross_attention_dim")))
+        if lora_scale is not None:
+            raise ValueError(f"lora_scale must be None, got {lora_scale!r}: no adapter is loaded")
+        if clip_skip is not None:
+            check_number("clip_skip", clip_skip, 0, self.text_encoder.config.num_hidden_layers - 1, whole=True)
+        texts = [prompt] if isinstance(prompt, str) else prompt or []
+        count = len(texts) if prompt_embeds is None else len(prompt_embeds)
+        negatives: list[str] = []
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negatives = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
+            if count % len(negatives):
+                raise ValueError(
+                    f"`negative_prompt` has batch size {len(negatives)}, but `prompt` {count}; they must pair"
+                )
+            negatives = repeat(negatives, count)
+
+        if texts or negatives:
+            read = self._read_texts(texts, negatives, clip_skip)
+            prompt_embeds = read[: len(texts)] if texts else prompt_embeds
+            negative_prompt_embeds = read[len(texts) :] if negatives else negative_prompt_embeds
+        kind = {"device": device or self.execution_device, "dtype": self.unet.dtype}
+        positive = prompt_embeds.to(**kind).repeat_interleave(num_images_per_prompt, dim=0)  # type: ignore[union-attr, call-overload]
+        if not do_classifier_free_guidance:
+            return positive, None
+        return positive, negative_prompt_embeds.to(**kind).repeat_interleave(num_images_per_prompt, dim=0)  # type: ignore[union-attr, call-overload]
+
+    def _read_texts(self, texts: list[str], negatives: list[str], clip_skip: int | None) -> Tensor:
+        """Encode prompts and negative prompts in one batch, equal ones once: (P + N, L, C)."""
+        wanted = [(text, clip_skip) for text in texts] + [(text, None) for text in negatives]
+        unique = list(dict.fromkeys(text for text, _ in wanted))
+        length = self.tokenizer.model_max_length
+        ids = self.tokenizer(unique, padding="max_length", max_length=length, truncation=True).input_ids
+        whole = self.tokenizer(unique, padding=False, truncation=False).input_ids
+        for text, all_ids in zip(unique, whole, strict=True):
+            if len(all_ids) > length:
+                lost = self.tokenizer.decode(all_ids[length - 1 : -1])
+                logger.warning("%r has %d tokens; of the end is not read: %r", text[:40], len(all_ids) - 2, lost)
+        encoder = self._at_work("text_encoder")
+        output = encoder(torch.tensor(ids, device=self.execution_device), output_hidden_states=clip_skip is not None)
+        rows = []
+        for text, skip in wanted:
+            row = unique.index(text)
+            if skip is None:
+                rows.append(output.last_hidden_state[row])
+            else:
+                rows.append(encoder.final_layer_norm(output.hidden_states[-(skip + 1)][row]))
+        return torch.stack(rows)
+
+    def _read_image(self, image: ImageInput | None, depth_map: object) -> list[Image.Image] | Tensor:
+        """Return what `depthdiff.image.read_images` makes of the images, or the latents (N, 4, h, w) themselves."""
+        if image is None:
+            raise ValueError("`image` input cannot be undefined; pass the image to start from")
+        if not is_latents(image):
+            return read_images(image)
+        if depth_map is None:
+            raise ValueError("`image` holds latents, from which no depth can be estimated; pass `depth_map` as well")
+        latents = torch.stack(image) if isinstance(image, list) else image
+        if not latents.isfinite().all():  # type: ignore[union-attr]
+            raise ValueError("`image` latents must be finite, got NaN or infinity")
+        return latents  # type: ignore[return-value]
+
+    def _depth(self, images: list[Image.Image] | Tensor, disparity: Tensor | None) -> Tensor:
+        """Estimate the depth where it is not given, and bring it to the latents' size: (N, 1, h, w) in [-1, 1]."""
+        if is_latents(images):
+            height, width = images.shape[-2:]  # type: ignore[union-attr]
+        else:
+            height, width = (side // self.vae_scale_factor for side in image_size(images))
+        if disparity is None:
+            disparity = self.estimate_depth(images)
+        disparity = disparity.to(self.execution_device, torch.float32)[:, None]
+        resized = F.interpolate(disparity, size=(height, width), mode="bicubic", align_corners=False)
+        return normalize_depth(resized)
+
+    @torch.no_grad()
+    def estimate_depth(self, image: ImageInput) -> Tensor:
+        """Estimate the disparity (N, H', W') of images, near is large; H' and W' are the depth net's own."""
+        net = self._at_work("depth_estimator")
+        pixels = self.feature_extractor(read_images(image)).pixel_values
+        return net(pixels.to(self.execution_device, net.dtype)).predicted_depth
+
+    def _noisy_latents(
+        self,
+        images: list[Image.Image] | Tensor,
+        plan: Plan,
+        pictures: int,
+        per_prompt: int,
+        dtype: torch.dtype,
+        generator: Generator | Sequence[Generator] | None,
+    ) -> Tensor:
+        """Encode the images and add the noise of the first step: (B, 4, h, w).
+
+        One generator draws for every image encoded and then the noise; of several, each draws for its own picture.
+        """
+        listed = isinstance(generator, Sequence) and len(generator) > 1
+        if is_latents(images):
+            clean = expand(images.to(self.execution_device, dtype), pictures, per_prompt)  # type: ignore[union-attr]
+        else:
+            vae = self._at_work("vae")
+            pixels = to_pixels(images, self.vae_scale_factor).to(self.execution_device, dtype)
+            posterior = vae.encode(pixels).latent_dist
+            if listed:
+                posterior = posterior.map(lambda moments: expand(moments, pictures, per_prompt))
+            clean = vae.config.scaling_factor * posterior.sample(generator)
+            clean = clean if listed else expand(clean, pictures, per_prompt)
+        noise = randn(clean.shape, generator, device=clean.device, dtype=dtype)
+        return plan.add_noise(clean, noise)
+
+    def _call_back(
+        self,
+        function: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None],
+        names: Sequence[str],
+        run: Run,
+        step: Step,
+    ) -> None:
+        """Hand a finished step to diffusers' kind of callback, and take over what it returns."""
+        negative = run.context.chunk(2)[0] if run.guidance_scale > 1 else None
+        tensors = {
+            "latents": step.latents,
+            "prompt_embeds": run.context,
+            "negative_prompt_embeds": negative,
+            "depth_mask": run.depth,
+        }
+        replaced = function(self, step.index, step.timestep, {name: tensors[name] for name in names}) or {}
+        step.latents = replaced.get("latents", step.latents)
+        run.context = replaced.get("prompt_embeds", run.context)
+        run.depth = replaced.get("depth_mask", run.depth)
+        run.guidance_scale = self._guidance_scale
+
+
+def repeat(items: list[Any], count: int) -> list[Any]:
+    """Repeat a list as a whole until it has `count` items."""
+    return items * (count // len(items))
+
+
+def expand(x: Tensor, pictures: int, per_prompt: int) -> Tensor:
+    """Give every picture its own: (N, ...) -> (pictures * per_prompt, ...), pictures of one prompt being neighbours."""
+    return torch.cat([x] * (pictures // len(x))).repeat_interleave(per_prompt, dim=0)
