@@ -1,0 +1,113 @@
+"""From a tokenizer's published files to the tokenizer and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokenizers import AddedToken
+
+from depthdiff.checkpoint.files import read_json, write_text
+from depthdiff.config import CheckpointError
+from depthdiff.tokenizer import END_OF_WORD, ROLES, CLIPTokenizer, as_special, flags, text_of
+
+logger = logging.getLogger(__name__)
+
+AnyTokenizer = TypeVar("AnyTokenizer", bound=CLIPTokenizer)
+
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", *SETTINGS)
+
+
+def read_tokenizer(cls: type[AnyTokenizer], folder: Path) -> AnyTokenizer:
+    """Build a tokenizer from the files in `folder`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or they do not fit together.
+    """
+    whole = folder / "tokenizer.json"
+    if whole.is_file():
+        source, tokenizer = whole, read_json(whole)
+        model, listed = tokenizer.get("model"), tokenizer.get("added_tokens") or []
+        if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
+            raise CheckpointError(f"{whole} holds no byte-pair model; it is damaged or of another kind of tokenizer")
+        vocab, merges = model.get("vocab") or {}, model["merges"]
+    else:
+        source, listed = folder / "merges.txt", []
+        vocab, merges = read_json(folder / "vocab.json"), _read_merges(source)
+    try:
+        built = cls(vocab, merges, **_read_settings(folder, listed))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{source} is damaged or does not fit the files beside it: {error}") from error
+    made = {left + right for left, right in built.merges}
+    unmade = sum(len(token.removesuffix(END_OF_WORD)) > 1 and token not in made for token in vocab)
+    if unmade > len(vocab) // 10:
+        logger.warning("%s: no merge makes %d of %d tokens; is the file complete?", source, unmade, len(vocab))
+    return built
+
+
+def write_tokenizer(tokenizer: CLIPTokenizer, save_directory: str | os.PathLike[str]) -> None:
+    """Write `tokenizer` into the folder, in files that transformers and `read_tokenizer` load with equal ids."""
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    added = tokenizer.added_tokens_decoder
+    roles = tokenizer.special_tokens_map
+    config = {
+        "added_tokens_decoder": {str(i): flags(token) for i, token in sorted(added.items())},
+        **roles,
+        "model_max_length": tokenizer.model_max_length,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    vocab = dict(sorted(tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1]))
+    merges = "".join(f"{left} {right}\n" for left, right in tokenizer.merges)
+    write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
+    write_text(folder / "merges.txt", "#version: 0.2\n" + merges)
+    write_text(folder / "special_tokens_map.json", json.dumps(roles, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_merges(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    lines = [line.rstrip("\r") for line in lines]
+    return [line for line in lines if line and not line.startswith("#version")]
+
+
+def _read_settings(folder: Path, listed: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Gather the constructor's other arguments; `listed` are the added tokens of `tokenizer.json`."""
+    config, roles, numbers = (read_json(folder / name) if (folder / name).is_file() else {} for name in SETTINGS)
+    if "added_tokens_decoder" in config:  # a newer file, which says all
+        added = {int(i): _token(value) for i, value in config["added_tokens_decoder"].items()}
+    else:
+        config = {**config, **roles}
+        special = {text_of(_token(config[name])) for name in ROLES if config.get(name)}
+        added = {i: AddedToken(t, normalized=t not in special, special=t in special) for t, i in numbers.items()}
+        added |= {record["id"]: _token(record) for record in listed}
+    for side in ("padding_side", "truncation_side"):
+        if config.get(side, "right") != "right":
+            raise CheckpointError(f"{folder}: {side} is {config[side]!r}; implemented here: 'right'")
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    ordered = [token for _, token in sorted(added.items())]
+    known = {text_of(token) for token in ordered}
+    ordered += [_token(value) for value in extra if text_of(_token(value)) not in known]
+    limit = config.get("model_max_length")
+    return {
+        **{name: _token(config[name]) for name in ROLES if config.get(name)},
+        "model_max_length": None if limit is None else int(limit),
+        "added_tokens": [as_special(token) if isinstance(token, str) else token for token in ordered],
+    }
+
+
+def _token(value: Any) -> str | AddedToken:
+    """Read a token as the files write it: a text, or an object with flags."""
+    if isinstance(value, str):
+        return value
+    return AddedToken(**{"special": True, **{key: flag for key, flag in value.items() if key not in ("__type", "id")}})

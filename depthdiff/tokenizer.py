@@ -1,0 +1,343 @@
+"""Prompts to numbers: CLIP's byte-pair tokens, on the `tokenizers` library.
+
+A prompt is brought to one form (Unicode NFC, single spaces, lower case), cut into words, and every word's bytes are
+merged pair by pair in the order that the checkpoint fixes. Letters: B prompts, L tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from torch import Tensor
+
+from depthdiff.config import Output
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+END_OF_WORD = "</w>"
+WORDS = "|".join(
+    (r"<\|startoftext\|>", r"<\|endoftext\|>", "'s|'t|'re|'ve|'m|'ll|'d", r"[\p{L}]+", r"[\p{N}]", r"[^\s\p{L}\p{N}]+")
+)
+"""What counts as one word. Source: openai/CLIP, clip/simple_tokenizer.py."""
+
+UNLIMITED = int(1e30)
+"""`model_max_length` of a tokenizer whose files name none, as in transformers."""
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+PADDING: dict[Any, str] = {False: "", "do_not_pad": "", True: "longest", "longest": "longest", "max_length": "limit"}
+TRUNCATION: dict[Any, bool] = {None: False, False: False, "do_not_truncate": False, True: True, "longest_first": True}
+
+
+@dataclass(frozen=True)
+class BatchEncoding(Output):
+    """What the tokenizer hands back.
+
+    Attributes:
+        input_ids: (B, L) int64 tensor or array; or lists, flat for a single text.
+        attention_mask: of the same form, 1 on the text with its start and end, 0 on padding.
+    """
+
+    input_ids: Any
+    attention_mask: Any
+
+    def to(self, device: torch.device | str) -> BatchEncoding:
+        """Return the same tensors on `device`."""
+        return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
+
+
+class CLIPTokenizer:
+    """CLIP's tokenizer, with the interface and the ids of transformers' class of that name.
+
+    A special token is cut out wherever its text stands in a prompt. Stable Diffusion 2 pads with "!", so every "!" of
+    a prompt becomes id 0 there, not the "!</w>" of the vocabulary.
+
+    Args:
+        vocab: every token and its id.
+        merges: the pairs to merge, most wanted first; each two tokens, or both in one text "left right".
+        bos_token: put before every text; a text, or an `AddedToken` with flags.
+        eos_token: put after every text.
+        unk_token: stands for what the vocabulary cannot spell.
+        pad_token: fills the short texts of a batch.
+        model_max_length: L that the text encoder takes; unlimited if None.
+        added_tokens: tokens that are cut out before the byte pairs, ready-made; what `vocab` lacks gets the next ids.
+
+    Attributes:
+        bos_token_id: and `eos_token_id`, `unk_token_id`, `pad_token_id`: the ids of these tokens.
+
+    Raises:
+        ValueError: `vocab` and `merges` do not fit together.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Iterable[str | Sequence[str]],
+        *,
+        bos_token: str | AddedToken = "<|startoftext|>",
+        eos_token: str | AddedToken = "<|endoftext|>",
+        unk_token: str | AddedToken = "<|endoftext|>",
+        pad_token: str | AddedToken = "<|endoftext|>",
+        model_max_length: int | None = None,
+        added_tokens: Iterable[AddedToken] = (),
+    ) -> None:
+        roles = (bos_token, eos_token, unk_token, pad_token)
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = map(text_of, roles)
+        self.model_max_length = UNLIMITED if model_max_length is None else model_max_length
+        self.merges = _pairs(merges, vocab)
+        bpe = BPE(dict(vocab), self.merges, unk_token=self.unk_token, end_of_word_suffix=END_OF_WORD, fuse_unk=False)
+        self._backend = Tokenizer(bpe)
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        self._backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+        words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+        self._backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        self._backend.decoder = decoders.ByteLevel()
+        added = [as_special(token) if token.content in self.all_special_tokens else token for token in added_tokens]
+        known = {token.content for token in added}
+        self._backend.add_tokens(added + [as_special(token) for token in roles if text_of(token) not in known])
+        self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = map(
+            self.convert_tokens_to_ids, self.special_tokens_map.values()
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Self:
+        """Load the tokenizer from a folder or from the Hub.
+
+        `tokenizer.json` is read where there is one, else `vocab.json` and `merges.txt`. `special_tokens_map.json` wins
+        over `tokenizer_config.json`, unless the latter lists its `added_tokens_decoder`: so does transformers.
+
+        Args:
+            pretrained_model_name_or_path: a folder that holds the files, or a Hub id.
+            subfolder: of the folder or repository, such as "tokenizer".
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
+            token: for gated repositories.
+            local_files_only: never ask the network.
+            force_download: ignore the cache.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        from depthdiff.checkpoint.hub import fetch  # deferred: the checkpoint package knows all components
+        from depthdiff.checkpoint.tokenizer_files import FILES, read_tokenizer
+
+        folder = fetch(
+            pretrained_model_name_or_path,
+            (),
+            optional=FILES,
+            subfolder=subfolder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return read_tokenizer(cls, folder)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the vocabulary, the merges and the special tokens into files that transformers loads with equal ids.
+
+        Args:
+            save_directory: the folder; made where it does not exist.
+        """
+        from depthdiff.checkpoint.tokenizer_files import write_tokenizer  # deferred, as above
+
+        write_tokenizer(self, save_directory)
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool | Literal["longest", "max_length", "do_not_pad"] = False,
+        truncation: bool | Literal["longest_first", "do_not_truncate"] | None = None,
+        max_length: int | None = None,
+        return_tensors: Literal["pt", "np"] | None = None,
+        add_special_tokens: bool = True,
+    ) -> BatchEncoding:
+        """Turn texts into ids.
+
+        Args:
+            text: one text or several.
+            padding: False; True or "longest" to the longest of the batch; "max_length" to `max_length`.
+            truncation: whether a text is cut to `max_length`; if None, only where that is given without padding.
+            max_length: L, start and end included; `model_max_length` if absent.
+            return_tensors: "pt" for tensors, "np" for arrays, None for lists.
+            add_special_tokens: whether to put the start and the end around each text.
+
+        Returns:
+            `.input_ids` and `.attention_mask`, (B, L) int64; lists if `return_tensors` is None, flat for a single text.
+
+        Raises:
+            TypeError: `text` is no text.
+            ValueError: an unknown option, no text, or texts of different lengths for one tensor.
+        """
+        texts = _texts(text)
+        pad, cut = _one_of("padding", padding, PADDING), _one_of("truncation", truncation, TRUNCATION)
+        _one_of("return_tensors", return_tensors, dict.fromkeys((None, "pt", "np")))
+        cut = cut or (truncation is None and max_length is not None and not pad)
+        limit = self.model_max_length if max_length is None else max_length
+        room = limit - (2 if add_special_tokens else 0)
+        if cut and room < 0:
+            raise ValueError(f"max_length must leave room for the start and the end of a text, 2 tokens, got {limit}")
+        rows = [self._backend.encode(one, add_special_tokens=False).ids for one in texts]
+        rows = [row[:room] for row in rows] if cut else rows
+        if add_special_tokens:
+            rows = [[self.bos_token_id, *row, self.eos_token_id] for row in rows]
+        length = max(map(len, rows)) if pad == "longest" else limit if pad and limit < UNLIMITED else 0
+        masks = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+        rows = [row + [self.pad_token_id] * (length - len(row)) for row in rows]
+        if return_tensors is None:
+            return BatchEncoding(rows[0], masks[0]) if isinstance(text, str) else BatchEncoding(rows, masks)
+        if len({len(row) for row in rows}) > 1:
+            lengths = ", ".join(str(len(row)) for row in rows[:8])
+            raise ValueError(f"text makes rows of {lengths} ids, no tensor; pass padding=True and truncation=True")
+        ids, mask = np.array(rows, dtype=np.int64), np.array(masks, dtype=np.int64)
+        return (
+            BatchEncoding(ids, mask) if return_tensors == "np" else BatchEncoding(*map(torch.from_numpy, (ids, mask)))
+        )
+
+    def encode(self, text: str, **options: Any) -> Any:
+        """Return the ids of one text: `.input_ids` of `__call__` with the same options."""
+        return self(text, **options).input_ids
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the tokens of one text, without start and end; a word's last token ends in "</w>"."""
+        return self._backend.encode(_texts(text)[0], add_special_tokens=False).tokens
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> Any:
+        """Turn ids back into text, in lower case and with a space after every word.
+
+        Args:
+            token_ids: one id, (L,) ids, or (B, L) of them; list, array or tensor.
+            skip_special_tokens: leave out the start, the end and the padding.
+
+        Returns:
+            One text, or a list of B.
+        """
+        ids = np.asarray(token_ids).tolist() if isinstance(token_ids, (int, Tensor, np.ndarray)) else token_ids
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        if ids and isinstance(ids[0], Iterable):
+            return [self.decode(row, skip_special_tokens) for row in ids]
+        text = self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return text.replace(END_OF_WORD, " ").strip()
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
+        """Turn (B, L) ids into B texts: see `decode`."""
+        texts = self.decode(sequences, skip_special_tokens)
+        return [texts] if isinstance(texts, str) else texts
+
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
+        """Return the id of a token, or the list of those of several; unknown ones have `unk_token`'s."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        index = self._backend.token_to_id(tokens)
+        return self._backend.token_to_id(self.unk_token) if index is None else index
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """Return the token of an id, or the list of those of several; None where the vocabulary has no such id."""
+        if isinstance(ids, int):
+            return self._backend.id_to_token(ids)
+        skipped = self.all_special_ids if skip_special_tokens else ()
+        return [self._backend.id_to_token(int(i)) for i in ids if int(i) not in skipped]
+
+    def get_vocab(self, *, with_added_tokens: bool = True) -> dict[str, int]:
+        """Return every token with its id, with or without the added ones."""
+        return self._backend.get_vocab(with_added_tokens=with_added_tokens)
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens without the added ones."""
+        return self._backend.get_vocab_size(with_added_tokens=False)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """The tokens that are cut out before the byte pairs, by id."""
+        return self._backend.get_added_tokens_decoder()
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The tokens with a role, by the role's name."""
+        return dict(zip(ROLES, (self.bos_token, self.eos_token, self.unk_token, self.pad_token), strict=True))
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The tokens with a role, each once."""
+        return list(dict.fromkeys(self.special_tokens_map.values()))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of `all_special_tokens`."""
+        return self.convert_tokens_to_ids(self.all_special_tokens)
+
+
+def text_of(token: str | AddedToken) -> str:
+    """Return the text of a token."""
+    return token if isinstance(token, str) else token.content
+
+
+def as_special(token: str | AddedToken) -> AddedToken:
+    """Make a token special; a plain text is then looked for as it is written, before lower-casing."""
+    return (
+        AddedToken(token, special=True) if isinstance(token, str) else AddedToken(**{**flags(token), "special": True})
+    )
+
+
+def flags(token: AddedToken) -> dict[str, Any]:
+    """Return a token's text and flags, as the files write them."""
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {name: getattr(token, name) for name in names}
+
+
+def _one_of(name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
+    if not isinstance(value, (bool, str, type(None))) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return choices[value]
+
+
+def _texts(text: Any) -> list[str]:
+    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else None
+    if texts is None or not all(isinstance(one, str) for one in texts):
+        found = type(text).__name__ if texts is None else ", ".join(sorted({type(one).__name__ for one in texts}))
+        raise TypeError(f"text must be a str or a list of str, got {found}")
+    if not texts:
+        raise ValueError("text must hold at least one text, got an empty list")
+    for one in texts:
+        if any("\ud800" <= character <= "\udfff" for character in one):
+            raise ValueError(f"text must be valid Unicode, got half of a surrogate pair in {one[:40]!r}")
+    return texts
+
+
+def _pairs(merges: Iterable[Any], vocab: Any) -> list[tuple[str, str]]:
+    """Check that merges and vocabulary fit together and return the merges as pairs."""
+    if not isinstance(vocab, Mapping) or not all(type(i) is int and i >= 0 for i in vocab.values()):
+        raise ValueError("vocab must map every token to an id from 0 upwards")
+    pairs = []
+    for number, merge in enumerate(merges, 1):
+        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
+        if len(pair) != 2:
+            raise ValueError(f"merge {number} must be two tokens with one space between, got {merge!r}")
+        for token in (*pair, "".join(pair)):
+            if token not in vocab:
+                raise ValueError(f"merge {number}, {' '.join(pair)!r}, needs the token {token!r}, which vocab lacks")
+        pairs.append(pair)
+    return pairs
