@@ -1,0 +1,320 @@
+"""Images and depth maps in and out: PIL, arrays and tensors outside, tensors of fixed shape and range inside.
+
+Letters: N images, C channels, H and W of an image, h and w rounded down to the multiple that the autoencoder needs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+ImageInput: TypeAlias = "Image.Image | Array | Tensor | Sequence[Image.Image] | Sequence[Array] | Sequence[Tensor]"
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+SLACK = 1e-3
+"""How far float images may leave their range, as resampling makes them do."""
+
+
+def read_images(image: ImageInput, name: str = "image") -> list[Image.Image] | Tensor:
+    """Bring any accepted image to one of two forms; nothing is resized.
+
+    PIL images of every mode become RGB, turned as their EXIF tag says; transparency is dropped, not blended; 16-bit
+    values are scaled to 8 bits (modes I and F: from 0..1 for floats, 0..255 or 0..65535, whichever holds the maximum).
+
+    Arrays and tensors: (H, W), (C, H, W), (H, W, C), (N, C, H, W), (N, H, W, C), or a list of these with one size; C is
+    1 or 3. Where both ends could be C, a tensor has channels first and an array has them last. uint8 and uint16 count
+    from 0 to their maximum; floats lie in [0, 1], or in [-1, 1] where any value of the batch is below 0.
+
+    Args:
+        image: one image or several.
+        name: of the argument, for messages.
+
+    Returns:
+        A list of N RGB images of one size, or (N, 3, H, W), float32, in [0, 1].
+
+    Raises:
+        TypeError: not an image, mixed kinds, or a dtype that no range belongs to.
+        ValueError: empty, of a wrong shape, of different sizes, out of range, or not finite.
+    """
+    items = _items(image, name)
+    if isinstance(items[0], Image.Image):
+        images = [_to_rgb(item, name) for item in items]
+        _check_one_size([(item.height, item.width) for item in images], name)
+        return images
+    dtypes = {str(item.dtype).removeprefix("torch.") for item in items}
+    if len(dtypes) > 1:
+        raise TypeError(f"{name} must have one dtype, got {' and '.join(sorted(dtypes))}; convert them to the same")
+    dtype = dtypes.pop()
+    if dtype not in ("uint8", "uint16", "float16", "bfloat16", "float32", "float64"):
+        raise TypeError(f"{name} must be uint8 (0..255), uint16 or float in [0, 1], got {dtype}; convert it to one")
+    batches = [_to_nchw(item, name) for item in items]
+    _check_one_size([(batch.shape[2], batch.shape[3]) for batch in batches], name)
+    pixels = torch.cat(batches)
+    if dtype.startswith("uint"):
+        return pixels / (255 if dtype == "uint8" else 65535)
+    low, high = (float(value) for value in pixels.aminmax())
+    if not np.isfinite(high - low):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    if low < -1 - SLACK or high > 1 + SLACK:
+        raise ValueError(
+            f"{name} must lie in [0, 1] or [-1, 1] where it is float, got values from {low:g} to {high:g}; "
+            "divide by 255 or convert to uint8"
+        )
+    if low < 0:
+        logger.info("%s has values below 0 (%g): taken as [-1, 1]", name, low)
+        return (pixels + 1) / 2
+    return pixels
+
+
+def is_latents(image: object) -> bool:
+    """Tell whether `image` is already encoded: a float tensor (N, 4, h, w), or a list of (4, h, w)."""
+    if isinstance(image, (list, tuple)):
+        return bool(image) and all(isinstance(i, Tensor) and i.ndim == 3 and is_latents(i[None]) for i in image)
+    return isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == 4 and image.is_floating_point()
+
+
+def image_size(images: list[Image.Image] | Tensor) -> tuple[int, int]:
+    """Return (H, W) of what `read_images` returned."""
+    if isinstance(images, Tensor):
+        return images.shape[2], images.shape[3]
+    return images[0].height, images[0].width
+
+
+def to_pixels(images: list[Image.Image] | Tensor, multiple_of: int = 8) -> Tensor:
+    """Resize to a multiple and stretch to the range of the autoencoder.
+
+    Args:
+        images: what `read_images` returned.
+        multiple_of: h and w are the largest multiples of it that H and W hold; nothing is cropped.
+
+    Returns:
+        (N, 3, h, w), float32, in [-1, 1].
+
+    Raises:
+        ValueError: an image is smaller than the multiple.
+
+    Source: huggingface/diffusers, image_processor.py, `VaeImageProcessor.preprocess`: Lanczos for PIL images, nearest
+        for tensors, even where the size stays.
+    """
+    height, width = image_size(images)
+    h, w = height - height % multiple_of, width - width % multiple_of
+    if not h or not w:
+        raise ValueError(f"image must be at least {multiple_of}x{multiple_of} pixels, got {width}x{height}; enlarge it")
+    if (h, w) != (height, width):
+        logger.info("image resized from %dx%d to %dx%d, a multiple of %d", width, height, w, h, multiple_of)
+    if isinstance(images, Tensor):
+        return 2 * F.interpolate(images, size=(h, w)) - 1
+    arrays = [np.asarray(image.resize((w, h), Image.Resampling.LANCZOS), dtype=np.float32) for image in images]
+    return 2 * torch.from_numpy(np.stack(arrays) / np.float32(255)).movedim(3, 1) - 1
+
+
+def read_depth(depth_map: Any, name: str = "depth_map") -> Tensor:
+    """Bring any accepted depth map to one form; large is near, the unit is free.
+
+    PIL images of 8 or 16 bits or floats keep their numbers; of colour images the luminance is taken, which is the value
+    itself where they are grey. Arrays and tensors: (H, W), (N, H, W), (H, W, 1), (N, 1, H, W), (N, H, W, 1), or a list
+    of these with one size; any real dtype.
+
+    Args:
+        depth_map: one map or several.
+        name: of the argument, for messages.
+
+    Returns:
+        (N, H, W), float32.
+
+    Raises:
+        TypeError: not a map, mixed kinds, or not numbers.
+        ValueError: empty, of a wrong shape, of different sizes, or not finite.
+    """
+    items = _items(depth_map, name)
+    if isinstance(items[0], Image.Image):
+        maps = [torch.from_numpy(_to_grey(item, name))[None] for item in items]
+    else:
+        maps = [_to_nhw(item, name) for item in items]
+    _check_one_size([(one.shape[1], one.shape[2]) for one in maps], name)
+    depth = torch.cat(maps)
+    if not depth.isfinite().all():
+        raise ValueError(f"{name} must be finite in float32, got NaN or infinity; fill the holes, far is small")
+    return depth
+
+
+def from_pixels(pixels: Tensor, output_type: str = "pil") -> list[Image.Image] | Array | Tensor:
+    """Turn the autoencoder's output into pictures.
+
+    Args:
+        pixels: (N, 3, H, W), any float dtype, [-1, 1]; what lies outside is clamped.
+        output_type: "pil", "np" or "pt".
+
+    Returns:
+        N RGB images; or (N, H, W, 3), float32, in [0, 1]; or (N, 3, H, W) in [0, 1], dtype and device of `pixels`.
+
+    Raises:
+        ValueError: unknown `output_type`.
+
+    Source: huggingface/diffusers, image_processor.py, `VaeImageProcessor.postprocess`.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    pixels = (pixels * 0.5 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return pixels
+    array: Array = pixels.permute(0, 2, 3, 1).float().cpu().numpy()
+    if output_type == "np":
+        return array
+    if np.isnan(array).any():
+        logger.warning("the pictures hold NaN, shown black; half precision may have overflowed: use float32")
+        array = np.nan_to_num(array)
+    return [Image.fromarray(one) for one in (array * 255).round().astype(np.uint8)]
+
+
+def depth_image(disparity: Tensor, bits: Literal[8, 16] = 16) -> Image.Image:
+    """Show a map as a grey picture, stretched from black (far) to white (near); a constant one is black.
+
+    Args:
+        disparity: (H, W) or (1, H, W), finite.
+        bits: 16 to keep it, 8 for a preview.
+
+    Returns:
+        Mode I;16 or L.
+    """
+    values = read_depth(disparity, "disparity")[0].double().cpu().numpy()
+    span = values.max() - values.min()
+    scaled = (values - values.min()) / (span or 1) * (2**bits - 1)
+    return Image.fromarray(scaled.round().astype(np.uint16 if bits == 16 else np.uint8))
+
+
+def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), *, gap: int = 8) -> Image.Image:
+    """Put pictures side by side, all as high as the first, with a label under each.
+
+    Args:
+        images: of any mode and size.
+        labels: none, or one an image.
+        gap: pixels between the pictures and around them.
+
+    Returns:
+        An RGB picture on white.
+
+    Raises:
+        ValueError: no picture, or labels of another number.
+    """
+    if not images or (labels and len(labels) != len(images)):
+        raise ValueError(f"images must be some, and labels as many or none, got {len(images)} and {len(labels)}")
+    tiles = [_to_rgb(image, "images") for image in images]
+    height = tiles[0].height
+    tiles = [tile.resize((max(round(tile.width * height / tile.height), 1), height)) for tile in tiles]
+    line = 24 if labels else 0
+    size = (gap + sum(tile.width + gap for tile in tiles), height + 2 * gap + line)
+    sheet, left = Image.new("RGB", size, "white"), gap
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (left, gap))
+        if labels:
+            ImageDraw.Draw(sheet).text(
+                (left, height + gap + 4), labels[i], fill="black", font=ImageFont.load_default(16)
+            )
+        left += tile.width + gap
+    return sheet
+
+
+def _items(image: Any, name: str) -> list[Any]:
+    """Return the images of one argument as a list of one kind."""
+    items = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not items:
+        raise ValueError(f"{name} must hold at least one image, got an empty {type(image).__name__}")
+    for kind in (Image.Image, np.ndarray, Tensor):
+        if all(isinstance(item, kind) for item in items):
+            return items
+    found = ", ".join(sorted({type(item).__name__ for item in items}))
+    remedy = "open files with PIL.Image.open" if "str" in found or "Path" in found else "pass one kind"
+    raise TypeError(
+        f"{name} must be PIL images, numpy arrays or torch tensors, or a list of one kind, got {found}; {remedy}"
+    )
+
+
+def _check_one_size(sizes: list[tuple[int, int]], name: str) -> None:
+    if not all(h and w for h, w in sizes):
+        raise ValueError(f"{name} must have a height and a width, got {sizes[0][1]}x{sizes[0][0]}")
+    if len(set(sizes)) > 1:
+        found = ", ".join(f"{w}x{h}" for h, w in dict.fromkeys(sizes))
+        raise ValueError(f"{name} must be of one size, got {found}; resize or crop them, or pass them one at a time")
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+    except OSError as error:
+        raise ValueError(f"{name} cannot be decoded: {error}; is the file damaged?") from error
+    return ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    image = _upright(image, name)
+    if image.mode in DEEP_MODES and image.width and image.height:
+        values = np.asarray(image, dtype=np.float64)
+        top, steps = values.max(), (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        scale = 65535 if image.mode.startswith("I;16") else next((s for s in steps if top <= s), None)
+        if scale is None or not values.min() >= 0:
+            raise ValueError(
+                f"{name} of mode {image.mode} must be finite, in 0..65535, got {values.min():g} to {top:g}"
+            )
+        return Image.fromarray((values * (255 / scale)).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _to_grey(image: Image.Image, name: str) -> Array:
+    image = _upright(image, name)
+    if image.mode not in (*DEEP_MODES, "L"):
+        image = _to_rgb(image, name).convert("L")
+    return np.array(image, dtype=np.float32)
+
+
+def _to_tensor(item: Array | Tensor, name: str) -> Tensor:
+    if isinstance(item, np.ndarray):
+        if item.dtype.kind not in "buif":
+            raise TypeError(f"{name} must hold real numbers, got an array of dtype {item.dtype}")
+        return torch.from_numpy(item.astype(np.float32))
+    if item.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got a tensor of dtype {item.dtype}")
+    return item.to(torch.float32)
+
+
+def _to_nchw(item: Array | Tensor, name: str) -> Tensor:
+    """Bring one array or tensor to (n, 3, H, W), float32, its numbers unchanged."""
+    pixels = _to_tensor(item, name)
+    if pixels.ndim in (2, 3):
+        pixels = pixels[(None,) * (4 - pixels.ndim)]
+    first, last = (pixels.ndim == 4 and pixels.shape[axis] in (1, 3) for axis in (1, 3))
+    if not (first or last) or not pixels.numel():
+        shapes = "(H, W), (C, H, W), (H, W, C), (N, C, H, W) or (N, H, W, C) with C 1 or 3, nothing empty"
+        raise ValueError(f"{name} must be {shapes}, got {tuple(item.shape)}; drop an alpha channel with [..., :3]")
+    if last and not (first and (item.ndim == 2 or isinstance(item, Tensor))):
+        pixels = pixels.movedim(3, 1)
+    return pixels.expand(-1, 3, -1, -1)
+
+
+def _to_nhw(item: Array | Tensor, name: str) -> Tensor:
+    """Bring one array or tensor to (n, H, W), float32, its numbers unchanged."""
+    depth, shape = _to_tensor(item, name), tuple(item.shape)
+    if depth.ndim == 4 and 1 in (shape[1], shape[3]):
+        depth = depth.squeeze(1 if shape[1] == 1 else 3)
+    elif depth.ndim == 3 and shape[2] == 1 and shape[0] != 1:
+        depth = depth.movedim(2, 0)
+    elif depth.ndim == 2:
+        depth = depth[None]
+    colours = depth.ndim == 3 and shape[-1] in (3, 4) and min(shape[0], shape[1]) > 4
+    if depth.ndim != 3 or not depth.numel() or colours:
+        shapes = "(H, W), (N, H, W), (H, W, 1), (N, 1, H, W) or (N, H, W, 1), nothing empty"
+        raise ValueError(f"{name} must be {shapes}, got {shape}; of a colour image pass one channel")
+    return depth

@@ -1,0 +1,259 @@
+"""Images to what the depth estimator reads: resized, rescaled, normalised.
+
+Letters: B images, H and W of the resized ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from depthdiff.config import Config, Output
+from depthdiff.image import ImageInput, read_images
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FILE = "preprocessor_config.json"
+TYPES = (None, "DPTImageProcessor", "DPTImageProcessorFast", "DPTImageProcessorPil", "DPTFeatureExtractor")
+
+
+@dataclass(frozen=True)
+class DPTImageProcessorConfig(Config):
+    """What `preprocessor_config.json` says.
+
+    Attributes:
+        do_resize: whether images are resized.
+        size: height and width to resize to; a number is both.
+        keep_aspect_ratio: stretch both sides alike, by the factor nearer to 1 of the two that `size` asks for.
+        ensure_multiple_of: both sides are rounded to a multiple of it.
+        resample: the filter, by Pillow's number: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming.
+        do_rescale: whether 0..255 is multiplied by `rescale_factor`.
+        rescale_factor: the factor.
+        do_normalize: whether `image_mean` is subtracted and the rest divided by `image_std`.
+        image_mean: one for each channel, or one for all.
+        image_std: likewise.
+    """
+
+    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "image_processor_type": TYPES,
+        "feature_extractor_type": TYPES,
+        "do_pad": (None, False),
+    }
+
+    do_resize: bool = True
+    size: Mapping[str, int] | int = field(default_factory=lambda: {"height": 384, "width": 384})
+    keep_aspect_ratio: bool = False
+    ensure_multiple_of: int = 1
+    resample: int = 3
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: tuple[float, ...] | float = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] | float = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, int):
+            object.__setattr__(self, "size", {"height": self.size, "width": self.size})
+        if sorted(self.size) != ["height", "width"] or min(self.size.values()) < 1:  # type: ignore[union-attr,arg-type]
+            raise ValueError(f"size must hold a positive height and width, got {self.size!r}")
+        if self.resample not in range(6) or self.ensure_multiple_of < 1:
+            raise ValueError(
+                "resample must be in 0..5 and ensure_multiple_of at least 1, "
+                f"got {self.resample} and {self.ensure_multiple_of}"
+            )
+        for name in ("image_mean", "image_std"):
+            if isinstance(self[name], tuple) and len(self[name]) != 3:
+                raise ValueError(f"{name} must be 3 numbers, one for each channel, or one for all, got {self[name]}")
+
+
+@dataclass(frozen=True)
+class BatchFeature(Output):
+    """What the image processor hands back.
+
+    Attributes:
+        pixel_values: (B, 3, H, W), float32 tensor or array.
+    """
+
+    pixel_values: Any
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BatchFeature:
+        """Return the same tensor on `device`, as `dtype` where one is given."""
+        return replace(self, pixel_values=self.pixel_values.to(device, dtype=dtype))
+
+
+class DPTImageProcessor:
+    """Prepare images for the depth estimator, with the interface and the numbers of transformers' class of that name.
+
+    Args:
+        config: what the checkpoint fixes.
+
+    Attributes:
+        config: the same.
+
+    Source: huggingface/transformers, models/dpt, the processor on Pillow; the one on torchvision resizes with other
+        numbers.
+    """
+
+    config_class: ClassVar[type[DPTImageProcessorConfig]] = DPTImageProcessorConfig
+
+    def __init__(self, config: DPTImageProcessorConfig | None = None) -> None:
+        self.config = DPTImageProcessorConfig() if config is None else config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build the processor from a config or from the parsed JSON of one."""
+        known = isinstance(config, DPTImageProcessorConfig)
+        return cls(config if known else DPTImageProcessorConfig.from_dict(config))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Self:
+        """Load the processor from a folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder that holds `preprocessor_config.json`, or a Hub id.
+            subfolder: of the folder or repository, such as "feature_extractor".
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
+            token: for gated repositories.
+            local_files_only: never ask the network.
+            force_download: ignore the cache.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or belongs to another kind of processor.
+        """
+        from depthdiff.checkpoint.files import read_json  # deferred: the checkpoint package knows all components
+        from depthdiff.checkpoint.hub import fetch
+
+        folder = fetch(
+            pretrained_model_name_or_path,
+            (FILE,),
+            subfolder=subfolder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return cls.from_config(read_json(folder / FILE))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `preprocessor_config.json`, which transformers loads too.
+
+        Args:
+            save_directory: the folder; made where it does not exist.
+        """
+        from depthdiff.checkpoint.files import write_text  # deferred, as above
+
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {**self.config.to_dict(), "image_processor_type": "DPTImageProcessor"}
+        write_text(folder / FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+    def __call__(self, images: ImageInput, return_tensors: Literal["pt", "np"] = "pt") -> BatchFeature:
+        """Turn images into what the depth estimator reads.
+
+        Args:
+            images: whatever `depthdiff.image.read_images` takes, and in a list also of different sizes; float images
+                are rounded to 8 bits first, as if they came from a file.
+            return_tensors: "pt" for a tensor, "np" for an array.
+
+        Returns:
+            `.pixel_values`, (B, 3, H, W), float32.
+
+        Raises:
+            TypeError: not an image.
+            ValueError: a bad image (see `read_images`), results of different sizes, or an unknown `return_tensors`.
+        """
+        if return_tensors not in ("pt", "np"):
+            raise ValueError(f'return_tensors must be "pt" or "np", got {return_tensors!r}')
+        items = list(images) if isinstance(images, (list, tuple)) and images else [images]
+        arrays = [self._prepare(one) for item in items for one in _to_uint8(item)]
+        if len({array.shape for array in arrays}) > 1:
+            sizes = ", ".join(f"{array.shape[2]}x{array.shape[1]}" for array in arrays[:8])
+            raise ValueError(f"images become {sizes}, which make no tensor; pass images of one size, or one at a time")
+        batch = np.ascontiguousarray(np.stack(arrays))
+        return BatchFeature(batch if return_tensors == "np" else torch.from_numpy(batch))
+
+    def post_process_depth_estimation(
+        self, outputs: Any, target_sizes: Iterable[tuple[int, int]] | Tensor | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Resize predicted depth, for instance to the sizes of the images.
+
+        Args:
+            outputs: of the depth estimator: `.predicted_depth` (B, H, W).
+            target_sizes: B pairs (height, width); None keeps (H, W).
+
+        Returns:
+            B dicts of "predicted_depth", (height, width), resized bicubic.
+
+        Raises:
+            ValueError: not as many sizes as predictions.
+        """
+        depths: Sequence[Tensor] = outputs.predicted_depth
+        if target_sizes is None:
+            return [{"predicted_depth": depth} for depth in depths]
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
+        if len(sizes) != len(depths):
+            raise ValueError(f"target_sizes must hold {len(depths)} pairs, one for each prediction, got {len(sizes)}")
+        return [
+            {"predicted_depth": F.interpolate(depth[None, None], size=size, mode="bicubic", align_corners=False)[0, 0]}
+            for depth, size in zip(depths, sizes, strict=True)
+        ]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width to which an image of this height and width is resized."""
+        size, multiple = dict(self.config.size), self.config.ensure_multiple_of  # type: ignore[arg-type]
+        scales = size["height"] / height, size["width"] / width
+        if self.config.keep_aspect_ratio:
+            nearer = scales[1] if abs(1 - scales[1]) < abs(1 - scales[0]) else scales[0]
+            scales = nearer, nearer
+        return round(scales[0] * height / multiple) * multiple, round(scales[1] * width / multiple) * multiple
+
+    def _prepare(self, image: Image.Image) -> np.ndarray[Any, Any]:
+        """Turn one RGB image into (3, H, W), float32."""
+        config = self.config
+        if config.do_resize:
+            height, width = self.output_size(image.height, image.width)
+            if not height or not width:
+                raise ValueError(
+                    f"images of {image.width}x{image.height} would be resized to {width}x{height}; crop them"
+                )
+            image = image.resize((width, height), Image.Resampling(config.resample))
+        values = np.asarray(image)
+        if config.do_rescale:
+            values = values.astype(np.float64) * config.rescale_factor
+        values = values.astype(np.float32)
+        if config.do_normalize:
+            mean, std = (np.asarray(number, dtype=np.float32) for number in (config.image_mean, config.image_std))
+            values = (values - mean) / std
+        return np.moveaxis(values, -1, 0)
+
+
+def _to_uint8(image: Any) -> list[Image.Image]:
+    """Read what one item of the argument holds as RGB images of 8 bits."""
+    images = read_images(image, "images")
+    if not isinstance(images, Tensor):
+        return images
+    arrays = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
