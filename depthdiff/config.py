@@ -44,7 +44,7 @@ class Config(Mapping[str, Any]):
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{cls.__name__}: expected a JSON object, got {type(values).__name__}")
         for key, choices in cls.CHOICES.items():
-            given = values.get(key, choices[0])
+            given = values.get(key, getattr(cls, key, choices[0]))
             for value in given if isinstance(given, (list, tuple)) else [given]:
                 if value not in choices:
                     known = ", ".join(repr(choice) for choice in choices)

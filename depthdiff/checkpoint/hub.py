@@ -1,6 +1,7 @@
 """From a name to files: a folder is used as it is, a Hub id is downloaded, only as far as it is needed.
 
-Downloading, resuming, caching and the environment variables HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are huggingface_hub's.
+Downloading, resuming, caching and the environment variables HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are the
+business of huggingface_hub.
 """
 
 from __future__ import annotations

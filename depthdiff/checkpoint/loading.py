@@ -73,7 +73,7 @@ def load_model(
     variant: str | None = None,
     **where: Any,
 ) -> AnyModel:
-    """Load a network; `where` is as in `depthdiff.checkpoint.hub.fetch`.
+    """Load a network.
 
     Args:
         cls: the network's class.
@@ -81,6 +81,7 @@ def load_model(
         subfolder: of it.
         torch_dtype: of the weights; float32 if absent, the file's own for "auto".
         variant: of the weight file, such as "fp16".
+        **where: as in `fetch`.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit the config.
@@ -149,7 +150,7 @@ def read_weights(
     slices = {key: opened.get_slice(key) for key, (opened, _) in sources.items()}
     shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
     pairs = TABLES[cls.__name__].assign(str(folder), shapes, wanted)
-    for name, key in pairs.items():
+    for key in pairs.values():
         if slices[key].get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise CheckpointError(f"{sources[key][1]}: {key!r} is of type {slices[key].get_dtype()}, expected floats")
     return {name: sources[key][0].get_tensor(key).reshape(wanted[name]) for name, key in pairs.items()}

@@ -1,7 +1,7 @@
 """Names as data: a table of published names beside ours, which a program can apply, invert and check.
 
-A row pairs two module paths, with `{i}`, `{j}`, `{k}` for numbers; the last segment of a key, `weight` or `bias`, stays.
-A bare parameter, such as `cls_token`, has its whole key in the table. Every key must match exactly one row.
+A row pairs two module paths, with `{i}`, `{j}`, `{k}` for numbers; the last segment of a key, `weight` or `bias`,
+stays. A bare parameter, such as `cls_token`, has its whole key in the table. Every key must match exactly one row.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From components to files, in the layout of diffusers, all or nothing.
 
-Everything is written into a new folder beside the target, which then takes the target's place in one step: killed at any
-moment, the old folder or the new one is whole.
+Everything is written into a new folder beside the target, which then takes the target's place in one step: killed at
+any moment, the old folder or the new one is whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from depthdiff.checkpoint.loading import SLOTS, weight_files
+from depthdiff.checkpoint.loading import weight_files
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.models.base import Model
 
