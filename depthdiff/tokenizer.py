@@ -1,7 +1,6 @@
-"""Prompts to numbers: CLIP's byte-pair tokens, on the `tokenizers` library.
+"""Prompts to numbers: CLIP's tokenizer, with its start, end, padding and truncation around the byte pairs of `bpe.py`.
 
-A prompt is brought to one form (Unicode NFC, single spaces, lower case), cut into words, and every word's bytes are
-merged pair by pair in the order that the checkpoint fixes. Letters: B prompts, L tokens.
+Letters: B prompts, L tokens.
 """
 
 from __future__ import annotations
@@ -13,20 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import AddedToken
 from torch import Tensor
 
+from depthdiff.bpe import END_OF_WORD, as_special, build_bpe, read_merges, text_of
 from depthdiff.config import Output
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-END_OF_WORD = "</w>"
-WORDS = "|".join(
-    (r"<\|startoftext\|>", r"<\|endoftext\|>", "'s|'t|'re|'ve|'m|'ll|'d", r"[\p{L}]+", r"[\p{N}]", r"[^\s\p{L}\p{N}]+")
-)
-"""What counts as one word. Source: openai/CLIP, clip/simple_tokenizer.py."""
 
 UNLIMITED = int(1e30)
 """`model_max_length` of a tokenizer whose files name none, as in transformers."""
@@ -91,19 +84,14 @@ class CLIPTokenizer:
         roles = (bos_token, eos_token, unk_token, pad_token)
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = map(text_of, roles)
         self.model_max_length = UNLIMITED if model_max_length is None else model_max_length
-        self.merges = _pairs(merges, vocab)
-        bpe = BPE(dict(vocab), self.merges, unk_token=self.unk_token, end_of_word_suffix=END_OF_WORD, fuse_unk=False)
-        self._backend = Tokenizer(bpe)
-        spaces = normalizers.Replace(Regex(r"\s+"), " ")
-        self._backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-        words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
-        self._backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        self._backend.decoder = decoders.ByteLevel()
-        added = [as_special(token) if token.content in self.all_special_tokens else token for token in added_tokens]
+        self.merges = read_merges(merges, vocab)
+        self._backend = build_bpe(vocab, self.merges, self.unk_token)
+        texts = self.special_tokens_map.values()
+        added = [as_special(token) if token.content in texts else token for token in added_tokens]
         known = {token.content for token in added}
         self._backend.add_tokens(added + [as_special(token) for token in roles if text_of(token) not in known])
         self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = map(
-            self.convert_tokens_to_ids, self.special_tokens_map.values()
+            self.convert_tokens_to_ids, texts
         )
 
     @classmethod
@@ -191,7 +179,7 @@ class CLIPTokenizer:
         texts = _texts(text)
         pad, cut = _one_of("padding", padding, PADDING), _one_of("truncation", truncation, TRUNCATION)
         _one_of("return_tensors", return_tensors, dict.fromkeys((None, "pt", "np")))
-        cut = cut or (truncation is None and max_length is not None and not pad)
+        cut = cut or (truncation is None and max_length is not None and padding is False)
         limit = self.model_max_length if max_length is None else max_length
         room = limit - (2 if add_special_tokens else 0)
         if cut and room < 0:
@@ -281,31 +269,14 @@ class CLIPTokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """The tokens with a role, each once."""
-        return list(dict.fromkeys(self.special_tokens_map.values()))
+        """The tokens with a role and those that are special without one, each once."""
+        added = (token.content for token in self.added_tokens_decoder.values() if token.special)
+        return list(dict.fromkeys((*self.special_tokens_map.values(), *added)))
 
     @property
     def all_special_ids(self) -> list[int]:
         """The ids of `all_special_tokens`."""
         return self.convert_tokens_to_ids(self.all_special_tokens)
-
-
-def text_of(token: str | AddedToken) -> str:
-    """Return the text of a token."""
-    return token if isinstance(token, str) else token.content
-
-
-def as_special(token: str | AddedToken) -> AddedToken:
-    """Make a token special; a plain text is then looked for as it is written, before lower-casing."""
-    return (
-        AddedToken(token, special=True) if isinstance(token, str) else AddedToken(**{**flags(token), "special": True})
-    )
-
-
-def flags(token: AddedToken) -> dict[str, Any]:
-    """Return a token's text and flags, as the files write them."""
-    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    return {name: getattr(token, name) for name in names}
 
 
 def _one_of(name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
@@ -325,19 +296,3 @@ def _texts(text: Any) -> list[str]:
         if any("\ud800" <= character <= "\udfff" for character in one):
             raise ValueError(f"text must be valid Unicode, got half of a surrogate pair in {one[:40]!r}")
     return texts
-
-
-def _pairs(merges: Iterable[Any], vocab: Any) -> list[tuple[str, str]]:
-    """Check that merges and vocabulary fit together and return the merges as pairs."""
-    if not isinstance(vocab, Mapping) or not all(type(i) is int and i >= 0 for i in vocab.values()):
-        raise ValueError("vocab must map every token to an id from 0 upwards")
-    pairs = []
-    for number, merge in enumerate(merges, 1):
-        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
-        if len(pair) != 2:
-            raise ValueError(f"merge {number} must be two tokens with one space between, got {merge!r}")
-        for token in (*pair, "".join(pair)):
-            if token not in vocab:
-                raise ValueError(f"merge {number}, {' '.join(pair)!r}, needs the token {token!r}, which vocab lacks")
-        pairs.append(pair)
-    return pairs

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from tokenizers import AddedToken
 
+from depthdiff.bpe import END_OF_WORD, as_special, flags, text_of
 from depthdiff.checkpoint.files import read_json, write_text
 from depthdiff.config import CheckpointError
-from depthdiff.tokenizer import END_OF_WORD, ROLES, CLIPTokenizer, as_special, flags, text_of
+from depthdiff.tokenizer import ROLES, CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def read_tokenizer(cls: type[AnyTokenizer], folder: Path) -> AnyTokenizer:
         vocab, merges = model.get("vocab") or {}, model["merges"]
     else:
         source, listed = folder / "merges.txt", []
-        vocab, merges = read_json(folder / "vocab.json"), _read_merges(source)
+        vocab, merges = read_json(folder / "vocab.json"), _read_lines(source)
     try:
         built = cls(vocab, merges, **_read_settings(folder, listed))
     except CheckpointError:
@@ -72,7 +73,8 @@ def write_tokenizer(tokenizer: CLIPTokenizer, save_directory: str | os.PathLike[
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_merges(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
+    """Read `merges.txt` without its version."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:

@@ -1,0 +1,1 @@
+"""Tests that run diffusers and transformers beside this package."""
