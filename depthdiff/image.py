@@ -22,6 +22,7 @@ ImageInput: TypeAlias = "Image.Image | Array | Tensor | Sequence[Image.Image] | 
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+WHITE = {"uint8": 255, "uint16": 65535}
 SLACK = 1e-3
 """How far float images may leave their range, as resampling makes them do."""
 
@@ -52,27 +53,22 @@ def read_images(image: ImageInput, name: str = "image") -> list[Image.Image] | T
         images = [_to_rgb(item, name) for item in items]
         _check_one_size([(item.height, item.width) for item in images], name)
         return images
-    dtypes = {str(item.dtype).removeprefix("torch.") for item in items}
-    if len(dtypes) > 1:
-        raise TypeError(f"{name} must have one dtype, got {' and '.join(sorted(dtypes))}; convert them to the same")
-    dtype = dtypes.pop()
-    if dtype not in ("uint8", "uint16", "float16", "bfloat16", "float32", "float64"):
-        raise TypeError(f"{name} must be uint8 (0..255), uint16 or float in [0, 1], got {dtype}; convert it to one")
+    dtypes = {item.dtype.name if isinstance(item, np.ndarray) else str(item.dtype)[6:] for item in items}
+    if len(dtypes) > 1 or dtypes - {*WHITE, "float16", "bfloat16", "float32", "float64"}:
+        found = " and ".join(sorted(dtypes))
+        raise TypeError(f"{name} must be uint8 (0..255), uint16 or float in [0, 1], got {found}; convert it")
     batches = [_to_nchw(item, name) for item in items]
     _check_one_size([(batch.shape[2], batch.shape[3]) for batch in batches], name)
-    pixels = torch.cat(batches)
-    if dtype.startswith("uint"):
-        return pixels / (255 if dtype == "uint8" else 65535)
+    pixels, dtype = torch.cat(batches), dtypes.pop()
+    if dtype in WHITE:
+        return pixels / WHITE[dtype]
     low, high = (float(value) for value in pixels.aminmax())
     if not np.isfinite(high - low):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
     if low < -1 - SLACK or high > 1 + SLACK:
-        raise ValueError(
-            f"{name} must lie in [0, 1] or [-1, 1] where it is float, got values from {low:g} to {high:g}; "
-            "divide by 255 or convert to uint8"
-        )
+        raise ValueError(f"{name} must lie in [0, 1] or [-1, 1], got {low:g} to {high:g}; divide by 255 or use uint8")
     if low < 0:
-        logger.info("%s has values below 0 (%g): taken as [-1, 1]", name, low)
+        logger.warning("%s has values below 0, down to %g: taken as [-1, 1], not [0, 1]", name, low)
         return (pixels + 1) / 2
     return pixels
 
@@ -138,10 +134,7 @@ def read_depth(depth_map: Any, name: str = "depth_map") -> Tensor:
         ValueError: empty, of a wrong shape, of different sizes, or not finite.
     """
     items = _items(depth_map, name)
-    if isinstance(items[0], Image.Image):
-        maps = [torch.from_numpy(_to_grey(item, name))[None] for item in items]
-    else:
-        maps = [_to_nhw(item, name) for item in items]
+    maps = [_to_nhw(_to_grey(item, name) if isinstance(item, Image.Image) else item, name) for item in items]
     _check_one_size([(one.shape[1], one.shape[2]) for one in maps], name)
     depth = torch.cat(maps)
     if not depth.isfinite().all():
@@ -169,7 +162,7 @@ def from_pixels(pixels: Tensor, output_type: str = "pil") -> list[Image.Image] |
     pixels = (pixels * 0.5 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return pixels
-    array: Array = pixels.permute(0, 2, 3, 1).float().cpu().numpy()
+    array: Array = pixels.detach().permute(0, 2, 3, 1).float().cpu().numpy()
     if output_type == "np":
         return array
     if np.isnan(array).any():
@@ -187,8 +180,14 @@ def depth_image(disparity: Tensor, bits: Literal[8, 16] = 16) -> Image.Image:
 
     Returns:
         Mode I;16 or L.
+
+    Raises:
+        ValueError: more than one map, or not finite.
     """
-    values = read_depth(disparity, "disparity")[0].double().cpu().numpy()
+    maps = read_depth(disparity, "disparity")
+    if len(maps) > 1:
+        raise ValueError(f"disparity must be one map, got {len(maps)}; pass them one at a time")
+    values = maps[0].detach().double().cpu().numpy()
     span = values.max() - values.min()
     scaled = (values - values.min()) / (span or 1) * (2**bits - 1)
     return Image.fromarray(scaled.round().astype(np.uint16 if bits == 16 else np.uint8))
@@ -213,15 +212,11 @@ def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), *, 
     tiles = [_to_rgb(image, "images") for image in images]
     height = tiles[0].height
     tiles = [tile.resize((max(round(tile.width * height / tile.height), 1), height)) for tile in tiles]
-    line = 24 if labels else 0
-    size = (gap + sum(tile.width + gap for tile in tiles), height + 2 * gap + line)
-    sheet, left = Image.new("RGB", size, "white"), gap
-    for i, tile in enumerate(tiles):
+    size = (gap + sum(tile.width + gap for tile in tiles), height + 2 * gap + (24 if labels else 0))
+    sheet, left, font = Image.new("RGB", size, "white"), gap, ImageFont.load_default(16)
+    for tile, label in zip(tiles, labels or [""] * len(tiles), strict=True):
         sheet.paste(tile, (left, gap))
-        if labels:
-            ImageDraw.Draw(sheet).text(
-                (left, height + gap + 4), labels[i], fill="black", font=ImageFont.load_default(16)
-            )
+        ImageDraw.Draw(sheet).text((left, height + gap + 4), label, fill="black", font=font)
         left += tile.width + gap
     return sheet
 
@@ -235,17 +230,15 @@ def _items(image: Any, name: str) -> list[Any]:
         if all(isinstance(item, kind) for item in items):
             return items
     found = ", ".join(sorted({type(item).__name__ for item in items}))
-    remedy = "open files with PIL.Image.open" if "str" in found or "Path" in found else "pass one kind"
-    raise TypeError(
-        f"{name} must be PIL images, numpy arrays or torch tensors, or a list of one kind, got {found}; {remedy}"
-    )
+    remedy = "open files with PIL.Image.open" if "str" in found or "Path" in found else "convert them to one kind"
+    raise TypeError(f"{name} must be PIL images, arrays or tensors, or a list of one kind, got {found}; {remedy}")
 
 
 def _check_one_size(sizes: list[tuple[int, int]], name: str) -> None:
+    found = ", ".join(f"{w}x{h}" for h, w in dict.fromkeys(sizes))
     if not all(h and w for h, w in sizes):
-        raise ValueError(f"{name} must have a height and a width, got {sizes[0][1]}x{sizes[0][0]}")
+        raise ValueError(f"{name} must have a height and a width, got {found}")
     if len(set(sizes)) > 1:
-        found = ", ".join(f"{w}x{h}" for h, w in dict.fromkeys(sizes))
         raise ValueError(f"{name} must be of one size, got {found}; resize or crop them, or pass them one at a time")
 
 
@@ -259,18 +252,16 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     image = _upright(image, name)
-    if image.mode in DEEP_MODES and image.width and image.height:
+    if image.mode in DEEP_MODES:
         values = np.asarray(image, dtype=np.float64)
-        top, steps = values.max(), (1, 255, 65535) if image.mode == "F" else (255, 65535)
-        scale = 65535 if image.mode.startswith("I;16") else next((s for s in steps if top <= s), None)
-        if scale is None or not values.min() >= 0:
-            raise ValueError(
-                f"{name} of mode {image.mode} must be finite, in 0..65535, got {values.min():g} to {top:g}"
-            )
+        low, top = values.min(initial=0), values.max(initial=0)
+        steps = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+        scale = next((step for step in steps if top <= step), None)
+        if scale is None or not low >= 0:
+            raise ValueError(f"{name} of mode {image.mode} must lie in 0..65535, got {low:g} to {top:g}")
         return Image.fromarray((values * (255 / scale)).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    see_through = image.mode == "P" and "transparency" in image.info
+    return (image.convert("RGBA") if see_through else image).convert("RGB")
 
 
 def _to_grey(image: Image.Image, name: str) -> Array:
@@ -281,13 +272,10 @@ def _to_grey(image: Image.Image, name: str) -> Array:
 
 
 def _to_tensor(item: Array | Tensor, name: str) -> Tensor:
-    if isinstance(item, np.ndarray):
-        if item.dtype.kind not in "buif":
-            raise TypeError(f"{name} must hold real numbers, got an array of dtype {item.dtype}")
-        return torch.from_numpy(item.astype(np.float32))
-    if item.is_complex():
-        raise TypeError(f"{name} must hold real numbers, got a tensor of dtype {item.dtype}")
-    return item.to(torch.float32)
+    """Bring one array or tensor to float32, its numbers unchanged."""
+    if item.dtype.kind not in "buif" if isinstance(item, np.ndarray) else item.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got dtype {item.dtype}")
+    return torch.from_numpy(item.astype(np.float32)) if isinstance(item, np.ndarray) else item.to(torch.float32)
 
 
 def _to_nchw(item: Array | Tensor, name: str) -> Tensor:
@@ -297,7 +285,7 @@ def _to_nchw(item: Array | Tensor, name: str) -> Tensor:
         pixels = pixels[(None,) * (4 - pixels.ndim)]
     first, last = (pixels.ndim == 4 and pixels.shape[axis] in (1, 3) for axis in (1, 3))
     if not (first or last) or not pixels.numel():
-        shapes = "(H, W), (C, H, W), (H, W, C), (N, C, H, W) or (N, H, W, C) with C 1 or 3, nothing empty"
+        shapes = "(H, W), (C, H, W), (H, W, C), (N, C, H, W) or (N, H, W, C), C 1 or 3, nothing empty"
         raise ValueError(f"{name} must be {shapes}, got {tuple(item.shape)}; drop an alpha channel with [..., :3]")
     if last and not (first and (item.ndim == 2 or isinstance(item, Tensor))):
         pixels = pixels.movedim(3, 1)
