@@ -21,10 +21,10 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 ImageInput: TypeAlias = "Image.Image | Array | Tensor | Sequence[Image.Image] | Sequence[Array] | Sequence[Tensor]"
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 WHITE = {"uint8": 255, "uint16": 65535}
-SLACK = 1e-3
-"""How far float images may leave their range, as resampling makes them do."""
+# What may be white in those of Pillow's modes that hold more than 8 bits:
+DEEP = dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), (65535,)) | {"I": (255, 65535), "F": (1, 255, 65535)}
+SLACK = 1e-3  # how far float images may leave their range, as resampling makes them do
 
 
 def read_images(image: ImageInput, name: str = "image") -> list[Image.Image] | Tensor:
@@ -82,9 +82,8 @@ def is_latents(image: object) -> bool:
 
 def image_size(images: list[Image.Image] | Tensor) -> tuple[int, int]:
     """Return (H, W) of what `read_images` returned."""
-    if isinstance(images, Tensor):
-        return images.shape[2], images.shape[3]
-    return images[0].height, images[0].width
+    height, width = images.shape[2:] if isinstance(images, Tensor) else images[0].size[::-1]
+    return height, width
 
 
 def to_pixels(images: list[Image.Image] | Tensor, multiple_of: int = 8) -> Tensor:
@@ -184,22 +183,20 @@ def depth_image(disparity: Tensor, bits: Literal[8, 16] = 16) -> Image.Image:
     Raises:
         ValueError: more than one map, or not finite.
     """
-    maps = read_depth(disparity, "disparity")
+    maps = read_depth(disparity, "disparity").detach().double().cpu().numpy()
     if len(maps) > 1:
         raise ValueError(f"disparity must be one map, got {len(maps)}; pass them one at a time")
-    values = maps[0].detach().double().cpu().numpy()
-    span = values.max() - values.min()
-    scaled = (values - values.min()) / (span or 1) * (2**bits - 1)
+    values = maps[0] - maps.min()
+    scaled = values / (values.max() or 1) * (2**bits - 1)
     return Image.fromarray(scaled.round().astype(np.uint16 if bits == 16 else np.uint8))
 
 
-def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), *, gap: int = 8) -> Image.Image:
+def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = ()) -> Image.Image:
     """Put pictures side by side, all as high as the first, with a label under each.
 
     Args:
         images: of any mode and size.
         labels: none, or one an image.
-        gap: pixels between the pictures and around them.
 
     Returns:
         An RGB picture on white.
@@ -210,7 +207,7 @@ def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = (), *, 
     if not images or (labels and len(labels) != len(images)):
         raise ValueError(f"images must be some, and labels as many or none, got {len(images)} and {len(labels)}")
     tiles = [_to_rgb(image, "images") for image in images]
-    height = tiles[0].height
+    height, gap = tiles[0].height, 8
     tiles = [tile.resize((max(round(tile.width * height / tile.height), 1), height)) for tile in tiles]
     size = (gap + sum(tile.width + gap for tile in tiles), height + 2 * gap + (24 if labels else 0))
     sheet, left, font = Image.new("RGB", size, "white"), gap, ImageFont.load_default(16)
@@ -244,19 +241,17 @@ def _check_one_size(sizes: list[tuple[int, int]], name: str) -> None:
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
-        image.load()
+        return ImageOps.exif_transpose(image)
     except OSError as error:
         raise ValueError(f"{name} cannot be decoded: {error}; is the file damaged?") from error
-    return ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     image = _upright(image, name)
-    if image.mode in DEEP_MODES:
+    if image.mode in DEEP:
         values = np.asarray(image, dtype=np.float64)
         low, top = values.min(initial=0), values.max(initial=0)
-        steps = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
-        scale = next((step for step in steps if top <= step), None)
+        scale = next((white for white in DEEP[image.mode] if top <= white), None)
         if scale is None or not low >= 0:
             raise ValueError(f"{name} of mode {image.mode} must lie in 0..65535, got {low:g} to {top:g}")
         return Image.fromarray((values * (255 / scale)).round().astype(np.uint8)).convert("RGB")
@@ -265,10 +260,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _to_grey(image: Image.Image, name: str) -> Array:
-    image = _upright(image, name)
-    if image.mode not in (*DEEP_MODES, "L"):
-        image = _to_rgb(image, name).convert("L")
-    return np.array(image, dtype=np.float32)
+    grey = _upright(image, name) if image.mode in (*DEEP, "L") else _to_rgb(image, name).convert("L")
+    return np.array(grey, dtype=np.float32)
 
 
 def _to_tensor(item: Array | Tensor, name: str) -> Tensor:

@@ -47,7 +47,8 @@ from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
 from depthdiff.noise import randn
 from depthdiff.sampler import Step, guide
-from depthdiff.schedulers.base import Plan, Scheduler
+from depthdiff.schedulers.base import Scheduler
+from depthdiff.schedulers.plan import Plan
 from depthdiff.tokenizer import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,8 @@ class StableDiffusionDepth2ImgPipeline(Components):
         )
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.depth_estimator, self.feature_extractor = scheduler, depth_estimator, feature_extractor
-        self._guidance_scale, self._clip_skip, self._num_timesteps = 7.5, None, 0
+        self._guidance_scale, self._num_timesteps = 7.5, 0
+        self._clip_skip: int | None = None
 
     @property
     def vae_scale_factor(self) -> int:

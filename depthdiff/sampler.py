@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from depthdiff.schedulers.base import Plan
+from depthdiff.schedulers.plan import Plan
 
 
 @dataclass

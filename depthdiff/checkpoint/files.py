@@ -9,6 +9,9 @@ from typing import Any
 
 from depthdiff.config import CheckpointError
 
+DIFFUSERS_VERSION = "0.42.1"
+"""Whose layout is written; their loader wants to read some version."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object.

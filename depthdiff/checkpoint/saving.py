@@ -21,12 +21,10 @@ from typing import Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from depthdiff.checkpoint.files import DIFFUSERS_VERSION
 from depthdiff.checkpoint.loading import weight_files
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.models.base import Model
-
-DIFFUSERS_VERSION = "0.42.1"
-"""Whose layout is written; their loader wants to read some version."""
 
 DIFFUSERS_CLASSES = ("AutoencoderKL", "UNet2DConditionModel", "PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler")
 TRANSFORMERS_TYPES = {"CLIPTextModel": "clip_text_model", "DPTForDepthEstimation": "dpt"}
