@@ -99,8 +99,7 @@ def to_pixels(images: list[Image.Image] | Tensor, multiple_of: int = 8) -> Tenso
     Raises:
         ValueError: an image is smaller than the multiple.
 
-    Source: huggingface/diffusers, image_processor.py, `VaeImageProcessor.preprocess`: Lanczos for PIL images, nearest
-        for tensors, even where the size stays.
+    Source: huggingface/diffusers, image_processor.py, `preprocess`: Lanczos for PIL images, nearest for tensors.
     """
     height, width = image_size(images)
     h, w = height - height % multiple_of, width - width % multiple_of

@@ -428,7 +428,7 @@ class StableDiffusionDepth2ImgPipeline(Components):
         """Encode prompts and negative prompts in one batch, equal ones once: (P + N, L, C)."""
         wanted = [(text, clip_skip) for text in texts] + [(text, None) for text in negatives]
         unique = list(dict.fromkeys(text for text, _ in wanted))
-        length = self.tokenizer.model_max_length
+        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         ids = self.tokenizer(unique, padding="max_length", max_length=length, truncation=True).input_ids
         whole = self.tokenizer(unique, padding=False, truncation=False).input_ids
         for text, all_ids in zip(unique, whole, strict=True):
