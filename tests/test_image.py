@@ -47,7 +47,8 @@ ONE = {
     "CHW tensor": torch.from_numpy(FLOAT[0]).permute(2, 0, 1),
     "CHW tensor uint8": torch.from_numpy(PAIR[0]).permute(2, 0, 1),
     "HWC tensor": torch.from_numpy(PAIR[0]),
-    "flipped view": np.moveaxis(PAIR[0], -1, 0)[:, ::-1][:, ::-1],
+    "negative stride": PAIR[0, ::-1].copy()[::-1],
+    "negative stride of floats": FLOAT[0, :, ::-1].copy()[:, ::-1],
 }
 TWO = {
     "PIL": [Image.fromarray(one) for one in PAIR],

@@ -96,6 +96,7 @@ NASTY = [
     "MiXeD CaSe CamelCase ALLCAPS",
     "<s> </s> <pad> <unk> [A] photo photograph moon gate Moon Gate <cat-toy><CAT-TOY>",
     "a</w> </w> Ġa ĥ",
+    "moon  gate moon\ngate Moon\u00a0Gate",
 ]
 
 
