@@ -89,6 +89,10 @@ class Output:
         values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
         return tuple(value for value in values if value is not None)
 
+    def keys(self) -> list[str]:
+        """Return the names of the fields that are not None, so that `f(**out)` passes them on."""
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]  # type: ignore[arg-type]
+
     def __getitem__(self, key: int | slice | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 

@@ -67,6 +67,7 @@ def test_tensors_and_record(tokenizer):
     assert batch.input_ids.dtype == torch.int64
     assert batch["attention_mask"].sum(dim=1).tolist() == [4, int(batch[1].shape[1])]
     assert torch.equal(batch.to("cpu").input_ids, batch.input_ids)
+    assert list(dict(**batch)) == ["input_ids", "attention_mask"], "as model(**batch) needs it"
     array = tokenizer("a cat", return_tensors="np").input_ids
     assert isinstance(array, np.ndarray) and array.shape == (1, 4)
 
