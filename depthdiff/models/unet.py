@@ -189,17 +189,19 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The coarsest level: residual block, attention, residual block."""
+    """The coarsest level: residual block, attention, residual block; only the first of them without attention."""
 
     def __init__(self, level: Level) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(level.resnet(level.channels) for _ in range(2))
-        self.attentions = nn.ModuleList([level.transformer()])
+        self.resnets = nn.ModuleList(level.resnet(level.channels) for _ in range(1 + level.attention))
+        self.attentions = nn.ModuleList(level.transformer() for _ in range(level.attention))
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        x = self.attentions[0](self.resnets[0](x, time), context)
-        return self.resnets[1](x, time)
+        x = self.resnets[0](x, time)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(attention(x, context), time)
+        return x
 
 
 class UpBlock(nn.Module):

@@ -200,7 +200,7 @@ class Encoder(nn.Module):
         )
         self.mid_block = MidBlock(config)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], EPS)
-        self.act = ACTIVATIONS[config.act_fn]()
+        self.act = nn.SiLU()  # whatever `act_fn` says: that is for the residual blocks
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
             UpBlock(config, widths[max(i - 1, 0)], widths[i], upsample=i < last) for i in range(last + 1)
         )
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], EPS)
-        self.act = ACTIVATIONS[config.act_fn]()
+        self.act = nn.SiLU()  # whatever `act_fn` says: that is for the residual blocks
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
