@@ -261,10 +261,11 @@ class StableDiffusionDepth2ImgPipeline(Components):
             clip_skip=clip_skip,
         )
         self._guidance_scale, self._clip_skip, self._num_timesteps = guidance_scale, clip_skip, len(run)
+        repeated = len(run) - int(num_inference_steps * strength)  # PNDM's second call for one step is none of its own
         for step in self.progress_bar(self.denoise(run), total=len(run)):
             if callback_on_step_end is not None:
                 self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, run, step)
-            if callback is not None and step.index % callback_steps == 0:
+            if callback is not None and step.index >= repeated and step.index % callback_steps == 0:
                 callback(step.index, step.timestep, step.latents)
         images = self.decode(run.latents, output_type)
         self.maybe_free_model_hooks()
