@@ -1,0 +1,7 @@
+"""`python -m depthdiff`, the same as the command `depthdiff`."""
+
+import sys
+
+from depthdiff.cli import main
+
+sys.exit(main())
