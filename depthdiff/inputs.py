@@ -9,6 +9,10 @@ from typing import Any
 from torch import Generator, Tensor
 
 from depthdiff.image import OUTPUT_TYPES
+from depthdiff.models.clip_text import CLIPTextModel
+from depthdiff.models.unet import UNet2DConditionModel
+from depthdiff.models.vae import AutoencoderKL
+from depthdiff.tokenizer import CLIPTokenizer
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "depth_mask")
 
@@ -109,6 +113,35 @@ def check_callbacks(
     if unknown:
         raise ValueError(
             f"`callback_on_step_end_tensor_inputs` has to be in {list(CALLBACK_TENSORS)}, but found {unknown}"
+        )
+
+
+def check_fit(
+    vae: AutoencoderKL | None,
+    text_encoder: CLIPTextModel | None,
+    tokenizer: CLIPTokenizer | None,
+    unet: UNet2DConditionModel | None,
+) -> None:
+    """Refuse components that cannot work together; those that are None are not looked at.
+
+    Raises:
+        ValueError: names both sides.
+    """
+    if unet is not None and vae is not None:
+        wanted, found = vae.config.latent_channels + 1, unet.config.in_channels
+        if found != wanted:
+            raise ValueError(
+                f"unet must take {wanted} channels, the latents' and one of depth, got {found}; "
+                "use the UNet of a depth-to-image checkpoint"
+            )
+    if unet is not None and text_encoder is not None:
+        width, read = text_encoder.config.hidden_size, set(unet.config.per_level("cross_attention_dim"))
+        if read != {width}:
+            raise ValueError(f"text_encoder is {width} wide, but the unet reads {read}; use those of one checkpoint")
+    if tokenizer is not None and text_encoder is not None and len(tokenizer) > text_encoder.config.vocab_size:
+        raise ValueError(
+            f"tokenizer has {len(tokenizer)} tokens, but text_encoder knows {text_encoder.config.vocab_size}; "
+            "use those of one checkpoint"
         )
 
 

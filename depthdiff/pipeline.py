@@ -36,6 +36,7 @@ from depthdiff.inputs import (
     check_callbacks,
     check_cross_attention_kwargs,
     check_embeds,
+    check_fit,
     check_generator,
     check_number,
     check_output_type,
@@ -153,6 +154,7 @@ class StableDiffusionDepth2ImgPipeline(Components):
         )
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.depth_estimator, self.feature_extractor = scheduler, depth_estimator, feature_extractor
+        check_fit(vae, text_encoder, tokenizer, unet)
         self._guidance_scale, self._num_timesteps = 7.5, 0
         self._clip_skip: int | None = None
 
@@ -452,7 +454,11 @@ class StableDiffusionDepth2ImgPipeline(Components):
         if image is None:
             raise ValueError("`image` input cannot be undefined; pass the image to start from")
         if not is_latents(image):
-            return read_images(image)
+            images, factor = read_images(image), self.vae_scale_factor
+            if min(image_size(images)) < factor:
+                height, width = image_size(images)
+                raise ValueError(f"`image` must be at least {factor}x{factor} pixels, got {height}x{width}")
+            return images
         if depth_map is None:
             raise ValueError("`image` holds latents, from which no depth can be estimated; pass `depth_map` as well")
         latents = torch.stack(image) if isinstance(image, list) else image

@@ -63,7 +63,7 @@ def fetch(
         CheckpointError: neither folder nor repository, not reachable, or a file is missing.
     """
     root = Path(name_or_path)
-    if not root.is_dir():
+    if not str(name_or_path) or not root.is_dir():
         _refuse_paths(name_or_path)
         prefix = f"{subfolder}/" if subfolder else ""
         root = _download(
