@@ -6,7 +6,8 @@ from depthdiff.models.clip_text import CLIPTextConfig, CLIPTextModel
 from depthdiff.models.dpt import DPTConfig, DPTForDepthEstimation
 from depthdiff.models.unet import UNet2DConditionConfig, UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
-from depthdiff.pipeline import Run, StableDiffusionDepth2ImgPipeline, StableDiffusionPipelineOutput
+from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
+from depthdiff.run import Run, StableDiffusionPipelineOutput
 from depthdiff.sampler import Step
 from depthdiff.schedulers.ddim import DDIMScheduler
 from depthdiff.schedulers.lms import LMSDiscreteScheduler

@@ -1,4 +1,4 @@
-"""The border of the pipeline's call: every wrong argument is named here, before any work starts."""
+"""The border of the pipeline's call: wrong arguments are named here, before any work starts, and right ones paired."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Generator, Tensor
 
-from depthdiff.image import OUTPUT_TYPES
+from depthdiff.image import OUTPUT_TYPES, ImageInput, image_size, is_latents, read_images
 from depthdiff.models.clip_text import CLIPTextModel
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
@@ -182,3 +184,41 @@ def batch_size(counts: Mapping[str, int]) -> int:
                 "pass one, or as many as the other"
             )
     return counts[largest]
+
+
+def repeat(items: list[Any], count: int) -> list[Any]:
+    """Repeat a list as a whole until it has `count` items."""
+    return items * (count // len(items))
+
+
+def expand(x: Tensor, pictures: int, per_prompt: int) -> Tensor:
+    """Give every picture its own: (N, ...) -> (pictures * per_prompt, ...), pictures of one prompt being neighbours."""
+    return torch.cat([x] * (pictures // len(x))).repeat_interleave(per_prompt, dim=0)
+
+
+def read_start(image: ImageInput | None, depth_map: object, factor: int) -> list[Image.Image] | Tensor:
+    """Return what `depthdiff.image.read_images` makes of the images, or the latents (N, 4, h, w) themselves.
+
+    Args:
+        image: of the call.
+        depth_map: of the call; needed beside latents.
+        factor: pixels to a latent, in height and in width.
+
+    Raises:
+        TypeError: neither images nor latents.
+        ValueError: no image, latents without a depth map, or images that are damaged or too small.
+    """
+    if image is None:
+        raise ValueError("`image` input cannot be undefined; pass the image to start from")
+    if not is_latents(image):
+        images = read_images(image)
+        height, width = image_size(images)
+        if min(height, width) < factor:
+            raise ValueError(f"`image` must be at least {factor}x{factor} pixels, got {height}x{width}")
+        return images
+    if depth_map is None:
+        raise ValueError("`image` holds latents, from which no depth can be estimated; pass `depth_map` as well")
+    latents = torch.stack(image) if isinstance(image, list) else image
+    if not isinstance(latents, Tensor) or not latents.isfinite().all():
+        raise ValueError("`image` latents must be finite, got NaN or infinity")
+    return latents

@@ -14,21 +14,17 @@ width in pixels, h and w in latents.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
 from depthdiff import sampler
 from depthdiff.components import Components, nearest
-from depthdiff.config import Output
-from depthdiff.image import from_pixels, image_size, is_latents, read_depth, read_images, to_pixels
+from depthdiff.conditioning import fit_depth, read_texts
+from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images, to_pixels
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.inputs import (
     CALLBACK_TENSORS,
@@ -41,78 +37,20 @@ from depthdiff.inputs import (
     check_number,
     check_output_type,
     check_prompt,
+    expand,
+    read_start,
+    repeat,
 )
 from depthdiff.models.clip_text import CLIPTextModel
 from depthdiff.models.dpt import DPTForDepthEstimation
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
 from depthdiff.noise import randn
+from depthdiff.run import Run, StableDiffusionPipelineOutput, StepCallback, call_back
 from depthdiff.sampler import Step, guide
 from depthdiff.schedulers.base import Scheduler
 from depthdiff.schedulers.plan import Plan
 from depthdiff.tokenizer import CLIPTokenizer
-
-logger = logging.getLogger(__name__)
-
-ImageInput = Image.Image | np.ndarray | Tensor | list[Any]
-
-
-@dataclass
-class StableDiffusionPipelineOutput(Output):
-    """What a call returns.
-
-    Attributes:
-        images: B PIL images, an array (B, H, W, 3) in [0, 1], or a tensor, as `output_type` says.
-        nsfw_content_detected: None: no safety check runs.
-    """
-
-    images: list[Image.Image] | np.ndarray | Tensor
-    nsfw_content_detected: list[bool] | None = None
-
-
-@dataclass
-class Run:
-    """Everything that a run needs once it is prepared; assign to a field to change the course of the run.
-
-    Attributes:
-        plan: the scheduler's steps, already cut by the strength.
-        latents: (B, 4, h, w), as noisy as the next step expects.
-        context: (B, L, C), the prompts; with guidance (2B, L, C), the negative ones first.
-        depth: (B, 1, h, w) in [-1, 1], near is large; with guidance (2B, 1, h, w), twice the same.
-        guidance_scale: guidance is on above 1.
-        generator: for schedulers that add noise on the way.
-    """
-
-    plan: Plan
-    latents: Tensor
-    context: Tensor
-    depth: Tensor
-    guidance_scale: float
-    generator: Generator | Sequence[Generator] | None
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-
-def normalize_depth(disparity: Tensor) -> Tensor:
-    """Stretch each map to the range the UNet was trained on.
-
-    MiDaS predicts relative inverse depth: no unit, larger is nearer, known only up to scale and shift. Stretching to
-    [-1, 1] removes both.
-
-    Args:
-        disparity: (B, 1, h, w), float, any range.
-
-    Returns:
-        (B, 1, h, w), in [-1, 1]; both ends are reached in every map, but a constant map is -1 everywhere.
-
-    Source: Stability-AI/stablediffusion, scripts/gradio/depth2img.py, `paint`. For constant maps, where that divides by
-        zero, we follow training (ldm/models/diffusion/ddpm.py, `LatentDepth2ImageDiffusion.get_input`), which has 0.001
-        more in the denominator.
-    """
-    low, high = disparity.amin(dim=(1, 2, 3), keepdim=True), disparity.amax(dim=(1, 2, 3), keepdim=True)
-    extent = torch.where(high > low, high - low, torch.full_like(low, 0.001))
-    return 2.0 * (disparity - low) / extent - 1.0
 
 
 class StableDiffusionDepth2ImgPipeline(Components):
@@ -202,7 +140,7 @@ class StableDiffusionDepth2ImgPipeline(Components):
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
-        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any]:
@@ -266,7 +204,7 @@ class StableDiffusionDepth2ImgPipeline(Components):
         repeated = len(run) - int(num_inference_steps * strength)  # PNDM's second call for one step is none of its own
         for step in self.progress_bar(self.denoise(run), total=len(run)):
             if callback_on_step_end is not None:
-                self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, run, step)
+                call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, self, run, step)
             if callback is not None and step.index >= repeated and step.index % callback_steps == 0:
                 callback(step.index, step.timestep, step.latents)
         images = self.decode(run.latents, output_type)
@@ -303,7 +241,7 @@ class StableDiffusionDepth2ImgPipeline(Components):
         if not isinstance(self.scheduler, Scheduler):
             raise TypeError(f"scheduler must be one of depthdiff's, got {type(self.scheduler).__name__}")
         plan = self.scheduler.plan(num_inference_steps, strength, eta=eta, device=self.execution_device)
-        images = self._read_image(image, depth_map)
+        images = read_start(image, depth_map, self.vae_scale_factor)
         depths = None if depth_map is None else read_depth(depth_map)
 
         texts = [prompt] if isinstance(prompt, str) else prompt
@@ -418,7 +356,8 @@ class StableDiffusionDepth2ImgPipeline(Components):
             negatives = repeat(negatives, count)
 
         if texts or negatives:
-            read = self._read_texts(texts, negatives, clip_skip)
+            encoder = self._at_work("text_encoder")
+            read = read_texts(texts, negatives, clip_skip, self.tokenizer, encoder, self.execution_device)
             prompt_embeds = read[: len(texts)] if texts else prompt_embeds
             negative_prompt_embeds = read[len(texts) :] if negatives else negative_prompt_embeds
         kind = {"device": device or self.execution_device, "dtype": self.unet.dtype}
@@ -426,45 +365,6 @@ class StableDiffusionDepth2ImgPipeline(Components):
         if not do_classifier_free_guidance:
             return positive, None
         return positive, negative_prompt_embeds.to(**kind).repeat_interleave(num_images_per_prompt, dim=0)  # type: ignore[union-attr, call-overload]
-
-    def _read_texts(self, texts: list[str], negatives: list[str], clip_skip: int | None) -> Tensor:
-        """Encode prompts and negative prompts in one batch, equal ones once: (P + N, L, C)."""
-        wanted = [(text, clip_skip) for text in texts] + [(text, None) for text in negatives]
-        unique = list(dict.fromkeys(text for text, _ in wanted))
-        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        ids = self.tokenizer(unique, padding="max_length", max_length=length, truncation=True).input_ids
-        whole = self.tokenizer(unique, padding=False, truncation=False).input_ids
-        for text, all_ids in zip(unique, whole, strict=True):
-            if len(all_ids) > length:
-                lost = self.tokenizer.decode(all_ids[length - 1 : -1])
-                logger.warning("%r has %d tokens; of the end is not read: %r", text[:40], len(all_ids) - 2, lost)
-        encoder = self._at_work("text_encoder")
-        output = encoder(torch.tensor(ids, device=self.execution_device), output_hidden_states=clip_skip is not None)
-        rows = []
-        for text, skip in wanted:
-            row = unique.index(text)
-            if skip is None:
-                rows.append(output.last_hidden_state[row])
-            else:
-                rows.append(encoder.final_layer_norm(output.hidden_states[-(skip + 1)][row]))
-        return torch.stack(rows)
-
-    def _read_image(self, image: ImageInput | None, depth_map: object) -> list[Image.Image] | Tensor:
-        """Return what `depthdiff.image.read_images` makes of the images, or the latents (N, 4, h, w) themselves."""
-        if image is None:
-            raise ValueError("`image` input cannot be undefined; pass the image to start from")
-        if not is_latents(image):
-            images, factor = read_images(image), self.vae_scale_factor
-            if min(image_size(images)) < factor:
-                height, width = image_size(images)
-                raise ValueError(f"`image` must be at least {factor}x{factor} pixels, got {height}x{width}")
-            return images
-        if depth_map is None:
-            raise ValueError("`image` holds latents, from which no depth can be estimated; pass `depth_map` as well")
-        latents = torch.stack(image) if isinstance(image, list) else image
-        if not latents.isfinite().all():  # type: ignore[union-attr]
-            raise ValueError("`image` latents must be finite, got NaN or infinity")
-        return latents  # type: ignore[return-value]
 
     def _depth(self, images: list[Image.Image] | Tensor, disparity: Tensor | None) -> Tensor:
         """Estimate the depth where it is not given, and bring it to the latents' size: (N, 1, h, w) in [-1, 1]."""
@@ -474,9 +374,7 @@ class StableDiffusionDepth2ImgPipeline(Components):
             height, width = (side // self.vae_scale_factor for side in image_size(images))
         if disparity is None:
             disparity = self.estimate_depth(images)
-        disparity = disparity.to(self.execution_device, torch.float32)[:, None]
-        resized = F.interpolate(disparity, size=(height, width), mode="bicubic", align_corners=False)
-        return normalize_depth(resized)
+        return fit_depth(disparity.to(self.execution_device, torch.float32), height, width)
 
     @torch.no_grad()
     def estimate_depth(self, image: ImageInput) -> Tensor:
@@ -511,34 +409,3 @@ class StableDiffusionDepth2ImgPipeline(Components):
             clean = clean if listed else expand(clean, pictures, per_prompt)
         noise = randn(clean.shape, generator, device=clean.device, dtype=dtype)
         return plan.add_noise(clean, noise)
-
-    def _call_back(
-        self,
-        function: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None],
-        names: Sequence[str],
-        run: Run,
-        step: Step,
-    ) -> None:
-        """Hand a finished step to diffusers' kind of callback, and take over what it returns."""
-        negative = run.context.chunk(2)[0] if run.guidance_scale > 1 else None
-        tensors = {
-            "latents": step.latents,
-            "prompt_embeds": run.context,
-            "negative_prompt_embeds": negative,
-            "depth_mask": run.depth,
-        }
-        replaced = function(self, step.index, step.timestep, {name: tensors[name] for name in names}) or {}
-        step.latents = replaced.get("latents", step.latents)
-        run.context = replaced.get("prompt_embeds", run.context)
-        run.depth = replaced.get("depth_mask", run.depth)
-        run.guidance_scale = self._guidance_scale
-
-
-def repeat(items: list[Any], count: int) -> list[Any]:
-    """Repeat a list as a whole until it has `count` items."""
-    return items * (count // len(items))
-
-
-def expand(x: Tensor, pictures: int, per_prompt: int) -> Tensor:
-    """Give every picture its own: (N, ...) -> (pictures * per_prompt, ...), pictures of one prompt being neighbours."""
-    return torch.cat([x] * (pictures // len(x))).repeat_interleave(per_prompt, dim=0)

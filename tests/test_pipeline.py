@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from depthdiff import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
-from depthdiff.pipeline import normalize_depth
+from depthdiff.conditioning import normalize_depth
 
 STEPS = 4
 

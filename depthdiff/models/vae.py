@@ -6,19 +6,19 @@ times smaller).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from depthdiff.config import Config, Output
 from depthdiff.models.attention import MultiHeadAttention
 from depthdiff.models.base import Model
+from depthdiff.models.gaussian import DiagonalGaussianDistribution
 from depthdiff.models.layers import ACTIVATIONS, Downsample2D, ResnetBlock2D, Upsample2D
-from depthdiff.noise import randn
+from depthdiff.models.tiling import run_in_tiles
 
 EPS = 1e-6
 """Of every group norm of the autoencoder; the UNet's residual blocks have 1e-5."""
@@ -69,41 +69,6 @@ class AutoencoderKLConfig(Config):
         for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "scaling_factor"):
             if self[name] <= 0:
                 raise ValueError(f"{name} must be positive, got {self[name]}")
-
-
-class DiagonalGaussianDistribution:
-    """What the encoder says of the latents: a mean and a variance for each number.
-
-    Args:
-        parameters: (B, 2C, h, w), the mean and the logarithm of the variance, which is clamped to [-30, 20].
-    """
-
-    def __init__(self, parameters: Tensor) -> None:
-        self.parameters = parameters
-        self.mean, logvar = parameters.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
-
-    @property
-    def std(self) -> Tensor:
-        """(B, C, h, w), the standard deviation."""
-        return torch.exp(0.5 * self.logvar)
-
-    def sample(self, generator: Generator | Sequence[Generator] | None = None) -> Tensor:
-        """Draw latents (B, C, h, w); see `depthdiff.noise.randn` for the generator."""
-        mean = self.mean
-        return mean + self.std * randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> DiagonalGaussianDistribution:
-        """Return the distribution whose parameters are `change` of these, such as more copies of each."""
-        return DiagonalGaussianDistribution(change(self.parameters))
-
-    def mode(self) -> Tensor:
-        """Return the most probable latents (B, C, h, w)."""
-        return self.mean
-
-    def kl(self) -> Tensor:
-        """Divergence from the unit normal, summed over a sample: (B,), in nats. Source: arXiv:1312.6114, appendix B."""
-        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
 @dataclass
@@ -324,44 +289,12 @@ class AutoencoderKL(Model):
         return torch.cat([run(one) for one in x.split(1)]) if self.use_slicing and len(x) > 1 else run(x)
 
     def _encode_tiled(self, x: Tensor) -> Tensor:
-        return self._tiled(self._encode, x, self.tile_sample_min_size, self.tile_latent_min_size)
+        sizes = self.tile_sample_min_size, self.tile_latent_min_size
+        return run_in_tiles(self._encode, x, *sizes, self.tile_overlap_factor)
 
     def _decode_tiled(self, z: Tensor) -> Tensor:
-        return self._tiled(self._decode, z, self.tile_latent_min_size, self.tile_sample_min_size)
-
-    def _tiled(self, run: Callable[[Tensor], Tensor], x: Tensor, size_in: int, size_out: int) -> Tensor:
-        """Run tiles of `size_in` that overlap by a quarter, and join the results, of `size_out`.
-
-        A tile's result first fades out of the one above it, then out of the one to its left, as in diffusers'
-        `AutoencoderKL`; what is blended is the tile already blended, so that corners mix all four.
-        """
-        step = int(size_in * (1 - self.tile_overlap_factor))
-        overlap = int(size_out * self.tile_overlap_factor)
-        keep = size_out - overlap
-        above: list[Tensor] = []
-        rows = []
-        for top in range(0, x.shape[2], step):
-            row: list[Tensor] = []
-            for left in range(0, x.shape[3], step):
-                tile = run(x[:, :, top : top + size_in, left : left + size_in])
-                if above:
-                    tile = fade(above[len(row)], tile, overlap, dim=2)
-                if row:
-                    tile = fade(row[-1], tile, overlap, dim=3)
-                row.append(tile)
-            rows.append(torch.cat([tile[:, :, :keep, :keep] for tile in row], dim=3))
-            above = row
-        return torch.cat(rows, dim=2)
-
-
-def fade(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
-    """Let the first `extent` rows (dim 2) or columns (dim 3) of `after` grow out of the last ones of `before`."""
-    extent = min(before.shape[dim], after.shape[dim], extent)
-    ramp = torch.arange(extent, device=after.device, dtype=after.dtype) / extent
-    ramp = F.pad(ramp, (0, after.shape[dim] - extent), value=1.0).view(-1, *(1,) * (3 - dim))
-    start = before.narrow(dim, before.shape[dim] - extent, extent)
-    start = F.pad(start, (0, 0) * (3 - dim) + (0, after.shape[dim] - extent))
-    return start * (1 - ramp) + after * ramp
+        sizes = self.tile_latent_min_size, self.tile_sample_min_size
+        return run_in_tiles(self._decode, z, *sizes, self.tile_overlap_factor)
 
 
 def resnet(config: AutoencoderKLConfig, in_channels: int, out_channels: int) -> ResnetBlock2D:

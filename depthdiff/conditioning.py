@@ -1,0 +1,84 @@
+"""What the UNet is told beside the latents: the prompts as context, and the depth.
+
+Letters: B batch, P prompts, N negative prompts, L tokens, C their channels, h and w height and width of the latents.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from depthdiff.models.clip_text import CLIPTextModel
+from depthdiff.tokenizer import CLIPTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def read_texts(
+    texts: list[str],
+    negatives: list[str],
+    clip_skip: int | None,
+    tokenizer: CLIPTokenizer,
+    encoder: CLIPTextModel,
+    device: torch.device,
+) -> Tensor:
+    """Encode prompts and negative prompts in one batch, equal ones once.
+
+    Args:
+        texts: P prompts.
+        negatives: N negative prompts.
+        clip_skip: how many of the encoder's last layers to leave out, for the prompts only.
+        tokenizer: text to tokens.
+        encoder: tokens to context.
+        device: where the encoder works.
+
+    Returns:
+        (P + N, L, C), the prompts first.
+    """
+    wanted = [(text, clip_skip) for text in texts] + [(text, None) for text in negatives]
+    unique = list(dict.fromkeys(text for text, _ in wanted))
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    ids = tokenizer(unique, padding="max_length", max_length=length, truncation=True).input_ids
+    for text, all_ids in zip(unique, tokenizer(unique).input_ids, strict=True):
+        if len(all_ids) > length:
+            lost = tokenizer.decode(all_ids[length - 1 : -1])
+            logger.warning("%r has %d tokens; of the end is not read: %r", text[:40], len(all_ids) - 2, lost)
+    output = encoder(torch.tensor(ids, device=device), output_hidden_states=clip_skip is not None)
+    rows = []
+    for text, skip in wanted:
+        row = unique.index(text)
+        if skip is None:
+            rows.append(output.last_hidden_state[row])
+        else:
+            rows.append(encoder.final_layer_norm(output.hidden_states[-(skip + 1)][row]))
+    return torch.stack(rows)
+
+
+def fit_depth(disparity: Tensor, height: int, width: int) -> Tensor:
+    """Bring maps (B, H, W) of any size and range to the latents' (B, 1, height, width), in [-1, 1]."""
+    resized = F.interpolate(disparity[:, None], size=(height, width), mode="bicubic", align_corners=False)
+    return normalize_depth(resized)
+
+
+def normalize_depth(disparity: Tensor) -> Tensor:
+    """Stretch each map to the range the UNet was trained on.
+
+    MiDaS predicts relative inverse depth: no unit, larger is nearer, known only up to scale and shift. Stretching to
+    [-1, 1] removes both.
+
+    Args:
+        disparity: (B, 1, h, w), float, any range.
+
+    Returns:
+        (B, 1, h, w), in [-1, 1]; both ends are reached in every map, but a constant map is -1 everywhere.
+
+    Source: Stability-AI/stablediffusion, scripts/gradio/depth2img.py, `paint`. For constant maps, where that divides by
+        zero, we follow training (ldm/models/diffusion/ddpm.py, `LatentDepth2ImageDiffusion.get_input`), which has 0.001
+        more in the denominator.
+    """
+    low, high = disparity.amin(dim=(1, 2, 3), keepdim=True), disparity.amax(dim=(1, 2, 3), keepdim=True)
+    extent = torch.where(high > low, high - low, torch.full_like(low, 0.001))
+    return 2.0 * (disparity - low) / extent - 1.0

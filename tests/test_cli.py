@@ -1,0 +1,139 @@
+"""The command: what it writes, prints and returns."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from depthdiff import StableDiffusionDepth2ImgPipeline
+from depthdiff.cli import build_parser, main
+
+
+@pytest.fixture
+def place(tmp_path, tiny_folder, small_photo, monkeypatch):
+    """A working folder with a photo, and the checkpoint beside it."""
+    small_photo.save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(tiny_folder, *more):
+    return ["two tigers", "photo.png", "--model", str(tiny_folder), "--steps", "3", *map(str, more)]
+
+
+def test_a_picture_that_can_be_made_again(place, tiny_folder, capsys):
+    assert main(command(tiny_folder, "--seed", 7, "-o", "a.png", "-n", "blurry")) == 0
+    out = capsys.readouterr().out
+    assert "seed 7" in out
+    assert "a.png" in out
+    with Image.open("a.png") as picture:
+        how = json.loads(picture.text["depthdiff"])
+        first = np.asarray(picture)
+    assert first.shape == (88, 120, 3)
+    assert (how["prompt"], how["negative_prompt"], how["seed"], how["steps"]) == ("two tigers", "blurry", 7, 3)
+    again = command(tiny_folder, "--seed", how["seed"], "-o", "b.png", "-n", how["negative_prompt"])
+    assert main(again) == 0
+    with Image.open("b.png") as picture:
+        assert np.array_equal(np.asarray(picture), first)
+    assert sorted(path.name for path in place.iterdir()) == ["a.png", "b.png", "photo.png"]
+
+
+def test_default_name_and_new_seed(place, tiny_folder, capsys):
+    assert main(command(tiny_folder)) == 0
+    assert main(command(tiny_folder)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("seed ")
+    assert lines[0] != lines[2]
+    assert (place / "photo-depthdiff.png").exists()
+
+
+def test_the_picture_is_that_of_the_library(place, tiny_folder, small_photo):
+    import torch
+
+    assert main(command(tiny_folder, "--seed", 5, "-o", "a.png", "--scheduler", "ddim", "--eta", "0.5")) == 0
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder)
+    from depthdiff import DDIMScheduler
+
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    expected = pipe(
+        "two tigers", small_photo, num_inference_steps=3, eta=0.5, generator=torch.Generator().manual_seed(5)
+    ).images[0]
+    with Image.open("a.png") as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+
+def test_several_pictures_depth_and_sheet(place, tiny_folder):
+    arguments = ["--num-images", 2, "--seed", 1, "-o", "a.jpg", "--save-depth", "depth.png", "--sheet", "sheet.png"]
+    assert main(command(tiny_folder, *arguments)) == 0
+    with Image.open("a-1.jpg") as one, Image.open("a-2.jpg") as two:
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(two)).max() > 10
+    with Image.open("depth.png") as depth:
+        assert depth.mode == "I;16"
+        assert np.asarray(depth).max() == 65535
+    with Image.open("sheet.png") as sheet:
+        assert sheet.width > 4 * 100
+    # the depth map that was saved, used again, gives the same picture but for its 16 bits
+    assert main(command(tiny_folder, "--seed", 1, "-o", "b.png", "--depth", "depth.png")) == 0
+    assert main(command(tiny_folder, "--seed", 1, "-o", "c.png")) == 0
+    with Image.open("b.png") as b, Image.open("c.png") as c:
+        assert np.abs(np.asarray(b).astype(int) - np.asarray(c)).max() <= 2
+
+
+FAILURES = {
+    "photo missing": (["two tigers", "nowhere.png"], "nowhere.png is no file"),
+    "photo that is none": (["two tigers", "text.png"], "cannot identify image file"),
+    "model missing": (["two tigers", "photo.png", "--model", "./nowhere"], "'./nowhere' is no folder"),
+    "folder missing": (["two tigers", "photo.png", "-o", "no/a.png"], "does not exist; make it first"),
+    "unknown type": (["two tigers", "photo.png", "-o", "a.xyz"], "must end in the name of an image type"),
+    "over the photo": (["two tigers", "photo.png", "-o", "photo.png"], "must all have different names"),
+    "no pictures": (["two tigers", "photo.png", "--num-images", "0"], "--num-images must be at least 1"),
+    "strength": (["two tigers", "photo.png", "--strength", "1.5"], "strength must be in [0, 1], got 1.5"),
+    "depth missing": (["two tigers", "photo.png", "--depth", "d.png"], "depth d.png is no file"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_failures_are_one_line_and_status_1(place, tiny_folder, capsys, case):
+    (place / "text.png").write_text("no picture")
+    arguments, message = FAILURES[case]
+    model = [] if "--model" in arguments else ["--model", str(tiny_folder)]
+    assert main([*arguments, *model]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len([line for line in error.splitlines() if line.startswith("depthdiff")]) == 1
+    assert "Traceback" not in error
+    assert sorted(path.name for path in place.iterdir()) == ["photo.png", "text.png"]
+
+
+def test_traceback_with_v(place, tiny_folder, capsys):
+    assert main([*command(tiny_folder), "--strength", "2", "-v"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["only a prompt"], ["a", "b", "--steps", "many"], ["a", "b", "--nothing"]])
+def test_wrong_usage_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: depthdiff" in capsys.readouterr().err
+
+
+def test_help_and_module(capsys):
+    for action in build_parser()._actions:
+        assert action.help, action.option_strings
+    command = [sys.executable, "-m", "depthdiff", "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+    assert "PROMPT" in done.stdout
+
+
+def test_example_script(place, tiny_folder):
+    """`scripts/depth2img.py`, the library's use in one file, runs as it is written."""
+    from depth2img import main as example
+
+    example(str(tiny_folder), "photo.png", "two tigers", "result.png")
+    with Image.open("result.png") as picture:
+        assert picture.size == (120, 88)
