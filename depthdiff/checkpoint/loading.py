@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from depthdiff.checkpoint import tokenizer_files
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.hub import fetch, fetch_config
 from depthdiff.checkpoint.tables import TABLES
@@ -32,7 +33,6 @@ from depthdiff.tokenizer import CLIPTokenizer
 AnyModel = TypeVar("AnyModel", bound=Model)
 DType = torch.dtype | Literal["auto"] | None
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 SLOTS: dict[str, dict[str, Any]] = {
     "vae": {"AutoencoderKL": AutoencoderKL},
     "text_encoder": {"CLIPTextModel": CLIPTextModel},
@@ -47,7 +47,7 @@ SLOTS: dict[str, dict[str, Any]] = {
 """Component -> published class name -> our class."""
 
 SMALL_FILES = {
-    "tokenizer": (*TOKENIZER_FILES, "added_tokens.json"),
+    "tokenizer": tokenizer_files.FILES,
     "scheduler": ("scheduler_config.json",),
     "feature_extractor": ("preprocessor_config.json",),
 }

@@ -151,14 +151,19 @@ def _keep_others(old: Path, new: Path, stale: tuple[str, ...]) -> None:
 
 
 def _exchange(new: Path, folder: Path) -> None:
-    """Swap two folders in one step where the system can, else in two renames that leave both whole."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    at_cwd, exchange = -100, 2
-    if swap is None or swap(at_cwd, os.fsencode(new), at_cwd, os.fsencode(folder), exchange) != 0:
+    """Swap two folders, in one step where the system can, else in two renames that leave both whole."""
+    if not _exchange_in_one_step(new, folder):
         old = new.with_name(new.name + ".old")
         os.rename(folder, old)
         os.rename(new, folder)
         shutil.rmtree(old)
+
+
+def _exchange_in_one_step(new: Path, folder: Path) -> bool:
+    """Ask Linux to swap two folders; False where the system or its file system cannot."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    at_cwd, exchange = -100, 2
+    return swap is not None and swap(at_cwd, os.fsencode(new), at_cwd, os.fsencode(folder), exchange) == 0
 
 
 def _umask() -> int:

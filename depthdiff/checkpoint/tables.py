@@ -14,8 +14,9 @@ def same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-RESNET = same("norm1", "conv1", "norm2", "conv2", "conv_shortcut")
-UNET_RESNET = {**RESNET, **same("time_emb_proj")}
+SAME_WIDTH = same("norm1", "conv1", "norm2", "conv2")
+RESNET = {**SAME_WIDTH, **same("conv_shortcut")}
+TIME = same("time_emb_proj")
 QKV = same("to_q", "to_k", "to_v")
 ATTENTION = {**QKV, "to_out.0": "to_out"}
 TRANSFORMER = {
@@ -38,13 +39,13 @@ def block(path: str, resnet: dict[str, str], more: dict[str, str]) -> dict[str, 
 UNET_ATTENTIONS = nest("attentions.{j}", "attentions.{j}", TRANSFORMER)
 UNET = {
     **same("conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_norm_out", "conv_out"),
-    **block("down_blocks.{i}", UNET_RESNET, {**UNET_ATTENTIONS, **DOWNSAMPLE}),
-    **block("mid_block", UNET_RESNET, UNET_ATTENTIONS),
-    **block("up_blocks.{i}", UNET_RESNET, {**UNET_ATTENTIONS, **UPSAMPLE}),
+    **block("down_blocks.{i}", RESNET | TIME, {**UNET_ATTENTIONS, **DOWNSAMPLE}),
+    **block("mid_block", SAME_WIDTH | TIME, UNET_ATTENTIONS),
+    **block("up_blocks.{i}", RESNET | TIME, {**UNET_ATTENTIONS, **UPSAMPLE}),
 }
 
 VAE_ATTENTION = {"group_norm": "norm", **{left: f"attn.{right}" for left, right in ATTENTION.items()}}
-VAE_MID = block("mid_block", RESNET, nest("attentions.0", "attention", VAE_ATTENTION))
+VAE_MID = block("mid_block", SAME_WIDTH, nest("attentions.0", "attention", VAE_ATTENTION))
 CODER = {**same("conv_in", "conv_norm_out", "conv_out"), **VAE_MID}
 VAE = {
     **same("quant_conv", "post_quant_conv"),

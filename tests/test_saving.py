@@ -1,0 +1,132 @@
+"""Saving is all or nothing: killed at any moment, the folder is the old checkpoint or the new one, whole."""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from random_checkpoint import build_pipeline
+
+from depthdiff import StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
+from depthdiff.checkpoint import saving
+
+ROOT = Path(__file__).parent.parent
+
+WRITER = """
+import sys
+from random_checkpoint import build_pipeline
+pipes = [build_pipeline("tiny", seed) for seed in (0, 100)]
+print("ready", flush=True)
+turn = 0
+while True:
+    turn += 1
+    pipes[turn % 2].save_pretrained(sys.argv[1], max_shard_size="20KB")
+"""
+
+
+def fingerprint(folder):
+    """Sum the weights of every network of a checkpoint."""
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(folder)
+    return tuple(
+        sum(p.double().sum().item() for p in network.state_dict().values()) for network in pipe.networks.values()
+    )
+
+
+def test_killed_at_any_moment(tmp_path):
+    """Ten kills of a process that saves two checkpoints in turns over each other."""
+    folder = tmp_path / "checkpoint"
+    whole = set()
+    for seed in (0, 100):
+        build_pipeline("tiny", seed).save_pretrained(folder)
+        whole.add(fingerprint(folder))
+    assert len(whole) == 2
+    rng = random.Random(0)
+    for _ in range(10):
+        command = [sys.executable, "-c", f"import sys; sys.path[:0] = ['{ROOT}/scripts', '{ROOT}']\n" + WRITER]
+        with subprocess.Popen([*command, str(folder)], stdout=subprocess.PIPE) as writer:
+            assert writer.stdout.readline() == b"ready\n"
+            time.sleep(rng.random() * 0.4)
+            writer.send_signal(signal.SIGKILL)
+        assert fingerprint(folder) in whole
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two renames"])
+def test_over_an_old_checkpoint(pipe, tmp_path, monkeypatch, exchange):
+    """What the user has beside it stays; parts of the old weights do not."""
+    if not exchange:
+        monkeypatch.setattr(saving, "_exchange_in_one_step", lambda new, folder: False)
+    folder = tmp_path / "checkpoint"
+    pipe.save_pretrained(folder, max_shard_size="50KB")
+    (folder / "README.md").write_text("mine")
+    (folder / "unet" / "notes").mkdir()
+    (folder / "unet" / "notes" / "a.txt").write_text("also mine")
+    before = len(list((folder / "unet").glob("*.safetensors")))
+    other = build_pipeline("tiny", 100)
+    other.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / "unet" / "notes" / "a.txt").read_text() == "also mine"
+    assert before > 1
+    assert [path.name for path in (folder / "unet").glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
+    loaded = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    for key, value in other.unet.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_variant_beside_the_plain_weights(pipe, tmp_path):
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    pipe.unet.half().save_pretrained(tmp_path / "unet", variant="fp16")
+    assert UNet2DConditionModel.from_pretrained(tmp_path / "unet", torch_dtype="auto").dtype == torch.float32
+    half = UNet2DConditionModel.from_pretrained(tmp_path / "unet", variant="fp16", torch_dtype="auto")
+    assert half.dtype == torch.float16
+
+
+def test_saving_over_the_folder_that_is_in_use(tmp_path):
+    """The weights are mapped from the very files that are replaced."""
+    build_pipeline("tiny").save_pretrained(tmp_path / "checkpoint")
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path / "checkpoint")
+    expected = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    again = StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path / "checkpoint")
+    for key, value in expected.items():
+        assert torch.equal(pipe.unet.state_dict()[key], value)
+        assert torch.equal(again.unet.state_dict()[key], value)
+
+
+def test_a_failure_leaves_the_old_folder_and_nothing_else(pipe, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint"
+    pipe.save_pretrained(folder)
+    old = fingerprint(folder)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        build_pipeline("tiny", 100).save_pretrained(folder)
+    assert fingerprint(folder) == old
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_places_that_cannot_be_written(pipe, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        pipe.save_pretrained(tmp_path / "file")
+    with pytest.raises(FileExistsError, match="file"):
+        pipe.unet.save_pretrained(tmp_path / "file" / "below")
+    with pytest.raises(ValueError, match="safe_serialization"):
+        pipe.unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_new_folders_may_be_deep_and_have_ordinary_rights(pipe, tmp_path):
+    pipe.unet.save_pretrained(tmp_path / "a" / "b")
+    (tmp_path / "ordinary").mkdir()
+    assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    shutil.rmtree(tmp_path / "a")
