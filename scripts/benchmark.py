@@ -30,9 +30,12 @@ PACKAGES = ("depthdiff", "diffusers")
 
 IMPORT = "import time; s = time.perf_counter(); from {package} import StableDiffusionDepth2ImgPipeline; {end}"
 LOAD = """
-import resource, time, torch
+import time, torch
 from {package} import StableDiffusionDepth2ImgPipeline as Pipeline
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this process alone; ru_maxrss would begin with that of the process that started it
+    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+base = peak()
 s = time.perf_counter()
 pipe = Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype}, local_files_only=True)
 seconds = time.perf_counter() - s
@@ -41,8 +44,7 @@ size = sum(p.numel() * p.element_size() for n in networks for p in n.parameters(
 for network in networks:
     for p in network.parameters():
         p.detach().sum()
-peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024
-print(seconds, peak / size)
+print(seconds, (peak() - base) / size)
 """
 
 

@@ -134,22 +134,25 @@ def test_weights_that_are_no_floats_or_twice_there(tiny_folder, tmp_path):
 
 WIDE = {**GEOMETRIES["small"]["unet"], "block_out_channels": [256, 320, 512, 640], "attention_head_dim": 8}
 PEAK = """
-import resource, sys, torch
+import sys, torch
 from depthdiff import UNet2DConditionModel
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this process alone; ru_maxrss would begin with that of the process that started it
+    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+base = peak()
 model = UNet2DConditionModel.from_pretrained(sys.argv[1])
 for parameter in model.parameters():
     parameter.detach().sum()
 size = sum(p.numel() * p.element_size() for p in model.parameters())
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024 / size, size)
+print((peak() - base) / size, size)
 """
 
 
 def test_the_weights_are_in_memory_once(tmp_path):
-    """Peak memory after every weight was read, over the weights' bytes. Observed: 1.01 for 0.9 GB."""
+    """Peak memory after every weight was read, over the weights' bytes. Observed: 1.01 for 0.76 GB."""
     model = UNet2DConditionModel.from_config(WIDE)
     model.save_pretrained(tmp_path)
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], check=True, capture_output=True, text=True)
     ratio, size = map(float, done.stdout.split())
     assert size > 500e6
-    assert ratio < 1.15
+    assert 0.95 < ratio < 1.15
