@@ -1,0 +1,509 @@
+"""Train the bundled model, from nothing, in one command: scenes, autoencoder, depth net, then text encoder and UNet.
+
+    python scripts/mini/train.py                          # all stages, into runs/mini; goes on where it stopped
+    python scripts/mini/train.py --stage unet --run DIR   # one stage
+
+Every stage saves as it goes and resumes; a step's random numbers depend on its number alone, so that a run that was
+broken off ends at the weights of an unbroken one. Losses are logged to DIR/log.txt. The model is written to DIR/model
+whenever the last stage saves. CPU or GPU; bfloat16 where the device has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scenes import SIZE, caption, random_scene, render, repaint, to_pictures
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Generator, Tensor, nn
+
+from depthdiff import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTokenizer,
+    DDIMScheduler,
+    DPTForDepthEstimation,
+    DPTImageProcessor,
+    StableDiffusionDepth2ImgPipeline,
+    UNet2DConditionModel,
+)
+from depthdiff.conditioning import fit_depth
+
+LOOKS = 2
+"""Pictures of each geometry: the same depth under other words."""
+
+LOOK_SEED = 10_000_000
+DISPARITY_SCALE = 10.0
+"""Brings the disparity of the scenes to about 1..5, which a network learns easily; depth is relative anyway."""
+
+SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+TOKENS = 32
+DROPOUT = 0.1
+"""Share of empty prompts in training, for guidance. Source: arXiv:2207.12598, sec. 3.2."""
+
+VAE = {
+    "block_out_channels": [32, 64, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "sample_size": SIZE,
+    "scaling_factor": 1.0,
+}
+DEPTH = {
+    "is_hybrid": True,
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "image_size": SIZE,
+    "neck_hidden_sizes": [32, 64, 64, 64],
+    "fusion_hidden_size": 48,
+    "backbone_out_indices": [0, 1, 2, 3],
+    "readout_type": "project",
+    "reassemble_factors": [1, 1, 1, 0.5],
+    "neck_ignore_stages": [0, 1],
+    "backbone_featmap_shape": [1, 96, 8, 8],
+    "backbone_config": {
+        "model_type": "bit",
+        "hidden_sizes": [32, 64, 96],
+        "depths": [1, 2, 2],
+        "embedding_size": 16,
+        "num_groups": 8,
+        "layer_type": "bottleneck",
+        "global_padding": "SAME",
+        "embedding_dynamic_padding": True,
+        "out_features": ["stage1", "stage2", "stage3"],
+    },
+}
+TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": TOKENS,
+    "hidden_act": "gelu",
+}
+UNET = {
+    "sample_size": SIZE // 4,
+    "in_channels": 5,
+    "block_out_channels": [48, 96, 144, 192],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 4, 6, 6],
+    "cross_attention_dim": 128,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "use_linear_projection": True,
+}
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "v_prediction",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything."""
+
+    geometries: int = 10_000
+    vae_steps: int = 9_000
+    depth_steps: int = 6_000
+    unet_steps: int = 60_000
+    batch: int = 16
+    save_every: int = 250
+    ema: float = 0.9995
+
+
+TINY = Settings(geometries=8, vae_steps=20, depth_steps=20, unet_steps=20, batch=4, save_every=10, ema=0.9)
+"""For tests: everything runs, nothing is learnt."""
+
+
+def log(run: Path, text: str) -> None:
+    """Print a line and append it to the log."""
+    line = f"{time.strftime('%H:%M:%S')} {text}"
+    print(line, flush=True)
+    with (run / "log.txt").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+# Data
+
+
+def scene_of(index: int) -> Any:
+    """Return the scene of a picture: LOOKS pictures have the same geometry."""
+    geometry, look = divmod(index, LOOKS)
+    scene = random_scene(geometry)
+    return scene if look == 0 else repaint(scene, geometry + look * LOOK_SEED)
+
+
+def render_chunk(indices: list[int]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Render some pictures: bytes, disparity in half precision, and which objects can be seen, as bits."""
+    torch.set_num_threads(1)
+    result = render([scene_of(i) for i in indices])
+    seen = sum(
+        ((result.mask == k + 1).sum((1, 2)) >= 12).to(torch.uint8) << k for k in range(4)
+    )  # an object of a few pixels is not named
+    return indices, to_pictures(result.image), result.disparity.numpy().astype(np.float16), seen.numpy()
+
+
+def make_data(run: Path, settings: Settings) -> None:
+    """Render all pictures once to disk; goes on where it stopped."""
+    count = settings.geometries * LOOKS
+    done = run / "data" / "done.json"
+    if done.exists() and json.loads(done.read_text())["count"] == count:
+        return
+    (run / "data").mkdir(parents=True, exist_ok=True)
+    shapes = {"images": ((count, SIZE, SIZE, 3), np.uint8), "disparity": ((count, SIZE, SIZE), np.float16)}
+    shapes["seen"] = ((count,), np.uint8)
+    arrays = {}
+    for name, (shape, dtype) in shapes.items():
+        path = run / "data" / f"{name}.npy"
+        fresh = not path.exists() or np.load(path, mmap_mode="r").shape != shape
+        arrays[name] = np.lib.format.open_memmap(path, mode="w+" if fresh else "r+", dtype=dtype, shape=shape)
+    missing = [i for i in range(0, count, 4) if not arrays["images"][i].any()]
+    chunks = [list(range(i, min(i + 4, count))) for i in missing]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        for n, (indices, images, disparity, seen) in enumerate(pool.imap_unordered(render_chunk, chunks)):
+            arrays["disparity"][indices], arrays["seen"][indices] = disparity, seen
+            arrays["images"][indices] = images
+            if n % 250 == 0:
+                log(run, f"data {4 * n} of {4 * len(chunks)}")
+    for array in arrays.values():
+        array.flush()
+    done.write_text(json.dumps({"count": count}))
+
+
+class Data:
+    """The pictures of a run, read from disk as they are needed."""
+
+    def __init__(self, run: Path) -> None:
+        self.images, self.disparity, self.seen = (
+            np.load(run / "data" / f"{name}.npy", mmap_mode="r") for name in ("images", "disparity", "seen")
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, index: np.ndarray) -> Tensor:
+        """Return pictures as (B, 3, SIZE, SIZE) in [-1, 1]."""
+        return torch.from_numpy(self.images[index]).movedim(3, 1).float() / 127.5 - 1
+
+    def words(self, index: int, seed: int) -> str:
+        """Return one of the captions of a picture."""
+        seen = {k for k in range(4) if self.seen[index] >> k & 1}
+        return caption(scene_of(index), seed, seen)
+
+
+# Fitting
+
+
+def fit(
+    run: Path,
+    name: str,
+    model: nn.Module,
+    loss_of: Callable[[Generator, int], Tensor],
+    settings: Settings,
+    *,
+    steps: int,
+    rate: float,
+    on_save: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Minimise a loss with AdamW, a warm-up and a cosine; leave the averaged weights in `model`.
+
+    Args:
+        run: folder of the run; `name.pt` in it holds the state.
+        name: of the stage.
+        model: whose weights are fitted.
+        loss_of: (generator of the step, step) -> loss.
+        settings: batch, EMA and how often to save.
+        steps: in all.
+        rate: the highest learning rate.
+        on_save: called with the averaged weights in the model whenever the state is saved.
+    """
+    path, start = run / f"{name}.pt", 0
+    average = {key: value.detach().clone() for key, value in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-4, betas=(0.9, 0.99))
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, start = state["average"], state["step"]
+    losses: list[float] = []
+    model.train()
+    for step in range(start, steps):
+        warm = min(1.0, (step + 1) / 200)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        loss = loss_of(torch.Generator().manual_seed(step), step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        keep = min(settings.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                average[key].lerp_(value, 1 - keep)
+        losses.append(loss.item())
+        if (step + 1) % settings.save_every == 0 or step + 1 == steps:
+            log(run, f"{name} step {step + 1} of {steps}, loss {sum(losses) / len(losses):.4f}")
+            losses.clear()
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            torch.save({**state, "step": step + 1}, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+            if on_save is not None:
+                with averaged(model, average):
+                    on_save(model)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            value.copy_(average[key])
+    model.eval()
+
+
+class averaged:  # noqa: N801
+    """Put the averaged weights into a model for a while."""
+
+    def __init__(self, model: nn.Module, average: dict[str, Tensor]) -> None:
+        self.model, self.average = model, average
+
+    def __enter__(self) -> None:
+        self.own = {key: value.detach().clone() for key, value in self.model.named_parameters()}
+        self._fill(self.average)
+
+    def __exit__(self, *error: object) -> None:
+        self._fill(self.own)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for key, value in self.model.named_parameters():
+            value.copy_(values[key])
+
+
+def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return differences of neighbouring pixels, across and down."""
+    return x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def edge_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Compare the edges of two pictures."""
+    return sum((F.l1_loss(x, y) for x, y in zip(edges(a), edges(b), strict=True)), torch.zeros(()))
+
+
+# Stages
+
+
+class Trainer:
+    """The stages, in order; each needs those before it."""
+
+    def __init__(self, run: Path, settings: Settings, device: str) -> None:
+        self.run, self.settings, self.device = run, settings, torch.device(device)
+        run.mkdir(parents=True, exist_ok=True)
+
+    def half(self) -> Any:
+        """Compute in bfloat16 where that is enough."""
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def seeded(self, kind: Any, config: dict[str, Any]) -> Any:
+        """Make a network whose first weights are always the same."""
+        torch.manual_seed(0)
+        return kind.from_config(config).to(self.device)
+
+    def vae(self) -> AutoencoderKL:
+        """Train the autoencoder on crops, later on whole pictures; then make its latents unit normal."""
+        folder, data = self.run / "vae", Data(self.run)
+        if folder.exists():
+            return AutoencoderKL.from_pretrained(folder).to(self.device)
+        vae, steps = self.seeded(AutoencoderKL, VAE), self.settings.vae_steps
+
+        def loss_of(generator: Generator, step: int) -> Tensor:
+            whole = step > 0.75 * steps
+            index = torch.randint(len(data), (self.settings.batch // (2 if whole else 1),), generator=generator)
+            x = data.pixels(index.numpy())
+            if not whole:
+                top, left = torch.randint(SIZE // 2, (2,), generator=generator).tolist()
+                x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2]
+            x = x.to(self.device)
+            with self.half():
+                posterior = vae.encode(x).latent_dist
+                y = vae.decode(posterior.sample(generator)).sample
+            y, kl = y.float(), posterior.kl().float().mean() / posterior.mean[0].numel()
+            return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + edge_loss(y, x) + 5e-4 * kl
+
+        fit(self.run, "vae", vae, loss_of, self.settings, steps=steps, rate=1e-3)
+        whiten(vae, data, self.device)
+        vae.save_pretrained(folder)
+        return vae
+
+    def depth(self) -> DPTForDepthEstimation:
+        """Train the depth net on the exact disparity."""
+        folder, data = self.run / "depth_estimator", Data(self.run)
+        if folder.exists():
+            return DPTForDepthEstimation.from_pretrained(folder).to(self.device)
+        net = self.seeded(DPTForDepthEstimation, DEPTH)
+        nn.init.constant_(net.head.conv3.bias, 2.0)  # the head ends in a ReLU, which must not be dead at the start
+
+        def loss_of(generator: Generator, step: int) -> Tensor:
+            index = torch.randint(len(data), (self.settings.batch,), generator=generator).numpy()
+            x = data.pixels(index).to(self.device)
+            target = torch.from_numpy(data.disparity[index].astype(np.float32)).to(self.device) * DISPARITY_SCALE
+            if torch.rand((), generator=generator) < 0.5:
+                x, target = x.flip(3), target.flip(2)
+            with self.half():
+                y = net(x).predicted_depth
+            return F.l1_loss(y.float(), target) + 2 * edge_loss(y.float(), target)
+
+        fit(self.run, "depth", net, loss_of, self.settings, steps=self.settings.depth_steps, rate=1e-3)
+        net.save_pretrained(folder)
+        return net
+
+    def unet(self) -> None:
+        """Train text encoder and UNet together, on latents and depth made once."""
+        vae, net, data = self.vae(), self.depth(), Data(self.run)
+        tokenizer = make_tokenizer(self.run)
+        latents, depths = self.encoded(vae, net, data)
+        special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        special["bos_token_id"] = tokenizer.bos_token_id
+        model = nn.ModuleDict(
+            {"text": self.seeded(CLIPTextModel, TEXT | special), "unet": self.seeded(UNet2DConditionModel, UNET)}
+        )
+        scheduler = DDIMScheduler(**SCHEDULER)
+        alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
+
+        def loss_of(generator: Generator, step: int) -> Tensor:
+            batch = self.settings.batch
+            index = torch.randint(len(data), (batch,), generator=generator)
+            flip = torch.randint(2, (batch,), generator=generator)
+            clean = torch.from_numpy(latents[flip.numpy(), index.numpy()].astype(np.float32)).to(self.device)
+            depth = torch.from_numpy(depths[index.numpy()].astype(np.float32))
+            depth = torch.where(flip[:, None, None, None] == 1, depth.flip(3), depth).to(self.device)
+            words = [
+                "" if torch.rand((), generator=generator) < DROPOUT else data.words(int(i), step * batch + n)
+                for n, i in enumerate(index)
+            ]
+            ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            timesteps = torch.randint(1000, (batch,), generator=generator)
+            noise = torch.randn(clean.shape, generator=generator).to(self.device)
+            a = alphas_cumprod[timesteps.to(self.device)].view(-1, 1, 1, 1)
+            noisy, target = a**0.5 * clean + (1 - a) ** 0.5 * noise, a**0.5 * noise - (1 - a) ** 0.5 * clean
+            with self.half():
+                context = model["text"](ids.to(self.device)).last_hidden_state
+                out = model["unet"](torch.cat([noisy, depth], 1), timesteps.to(self.device), context).sample
+            return F.mse_loss(out.float(), target)
+
+        def export(model: nn.Module) -> None:
+            StableDiffusionDepth2ImgPipeline(
+                vae=vae,
+                text_encoder=model["text"],
+                tokenizer=tokenizer,
+                unet=model["unet"],
+                scheduler=scheduler,
+                depth_estimator=net,
+                feature_extractor=DPTImageProcessor.from_config({"size": {"height": SIZE, "width": SIZE}}),
+            ).save_pretrained(self.run / "model")
+
+        steps = self.settings.unet_steps
+        fit(self.run, "unet", model, loss_of, self.settings, steps=steps, rate=8e-4, on_save=export)
+        export(model)
+
+    @torch.no_grad()
+    def encoded(self, vae: AutoencoderKL, net: DPTForDepthEstimation, data: Data) -> tuple[np.ndarray, np.ndarray]:
+        """Make latents (2, N, 4, h, w), of pictures and their mirror images, and the depth net's maps (N, 1, h, w)."""
+        side = SIZE // vae.factor
+        paths = self.run / "data" / "latents.npy", self.run / "data" / "depths.npy"
+        shapes = (2, len(data), 4, side, side), (len(data), 1, side, side)
+        if all(path.exists() for path in paths):
+            latents, depths = (np.load(path, mmap_mode="r") for path in paths)
+            if (latents.shape, depths.shape) == shapes:
+                return latents, depths
+        latents, depths = (np.zeros(shape, np.float16) for shape in shapes)
+        for index in batches(len(data), 32):
+            x = data.pixels(index).to(self.device)
+            for flip, picture in enumerate((x, x.flip(3))):
+                latents[flip, index] = vae.encode(picture).latent_dist.mode().half().cpu().numpy()
+            depths[index] = fit_depth(net(x).predicted_depth, side, side).half().cpu().numpy()
+        for path, array in zip(paths, (latents, depths), strict=True):
+            np.save(path, array)
+        return latents, depths
+
+
+def batches(count: int, size: int) -> Iterator[np.ndarray]:
+    """Cut 0..count into pieces."""
+    for start in range(0, count, size):
+        yield np.arange(start, min(start + size, count))
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, data: Data, device: torch.device) -> None:
+    """Shift and scale each latent channel to mean 0 and deviation 1, inside the convolutions around the latents."""
+    means = [
+        vae.encode(data.pixels(i).to(device)).latent_dist.mode() for i in itertools.islice(batches(len(data), 32), 32)
+    ]
+    flat = torch.cat(means).transpose(0, 1).flatten(1)
+    mean, std = flat.mean(1), flat.std(1)
+    channels = len(mean)
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vae.post_quant_conv.weight *= std[None, :, None, None]
+    quant = vae.quant_conv
+    quant.weight[:channels] /= std[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+    quant.bias[channels:] -= 2 * std.log()
+
+
+def make_tokenizer(run: Path) -> CLIPTokenizer:
+    """Learn a small byte-pair vocabulary from captions; other words are spelled in pieces."""
+    folder = run / "tokenizer"
+    if folder.exists():
+        return CLIPTokenizer.from_pretrained(folder)
+    texts = [caption(random_scene(seed), seed) for seed in range(4000)]
+    backend = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.train_from_iterator(texts, BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), *SPECIAL]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = CLIPTokenizer(vocab, merges, model_max_length=TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/mini"))
+    parser.add_argument("--stage", choices=("data", "vae", "depth", "unet", "all"), default="all")
+    parser.add_argument("--tiny", action="store_true", help="a run that shows only that everything runs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    trainer = Trainer(options.run, TINY if options.tiny else Settings(), options.device)
+    stages = {"vae": trainer.vae, "depth": trainer.depth, "unet": trainer.unet}
+    make_data(options.run, trainer.settings)
+    for name, stage in stages.items():
+        if options.stage in (name, "all"):
+            stage()
+    log(options.run, "done")
+
+
+if __name__ == "__main__":
+    main()
