@@ -1,0 +1,108 @@
+"""The training of the bundled model, in twenty steps: losses fall, and a broken run ends where an unbroken one does."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "mini"))
+
+import train
+from PIL import Image
+
+from depthdiff import StableDiffusionDepth2ImgPipeline
+
+SMALL = replace(train.TINY, geometries=3, vae_steps=16, depth_steps=8, unet_steps=16, batch=2, save_every=8)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run of all stages."""
+    run = tmp_path_factory.mktemp("mini")
+    train.make_data(run, SMALL)
+    train.Trainer(run, SMALL, "cpu").unet()
+    return run
+
+
+def losses(run, stage):
+    lines = [line for line in (run / "log.txt").read_text().splitlines() if f" {stage} step" in line]
+    return [float(line.split("loss ")[1]) for line in lines]
+
+
+def test_losses_fall_and_the_model_runs(finished):
+    for stage in ("vae", "unet"):
+        first, *_, last = losses(finished, stage)
+        assert last < first
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(finished / "model")
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a red ball", Image.new("RGB", (128, 128), "white"), num_inference_steps=2).images[0]
+    assert picture.size == (128, 128)
+
+
+def test_latents_are_white(finished):
+    """Folded into the convolutions: mean 0 and deviation 1 over the data, and the same pictures as before."""
+    vae = train.AutoencoderKL.from_pretrained(finished / "vae")
+    data = train.Data(finished)
+    with torch.no_grad():
+        latents = vae.encode(data.pixels(range(len(data)))).latent_dist.mode().transpose(0, 1).flatten(1)
+    assert latents.mean(1).abs().max() < 1e-3
+    assert (latents.std(1) - 1).abs().max() < 1e-3
+    raw = train.AutoencoderKL.from_config(train.VAE)
+    train.whiten(raw_twin := train.AutoencoderKL.from_config(train.VAE), data, torch.device("cpu"))
+    raw.load_state_dict(raw_twin.state_dict())
+    before = raw(data.pixels(range(2))).sample
+    train.whiten(raw, data, torch.device("cpu"))
+    torch.testing.assert_close(raw(data.pixels(range(2))).sample, before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_broken_run_ends_at_the_same_weights(finished, tmp_path):
+    """Stopped after the first save and started anew: bitwise the unbroken run."""
+    import shutil
+
+    shutil.copytree(finished / "data", tmp_path / "data")
+    (tmp_path / "data" / "latents.npy").unlink()
+    (tmp_path / "data" / "depths.npy").unlink()
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    count = []
+    save = torch.save
+
+    def save_and_stop(*arguments, **options):
+        save(*arguments, **options)
+        count.append(1)
+
+    original = train.log
+
+    def stop_after_save(run, text):
+        original(run, text)
+        if "vae step 16" in text:
+            raise Stop
+
+    torch.save = save_and_stop
+    train.log = stop_after_save
+    try:
+        with pytest.raises(Stop):
+            train.Trainer(tmp_path, SMALL, "cpu").vae()
+    finally:
+        torch.save, train.log = save, original
+    assert len(count) == 1  # only the state of step 8 is on disk
+    again = train.Trainer(tmp_path, SMALL, "cpu").vae().state_dict()
+    whole = train.AutoencoderKL.from_pretrained(finished / "vae").state_dict()
+    for key, value in whole.items():
+        assert torch.equal(again[key], value), key
+
+
+def test_data_goes_on_where_it_stopped(finished, tmp_path):
+    train.make_data(tmp_path, replace(SMALL, geometries=3))
+    before = train.Data(finished), train.Data(tmp_path)
+    assert (before[0].images == before[1].images).all()
+    (tmp_path / "data" / "done.json").unlink()
+    images = train.np.load(tmp_path / "data" / "images.npy", mmap_mode="r+")
+    images[4:] = 0
+    images.flush()
+    train.make_data(tmp_path, replace(SMALL, geometries=3))
+    assert (train.Data(tmp_path).images == before[0].images).all()
