@@ -78,3 +78,17 @@ def flags(token: AddedToken) -> dict[str, Any]:
     """Return a token's text and flags, as the files write them."""
     names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
     return {name: getattr(token, name) for name in names}
+
+
+def group_words(added: Mapping[int, AddedToken]) -> dict[str, list[int]]:
+    """Find the words of textual inversion among added tokens: word -> its id and those of `word_1` and so on."""
+    groups: dict[str, list[int]] = {}
+    for index, token in sorted(added.items()):
+        word, _, number = token.content.rpartition("_")
+        if token.special:
+            continue
+        if word in groups and number == str(len(groups[word])):
+            groups[word].append(index)
+        else:
+            groups[token.content] = [index]
+    return groups

@@ -157,14 +157,18 @@ def check_output_type(output_type: object) -> None:
         raise ValueError(f"output_type must be one of {', '.join((*OUTPUT_TYPES, 'latent'))}, got {output_type!r}")
 
 
-def check_cross_attention_kwargs(kwargs: Mapping[str, Any] | None) -> None:
-    """Refuse what no attention layer would read.
+def read_lora_scale(kwargs: Mapping[str, Any] | None) -> float:
+    """Read the only thing that `cross_attention_kwargs` may hold: `scale`, that of the active adapters.
 
     Raises:
-        ValueError: any key; `scale` belongs to adapters, of which none is loaded.
+        ValueError: another key, or a scale that is no finite number.
     """
-    if kwargs:
-        raise ValueError(f"cross_attention_kwargs must be None or empty, got {sorted(kwargs)}: no layer reads them")
+    unknown = sorted(kwargs.keys() - {"scale"}) if kwargs else []
+    if unknown:
+        raise ValueError(f"cross_attention_kwargs may hold scale alone, got {unknown}: no layer reads them")
+    scale = kwargs["scale"] if kwargs else 1.0
+    check_number("scale", scale, -1e6, 1e6)
+    return float(scale)
 
 
 def batch_size(counts: Mapping[str, int]) -> int:

@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from depthdiff import sampler
-from depthdiff.components import Components, nearest
+from depthdiff.adapters.loaders import Adapters
+from depthdiff.components import nearest
 from depthdiff.conditioning import fit_depth, read_texts
 from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images, to_pixels
 from depthdiff.image_processor import DPTImageProcessor
@@ -30,7 +31,6 @@ from depthdiff.inputs import (
     CALLBACK_TENSORS,
     batch_size,
     check_callbacks,
-    check_cross_attention_kwargs,
     check_embeds,
     check_fit,
     check_generator,
@@ -38,6 +38,7 @@ from depthdiff.inputs import (
     check_output_type,
     check_prompt,
     expand,
+    read_lora_scale,
     read_start,
     repeat,
 )
@@ -53,7 +54,7 @@ from depthdiff.schedulers.plan import Plan
 from depthdiff.tokenizer import CLIPTokenizer
 
 
-class StableDiffusionDepth2ImgPipeline(Components):
+class StableDiffusionDepth2ImgPipeline(Adapters):
     """Text-guided image-to-image generation that keeps the depth of the input. Source: arXiv:2112.10752.
 
     Names, arguments and numbers are those of diffusers' pipeline of the same name.
@@ -165,7 +166,7 @@ class StableDiffusionDepth2ImgPipeline(Components):
             negative_prompt_embeds: (B, L, C), in place of `negative_prompt`.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 4, h, w).
             return_dict: return a record, else a tuple of the images.
-            cross_attention_kwargs: None or empty.
+            cross_attention_kwargs: `{"scale": s}` multiplies the weights of all active adapters.
             clip_skip: how many of the text encoder's last layers to skip for the prompt (not for the negative one).
             callback_on_step_end: called after each step with the pipeline, the step's index, the timestep and a dict
                 of tensors; may return a dict of those it replaces.
@@ -183,7 +184,7 @@ class StableDiffusionDepth2ImgPipeline(Components):
         callback_steps = 1 if callback_steps is None else callback_steps
         check_callbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_output_type(output_type)
-        check_cross_attention_kwargs(cross_attention_kwargs)
+        lora_scale = read_lora_scale(cross_attention_kwargs)
 
         run = self.prepare(
             prompt,
@@ -199,6 +200,7 @@ class StableDiffusionDepth2ImgPipeline(Components):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             clip_skip=clip_skip,
+            lora_scale=lora_scale,
         )
         self._guidance_scale, self._clip_skip, self._num_timesteps = guidance_scale, clip_skip, len(run)
         repeated = len(run) - int(num_inference_steps * strength)  # PNDM's second call for one step is none of its own
@@ -228,8 +230,12 @@ class StableDiffusionDepth2ImgPipeline(Components):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
+        lora_scale: float = 1.0,
     ) -> Run:
-        """Do everything that comes before the first step. Arguments and errors as in `__call__`."""
+        """Do everything that comes before the first step. Arguments and errors as in `__call__`.
+
+        `lora_scale` is what is called `scale` in `cross_attention_kwargs` there.
+        """
         check_number("strength", strength, 0.0, 1.0)
         check_number("guidance_scale", guidance_scale, 0.0)
         check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
@@ -264,14 +270,16 @@ class StableDiffusionDepth2ImgPipeline(Components):
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
-            clip_skip=clip_skip,
+            lora_scale,
+            clip_skip,
         )
         context = positive if negative is None else torch.cat([negative, positive])
 
         depth = self._depth(images, depths)
         depth = expand(depth, pictures, num_images_per_prompt).to(context.dtype)
         latents = self._noisy_latents(images, plan, pictures, num_images_per_prompt, context.dtype, generator)
-        return Run(plan, latents, context, torch.cat([depth] * 2) if guided else depth, guidance_scale, generator)
+        depth = torch.cat([depth] * 2) if guided else depth
+        return Run(plan, latents, context, depth, guidance_scale, generator, lora_scale)
 
     @torch.no_grad()
     def denoise(self, run: Run) -> Iterator[Step]:
@@ -290,10 +298,11 @@ class StableDiffusionDepth2ImgPipeline(Components):
             uncond, cond = unet(sample, timestep, run.context).sample.chunk(2)
             return guide(uncond, cond, run.guidance_scale)
 
-        for step in sampler.denoise(predict_noise, run.plan, run.latents, run.generator):
-            run.latents = step.latents
-            yield step
-            run.latents = step.latents
+        with self._scaled("unet", run.lora_scale):
+            for step in sampler.denoise(predict_noise, run.plan, run.latents, run.generator):
+                run.latents = step.latents
+                yield step
+                run.latents = step.latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: Literal["pil", "np", "pt", "latent"] = "pil") -> Any:
@@ -327,7 +336,7 @@ class StableDiffusionDepth2ImgPipeline(Components):
             negative_prompt: one for all, or one a prompt; the empty text if absent.
             prompt_embeds: (B, L, C), in place of `prompt`.
             negative_prompt_embeds: (B, L, C), in place of `negative_prompt`.
-            lora_scale: must be None: no adapter is loaded.
+            lora_scale: times the weights of the active adapters.
             clip_skip: how many of the last layers to leave out for the prompt; as in diffusers the negative one is
                 always read with all.
 
@@ -340,8 +349,6 @@ class StableDiffusionDepth2ImgPipeline(Components):
         check_prompt(prompt, prompt_embeds)
         check_prompt(negative_prompt, negative_prompt_embeds, "negative_prompt")
         check_embeds(prompt_embeds, negative_prompt_embeds, max(self.unet.config.per_level("cross_attention_dim")))
-        if lora_scale is not None:
-            raise ValueError(f"lora_scale must be None, got {lora_scale!r}: no adapter is loaded")
         if clip_skip is not None:
             check_number("clip_skip", clip_skip, 0, self.text_encoder.config.num_hidden_layers - 1, whole=True)
         texts = [prompt] if isinstance(prompt, str) else prompt or []
@@ -357,7 +364,8 @@ class StableDiffusionDepth2ImgPipeline(Components):
 
         if texts or negatives:
             encoder = self._at_work("text_encoder")
-            read = read_texts(texts, negatives, clip_skip, self.tokenizer, encoder, self.execution_device)
+            with self._scaled("text_encoder", lora_scale):
+                read = read_texts(texts, negatives, clip_skip, self.tokenizer, encoder, self.execution_device)
             prompt_embeds = read[: len(texts)] if texts else prompt_embeds
             negative_prompt_embeds = read[len(texts) :] if negatives else negative_prompt_embeds
         kind = {"device": device or self.execution_device, "dtype": self.unet.dtype}

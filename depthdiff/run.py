@@ -45,6 +45,7 @@ class Run:
         depth: (B, 1, h, w) in [-1, 1], near is large; with guidance (2B, 1, h, w), twice the same.
         guidance_scale: guidance is on above 1.
         generator: for schedulers that add noise on the way.
+        lora_scale: times the weights of the active adapters.
     """
 
     plan: Plan
@@ -53,6 +54,7 @@ class Run:
     depth: Tensor
     guidance_scale: float
     generator: Generator | Sequence[Generator] | None
+    lora_scale: float = 1.0
 
     def __len__(self) -> int:
         return len(self.plan)

@@ -15,7 +15,7 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 
-from depthdiff.bpe import END_OF_WORD, as_special, build_bpe, read_merges, text_of
+from depthdiff.bpe import END_OF_WORD, as_special, build_bpe, group_words, read_merges, text_of
 from depthdiff.config import Output
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class CLIPTokenizer:
         added = [as_special(token) if token.content in texts else token for token in added_tokens]
         known = {token.content for token in added}
         self._backend.add_tokens(added + [as_special(token) for token in roles if text_of(token) not in known])
+        self._vocab = vocab
+        self._learnt = group_words(self.added_tokens_decoder)
         self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = map(
             self.convert_tokens_to_ids, texts
         )
@@ -184,7 +186,7 @@ class CLIPTokenizer:
         room = limit - (2 if add_special_tokens else 0)
         if cut and room < 0:
             raise ValueError(f"max_length must leave room for the start and the end of a text, 2 tokens, got {limit}")
-        rows = [self._backend.encode(one, add_special_tokens=False).ids for one in texts]
+        rows = [self._spell_out(self._backend.encode(one, add_special_tokens=False).ids) for one in texts]
         rows = [row[:room] for row in rows] if cut else rows
         if add_special_tokens:
             rows = [[self.bos_token_id, *row, self.eos_token_id] for row in rows]
@@ -248,6 +250,50 @@ class CLIPTokenizer:
     def get_vocab(self, *, with_added_tokens: bool = True) -> dict[str, int]:
         """Return every token with its id, with or without the added ones."""
         return self._backend.get_vocab(with_added_tokens=with_added_tokens)
+
+    @property
+    def learnt_words(self) -> dict[str, list[int]]:
+        """The words of textual inversion, each with the ids of its vectors."""
+        return dict(self._learnt)
+
+    def add_words(self, words: Mapping[str, int]) -> None:
+        """Learn words that stand for one vector or several each; their ids follow the last one, in order.
+
+        A word is found in any case; one that begins or ends in a letter or digit only where it stands alone.
+
+        Args:
+            words: word -> number of its vectors; the further ones are tokens of their own, `word_1` and so on.
+
+        Raises:
+            ValueError: a word or one of its further tokens is a token already; nothing has changed then.
+        """
+        known, lowered = self.get_vocab(), {word.lower() for word in self._learnt}
+        names: list[str] = []
+        for word, count in words.items():
+            tokens = [word, *(f"{word}_{i}" for i in range(1, count))]
+            if word.lower() in lowered:
+                raise ValueError(f"the word {word!r} is learnt already; unload it first, or pass token=...")
+            for token in tokens:
+                if token in known or token in names:
+                    raise ValueError(f"{token!r} is in the vocabulary already; pass another word as token=...")
+            lowered.add(word.lower())
+            names += tokens
+        alone = {name: name[0].isalnum() or name[-1].isalnum() for name in names}
+        self._backend.add_tokens([AddedToken(name, single_word=alone[name], normalized=True) for name in names])
+        self._learnt = group_words(self.added_tokens_decoder)
+
+    def remove_words(self, words: Iterable[str]) -> None:
+        """Forget learnt words; the ids of those that stay close up."""
+        gone = {index for word in words for index in self._learnt[word]}
+        rest = [token for index, token in sorted(self.added_tokens_decoder.items()) if index not in gone]
+        self._backend = build_bpe(self._vocab, self.merges, self.unk_token)
+        self._backend.add_tokens(rest)
+        self._learnt = group_words(self.added_tokens_decoder)
+
+    def _spell_out(self, ids: list[int]) -> list[int]:
+        """Put all vectors of a learnt word in the place of its first."""
+        longer = {group[0]: group for group in self._learnt.values() if len(group) > 1}
+        return [one for index in ids for one in longer.get(index, [index])] if longer else ids
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)

@@ -1,15 +1,10 @@
 """The small world: exact geometry, looks that change nothing but looks, captions that tell the truth."""
 
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "mini"))
-
 from scenes import (
     COLOURS,
     FLOORS,

@@ -1,14 +1,9 @@
 """The training of the bundled model, in twenty steps: losses fall, and a broken run ends where an unbroken one does."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "mini"))
-
 import train
 from PIL import Image
 

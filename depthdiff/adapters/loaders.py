@@ -1,0 +1,335 @@
+"""LoRA in the pipeline: adapters are merged into the weights, so that a step costs what it costs without them.
+
+The checkpoint's own weights are kept beside the merged ones (weights mapped from a file cost no memory until read) and
+put back bit for bit. Between calls the networks hold the active adapters at their weights; within a call that asks for
+`cross_attention_kwargs={"scale": s}`, at s times that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from depthdiff.adapters.deltas import Delta
+from depthdiff.adapters.files import find_file, read_file
+from depthdiff.adapters.lora import Lora, merged, read_lora
+from depthdiff.adapters.names import COMPONENTS
+from depthdiff.adapters.saving import lora_state, prefixed, write_layers
+from depthdiff.adapters.textual_inversion import TextualInversion
+from depthdiff.adapters.weights import Weight, block_weight, check_components, check_weight, component_weight, scaled
+from depthdiff.components import Components, nearest
+
+logger = logging.getLogger(__name__)
+
+LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors",
+              "adapter_model.bin")  # fmt: skip
+
+
+class Adapters(TextualInversion, Components):
+    """Adds LoRA and learnt words to the components. Names and arguments are those of diffusers' mixin."""
+
+    def __init__(self, **components: Any) -> None:
+        super().__init__(**components)
+        self._loras: dict[str, Lora] = {}
+        self._active: dict[str, Weight] = {}
+        self._lora_enabled = True
+        self._fused: dict[str, list[tuple[Lora, Weight]]] = {component: [] for component in COMPONENTS}
+        self._originals: dict[str, dict[str, Tensor]] = {component: {} for component in COMPONENTS}
+        self._merged: dict[str, Any] = {component: [] for component in COMPONENTS}
+
+    # Loading
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        hotswap: bool = False,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> None:
+        """Load a LoRA, LoCon, LoHa, LoKr or DoRA into UNet and text encoder; it becomes the one that is active.
+
+        The forms of diffusers (old and new), PEFT, kohya and LyCORIS are read; see `depthdiff.adapters.names`.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a file, a folder, a Hub id, or tensors by name.
+            adapter_name: for the methods below; "default_0" and so on if absent.
+            hotswap: take the place of a loaded adapter of that name.
+            weight_name: of the file in the folder or repository.
+            subfolder: of the folder or repository.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads lie.
+            token: for gated repositories.
+            local_files_only: never ask the network.
+            force_download: ignore the cache.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or made for another model; nothing has changed then.
+            ValueError: the name is taken.
+        """
+        name = f"default_{len(self._loras)}" if adapter_name is None else adapter_name
+        if name in self._loras and not hotswap:
+            raise ValueError(f"adapter_name {name!r} is taken; choose another, or delete_adapters({name!r}) first")
+        if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
+            settings: dict[str, Any] = {}
+            state, source = pretrained_model_name_or_path_or_dict, f"adapter {name!r}"
+        else:
+            path = find_file(
+                pretrained_model_name_or_path_or_dict,
+                LORA_FILES,
+                weight_name=weight_name,
+                subfolder=subfolder,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+            (state, settings), source = read_file(path), str(path)
+        networks = {component: getattr(self, component) for component in COMPONENTS}
+        lora = read_lora(name, state, settings, networks, source)
+        for note in lora.notes:
+            logger.warning(note)
+        self._loras[name] = lora
+        self._active = {name: 1.0}
+        self._merge_all()
+
+    def unload_lora_weights(self) -> None:
+        """Forget all adapters; what is fused stays fused until `unfuse_lora`, as in diffusers."""
+        self._loras, self._active, self._lora_enabled = {}, {}, True
+        self._merge_all()
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Forget some adapters; where none of the active ones is left, the first of the others becomes active."""
+        for name in self._known(adapter_names):
+            del self._loras[name]
+            self._active.pop(name, None)
+        if self._loras and not self._active:
+            self._active = {next(iter(self._loras)): 1.0}
+        self._merge_all()
+
+    # Which adapters count, and how much
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight | None] | None = None
+    ) -> None:
+        """Make these adapters active, and no others.
+
+        Args:
+            adapter_names: one or several.
+            adapter_weights: one for all, or one each; 1 if absent. A weight is a number, or a dict with numbers for
+                "unet" and "text_encoder", or for "down", "mid" and "up" inside "unet".
+
+        Raises:
+            ValueError: an unknown name, or weights of another number or form.
+        """
+        names = self._known(adapter_names)
+        one = adapter_weights is None or isinstance(adapter_weights, (int, float, Mapping))
+        weights: list[Any] = [adapter_weights] * len(names) if one else list(adapter_weights)  # type: ignore[arg-type]
+        if len(weights) != len(names):
+            raise ValueError(f"adapter_weights must be one, or one for each of {len(names)} names, got {len(weights)}")
+        chosen = {name: 1.0 if weight is None else weight for name, weight in zip(names, weights, strict=True)}
+        for weight in chosen.values():
+            check_weight(weight, (*COMPONENTS, "down", "mid", "up"))
+        self._active = chosen
+        self._merge_all()
+
+    def get_active_adapters(self) -> list[str]:
+        """Name the adapters that count, also while they are disabled."""
+        return list(self._active)
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Name the loaded adapters by the component that they change."""
+        lists = {part: [name for name, lora in self._loras.items() if part in lora.deltas] for part in COMPONENTS}
+        return {part: names for part, names in lists.items() if names}
+
+    def enable_lora(self) -> None:
+        """Let the active adapters count again."""
+        self._lora_enabled = True
+        self._merge_all()
+
+    def disable_lora(self) -> None:
+        """Use the weights without any adapter that is not fused."""
+        self._lora_enabled = False
+        self._merge_all()
+
+    # Fusing
+
+    @property
+    def num_fused_loras(self) -> int:
+        """How many adapters are fused."""
+        return len(self.fused_loras)
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The names of the fused adapters."""
+        return {lora.name for fused in self._fused.values() for lora, _ in fused}
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] = COMPONENTS,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """Make adapters part of the weights: they are saved with them, and neither scales nor switches touch them.
+
+        Args:
+            components: "unet", "text_encoder" or both.
+            lora_scale: times the weight of each adapter.
+            safe_fusing: refuse a result that is not finite.
+            adapter_names: those to fuse; the active ones if absent.
+
+        Raises:
+            ValueError: no adapter, an unknown one, or a result that is not finite; nothing has changed then.
+        """
+        names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
+        check_components(components)
+        if not names:
+            raise ValueError("fuse_lora needs an adapter, and none is active; call load_lora_weights first")
+        before = {component: list(fused) for component, fused in self._fused.items()}
+        for component in components:
+            for name in names:
+                share = component_weight(self._active.get(name, 1.0), component)
+                if component in self._loras[name].deltas:
+                    self._fused[component].append((self._loras[name], scaled(share, lora_scale)))
+        self._merge_all()
+        if safe_fusing:
+            for component in components:
+                for key in self._originals[component]:
+                    if not getattr(self, component).get_parameter(key).isfinite().all():
+                        self._fused = before
+                        self._merge_all()
+                        raise ValueError(f"{component} {key} would hold NaN or infinity after fusing; lower lora_scale")
+
+    def unfuse_lora(self, components: Sequence[str] = COMPONENTS) -> None:
+        """Take fused adapters out of the weights again, bit for bit."""
+        check_components(components)
+        for component in components:
+            self._fused[component] = []
+        self._merge_all()
+
+    # Saving
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike[str],
+        unet_lora_layers: nn.Module | Mapping[str, Tensor] | None = None,
+        text_encoder_lora_layers: nn.Module | Mapping[str, Tensor] | None = None,
+        transformer_lora_layers: None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write trained LoRA layers, under published names, in the layout that diffusers loads.
+
+        Args:
+            save_directory: the folder; made where it does not exist.
+            unet_lora_layers: a module, or tensors by name, such as `down_blocks...to_q.lora_A.weight`.
+            text_encoder_lora_layers: the same, such as `text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight`.
+            transformer_lora_layers: must be None: this model has no transformer.
+            is_main_process: write at all; of several processes one should.
+            weight_name: of the file; "pytorch_lora_weights.safetensors" if absent.
+            save_function: called with tensors and path instead of writing.
+            safe_serialization: must be True: pickles are not written.
+
+        Raises:
+            ValueError: no layers, keys that are no LoRA's, or `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True, got False: pickles are not written")
+        if transformer_lora_layers is not None:
+            raise ValueError("transformer_lora_layers must be None: depth-to-image has a UNet")
+        state = prefixed(unet_lora_layers, "unet") | prefixed(text_encoder_lora_layers, "text_encoder")
+        if is_main_process:
+            write_layers(save_directory, state, weight_name, save_function)
+
+    def save_lora_adapter(
+        self, adapter_name: str, save_directory: str | os.PathLike[str], weight_name: str | None = None
+    ) -> None:
+        """Write a loaded adapter: LoRA in the layout of diffusers, LoHa, LoKr, DoRA and the like in that of LyCORIS.
+
+        Args:
+            adapter_name: of the adapter.
+            save_directory: the folder; made where it does not exist.
+            weight_name: of the file; "pytorch_lora_weights.safetensors" if absent.
+        """
+        [name] = self._known(adapter_name)
+        networks = {component: getattr(self, component) for component in COMPONENTS}
+        write_layers(save_directory, lora_state(self._loras[name], networks), weight_name)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write all components: the checkpoint's weights with what is fused; see `Components.save_pretrained`."""
+        enabled, self._lora_enabled = self._lora_enabled, False
+        try:
+            self._merge_all()
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self._lora_enabled = enabled
+            self._merge_all()
+
+    # Merging
+
+    def _known(self, names: str | Sequence[str]) -> list[str]:
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            if name not in self._loras:
+                loaded = ", ".join(map(repr, self._loras)) or "none"
+                raise ValueError(f"no adapter is called {name!r}, loaded: {loaded}{nearest(name, self._loras)}")
+        return names
+
+    def _merge_all(self) -> None:
+        for component in COMPONENTS:
+            self._merge(component, 1.0)
+
+    def _merge(self, component: str, scale: float) -> None:
+        """Make the weights of a network what fused and active adapters, these times `scale`, say."""
+        wanted = list(self._fused[component])
+        for name, share in self._active.items() if self._lora_enabled and scale else ():
+            if component in self._loras[name].deltas and name not in {lora.name for lora, _ in wanted}:
+                wanted.append((self._loras[name], scaled(component_weight(share, component), scale)))
+        if wanted == self._merged[component]:
+            return
+        self._merged[component] = None  # unknown while at work
+        network, originals = getattr(self, component), self._originals[component]
+        touched = dict.fromkeys([*originals, *(key for lora, _ in wanted for key in lora.deltas[component])])
+        for key in touched:
+            parameter = network.get_parameter(key)
+            original = originals.get(key, parameter.data).to(parameter.device, parameter.dtype)
+            changes: list[tuple[Delta, float]] = []
+            for lora, share in wanted:
+                amount = block_weight(share, key)
+                if key in lora.deltas[component] and amount:
+                    changes.append((lora.deltas[component][key], amount))
+            if changes:
+                originals.setdefault(key, parameter.data)
+                parameter.data = merged(original, changes)
+            elif key in originals:
+                del originals[key]
+                parameter.data = original
+        self._merged[component] = wanted
+
+    @contextmanager
+    def _scaled(self, component: str, scale: float | None) -> Iterator[None]:
+        """Use the active adapters of a network times `scale` for a while."""
+        if scale is None or scale == 1:
+            yield
+            return
+        self._merge(component, scale)
+        try:
+            yield
+        finally:
+            self._merge(component, 1.0)

@@ -1,0 +1,193 @@
+"""LoRA and its kin, from the tensors of a file to what is added to each weight; all is checked before any of it counts.
+
+Source of the file layouts: huggingface/diffusers, loaders/lora_conversion_utils.py; huggingface/peft,
+utils/save_and_load.py; kohya-ss/sd-scripts, networks/lora.py; KohakuBlueleaf/LyCORIS.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthdiff.adapters.deltas import Delta, make_delta
+from depthdiff.adapters.names import is_kohya, layer_names, split_key
+from depthdiff.config import CheckpointError
+
+OTHERS = {
+    "lora_te2_": "Stable Diffusion XL",
+    "text_encoder_2.": "Stable Diffusion XL",
+    "lora_unet_label_emb": "Stable Diffusion XL",
+    "lora_unet_add_embedding": "Stable Diffusion XL",
+    "lora_unet_double_blocks": "Flux",
+    "lora_unet_joint_blocks": "Stable Diffusion 3",
+    "lora_transformer_": "a diffusion transformer",
+    "transformer.": "a diffusion transformer",
+    "diffusion_model.": "a diffusion transformer",
+}
+"""How keys begin -> the architecture they belong to."""
+
+CONTEXTS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+"""Channels of the context -> the architecture."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """One adapter, read and checked.
+
+    Attributes:
+        name: chosen by the user.
+        deltas: component -> our key of a weight or bias -> what is added to it.
+        notes: what the user should know, such as channels that are left out.
+    """
+
+    name: str
+    deltas: dict[str, dict[str, Delta]]
+    notes: tuple[str, ...] = ()
+
+
+def read_lora(
+    name: str, state: Mapping[str, Any], settings: Mapping[str, Any], networks: Mapping[str, nn.Module], source: str
+) -> Lora:
+    """Find out what an adapter changes.
+
+    Args:
+        name: of the adapter.
+        state: key -> tensor.
+        settings: PEFT's, by component; "" for all.
+        networks: by component.
+        source: name of the file, for errors.
+
+    Raises:
+        CheckpointError: keys that are unknown, mixed, of another architecture or twice; parts that are missing; shapes
+            that do not fit; numbers that are not finite.
+    """
+    layers = sort_keys(state, networks, source)
+    deltas: dict[str, dict[str, Delta]] = defaultdict(dict)
+    notes: list[str] = []
+    for (component, layer), (spelling, parts) in layers.items():
+        chosen = settings.get(component, settings.get("", {}))
+        bias = parts.pop("diff_b", None)
+        alpha = read_alpha(parts.pop("alpha", None), chosen, spelling, source)
+        if "magnitude_vector" in parts:
+            parts["dora_scale"] = parts.pop("magnitude_vector").flatten()
+        if parts or bias is None:
+            delta = make_delta(parts, alpha, rank_stabilized=bool(chosen.get("use_rslora")))
+            if delta is None:
+                raise CheckpointError(f"{source}: {spelling!r} has {', '.join(sorted(parts)) or 'alpha alone'}, which "
+                                      "is no known method, or not all of it; is the file damaged?")  # fmt: skip
+            deltas[component][f"{layer}.weight"] = delta
+        if bias is not None:
+            deltas[component][f"{layer}.bias"] = Delta("full", {"diff": bias}, 1.0)
+    check_architecture(deltas, networks, source)
+    for component, weights in deltas.items():
+        notes += check_shapes(weights, networks[component], source)
+    return Lora(name, dict(deltas), tuple(notes))
+
+
+def sort_keys(
+    state: Mapping[str, Any], networks: Mapping[str, nn.Module], source: str
+) -> dict[tuple[str, str], tuple[str, dict[str, Tensor]]]:
+    """Group the tensors by the layer they belong to: (component, our layer) -> its spelling, its tensors by part."""
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(f"{source} must hold tensors by name, got {type(state).__name__} of {len(state)}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{source}: {key!r} must be a tensor under a text, got {type(value).__name__}")
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise CheckpointError(f"{source}: {key!r} must hold finite numbers; is the file damaged?")
+    for start, kind in OTHERS.items():
+        hits = [key for key in state if key.startswith(start)]
+        if hits:
+            raise CheckpointError(f"{source} is made for {kind}, not for this model; its keys are such as {hits[0]!r}")
+    kohya = [key for key in state if is_kohya(key)]
+    if kohya and len(kohya) < len(state):
+        other = sorted(state.keys() - set(kohya))
+        raise CheckpointError(
+            f"{source} mixes {len(kohya)} keys such as {kohya[0]!r} with {len(other)} such as {other[0]!r}; split it"
+        )
+    names, unknown = layer_names(networks), []
+    layers: dict[tuple[str, str], tuple[str, dict[str, Tensor]]] = {}
+    for key, tensor in state.items():
+        cut = split_key(key)
+        if cut is None or cut[0] not in names:
+            unknown.append(key)
+            continue
+        spelling, parts = layers.setdefault(names[cut[0]], (cut[0], {}))
+        if cut[1] in parts:
+            raise CheckpointError(f"{source}: {key!r} is given twice, also under {spelling!r}; remove one")
+        parts[cut[1]] = tensor
+    if unknown:
+        raise CheckpointError(
+            f"{source}: {len(unknown)} of {len(state)} keys belong to no layer of this model, first: "
+            f"{', '.join(map(repr, sorted(unknown)[:3]))}; is it made for another architecture?"
+        )
+    return layers
+
+
+def read_alpha(part: Tensor | None, settings: Mapping[str, Any], spelling: str, source: str) -> float | None:
+    """Find a layer's alpha: in the file, or in PEFT's settings; None where it is the rank."""
+    if part is not None:
+        if part.numel() != 1:
+            raise CheckpointError(f"{source}: the alpha of {spelling!r} must be one number, got {tuple(part.shape)}")
+        return part.item()
+    patterns = settings.get("alpha_pattern") or {}
+    found = [value for name, value in patterns.items() if re.search(rf"(^|\.){re.escape(name.lstrip('^'))}$", spelling)]
+    alpha = found[0] if found else settings.get("lora_alpha")
+    if alpha is not None and (not isinstance(alpha, (int, float)) or not math.isfinite(alpha)):
+        raise CheckpointError(f"{source}: lora_alpha must be a number, got {alpha!r}")
+    return alpha
+
+
+def check_architecture(
+    deltas: Mapping[str, Mapping[str, Delta]], networks: Mapping[str, nn.Module], source: str
+) -> None:
+    """Refuse an adapter for another text encoder, by the channels of the context that it expects."""
+    for key, delta in deltas.get("unet", {}).items():
+        if key.endswith(("cross_attn.to_k.weight", "cross_attn.to_v.weight")) and delta.method == "LoRA":
+            width, own = delta.parts["down"].shape[1], networks["unet"].get_parameter(key).shape[1]
+            if width != own:
+                kind = CONTEXTS.get(width, "another model")
+                raise CheckpointError(f"{source} is made for {kind}, whose context has {width} channels; here {own}")
+
+
+def check_shapes(deltas: Mapping[str, Delta], network: nn.Module, source: str) -> Iterator[str]:
+    """Compute every change without numbers, and so prove that it fits; yield notes for the user."""
+    parameters = dict(network.named_parameters())
+    for key, delta in deltas.items():
+        if key not in parameters:
+            raise CheckpointError(f"{source} changes {key}, which this model does not have")
+        parts = {name: part.to("meta") for name, part in delta.parts.items()}
+        magnitude = None if delta.magnitude is None else delta.magnitude.to("meta")
+        weight = parameters[key].detach().to("meta")
+        try:
+            if any(not part.numel() for part in parts.values()):
+                raise RuntimeError("a tensor is empty")
+            idle = Delta(delta.method, parts, delta.scale, magnitude)
+            image_only = idle.of(weight).numel() > idle.raw(weight).numel()
+            if image_only and key != "conv_in.weight":
+                raise RuntimeError("a channel is missing")
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in delta.parts.items())
+            raise CheckpointError(f"{source}: {shapes} do not fit {key} {tuple(weight.shape)}") from error
+        if image_only:
+            yield f"{source} is made for a UNet without depth: of {key} only the image channels are changed"
+
+
+def merged(weight: Tensor, changes: Iterable[tuple[Delta, float]]) -> Tensor:
+    """Add changes, each times its share, and round once.
+
+    Args:
+        weight: the checkpoint's own.
+        changes: of this weight, and how much of each.
+    """
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for delta, share in changes:
+        total = total + share * delta.of(weight)
+    return total.to(weight.dtype)

@@ -1,0 +1,215 @@
+"""Words learnt by textual inversion: a word and the vectors that the text encoder reads in its place.
+
+Source of the method: arXiv:2208.01618. Source of the file layouts: huggingface/diffusers, loaders/textual_inversion.py;
+AUTOMATIC1111/stable-diffusion-webui, modules/textual_inversion.
+
+Letters: n vectors of a word, C channels of the text encoder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthdiff.adapters.files import find_file, read_file
+from depthdiff.adapters.lora import CONTEXTS
+from depthdiff.config import CheckpointError
+from depthdiff.models.clip_text import CLIPTextModel
+from depthdiff.tokenizer import CLIPTokenizer
+
+FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
+Source = str | os.PathLike[str] | Mapping[str, Any] | Tensor
+
+
+class TextualInversion:
+    """Adds learnt words to a pipeline. Names and arguments are those of diffusers' mixin."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Source | Sequence[Source],
+        token: str | Sequence[str] | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        text_encoder: CLIPTextModel | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        hf_token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> None:
+        """Learn words from files; afterwards they can stand in prompts and negative prompts.
+
+        Read are the forms of diffusers (`learned_embeds`), also with several words, of Automatic1111 (`.pt`, and
+        `.safetensors`, whose word is the name of the file), and bare tensors.
+
+        Args:
+            pretrained_model_name_or_path: a file, a folder, a Hub id, tensors by word, one tensor (n, C) or (C,), or a
+                list of these.
+            token: the word to use instead of the file's; one for each source.
+            tokenizer: which learns the words; the pipeline's if absent.
+            text_encoder: whose table grows by the vectors; the pipeline's if absent.
+            weight_name: of the file in a folder or repository.
+            subfolder: of the folder or repository.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads lie.
+            hf_token: for gated repositories.
+            local_files_only: never ask the network.
+            force_download: ignore the cache.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or made for another text encoder; nothing has changed then.
+            ValueError: a word is known already, or words and sources do not pair.
+        """
+        tokenizer, encoder = tokenizer or self.tokenizer, text_encoder or self.text_encoder
+        given = pretrained_model_name_or_path
+        sources: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
+        tokens = [token] * len(sources) if token is None else [token] if isinstance(token, str) else list(token)
+        if len(tokens) != len(sources) or not sources:
+            raise ValueError(f"token must name one word for each of {len(sources)} sources, got {len(tokens)}")
+        words: dict[str, Tensor] = {}
+        for source, word in zip(sources, tokens, strict=True):
+            if isinstance(source, (Mapping, Tensor)):
+                content, name, stem = source, f"the {type(source).__name__} given", None
+            else:
+                path = find_file(
+                    source,
+                    FILES,
+                    weight_name=weight_name,
+                    subfolder=subfolder,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=hf_token,
+                    local_files_only=local_files_only,
+                    force_download=force_download,
+                )
+                content, name, stem = read_file(path)[0], str(path), path.stem
+            for found, vectors in read_words(content, word, name, stem).items():
+                if found in words:
+                    raise ValueError(f"the word {found!r} is given twice; pass token=... to rename one")
+                words[found] = check_vectors(found, vectors, encoder, name)
+        add_words(words, tokenizer, encoder)
+
+    def unload_textual_inversion(
+        self,
+        tokens: str | Sequence[str] | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        text_encoder: CLIPTextModel | None = None,
+    ) -> None:
+        """Forget words; the table of the text encoder shrinks again.
+
+        Args:
+            tokens: one or several; all that were learnt if absent.
+            tokenizer: the pipeline's if absent.
+            text_encoder: the pipeline's if absent.
+
+        Raises:
+            ValueError: a word that was not learnt.
+        """
+        tokenizer, encoder = tokenizer or self.tokenizer, text_encoder or self.text_encoder
+        learnt = tokenizer.learnt_words
+        chosen = list(learnt) if tokens is None else [tokens] if isinstance(tokens, str) else list(tokens)
+        for word in chosen:
+            if word not in learnt:
+                raise ValueError(f"{word!r} was not learnt; the learnt words are {', '.join(learnt) or 'none'}")
+        gone = {index for word in chosen for index in learnt[word]}
+        table = encoder.token_embedding.weight.data
+        tokenizer.remove_words(chosen)
+        first = min((index for ids in learnt.values() for index in ids), default=len(table))
+        kept = [index for index in range(first, len(table)) if index not in gone]
+        set_table(encoder, torch.cat([table[:first], table[kept]]) if kept else table[:first])
+
+
+def read_words(content: Any, token: str | None, name: str, stem: str | None) -> dict[str, Tensor]:
+    """Find the words and their vectors in what a file holds.
+
+    Args:
+        content: of the file.
+        token: the word to use instead.
+        name: of the file, for errors.
+        stem: of the file's name, the word of files without one.
+
+    Raises:
+        CheckpointError: no known form.
+        ValueError: a word is missing, or one is given for several.
+    """
+    if isinstance(content, Tensor):
+        if token is None:
+            raise ValueError(f"{name} holds a tensor without a word; pass token=...")
+        return {token: content}
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{name} holds a {type(content).__name__}, expected vectors by word")
+    if "clip_g" in content or "clip_l" in content:
+        raise CheckpointError(f"{name} is made for Stable Diffusion XL: it has vectors for two text encoders")
+    found: dict[Any, Any]
+    if "string_to_param" in content:
+        vectors = content["string_to_param"]
+        [vector] = vectors.values() if isinstance(vectors, Mapping) and len(vectors) == 1 else [None]
+        found = {token or content.get("name") or stem: vector}
+    elif "emb_params" in content:
+        found = {token or stem: content["emb_params"]}
+    else:
+        found = dict(content)
+        if token is not None:
+            if len(found) > 1:
+                raise ValueError(f"{name} has {len(found)} words ({', '.join(map(str, found))}); token must be None")
+            found = {token: next(iter(found.values()))}
+    for word, vector in found.items():
+        if word is None:
+            raise ValueError(f"{name} holds vectors without a word; pass token=...")
+        if not isinstance(word, str) or not isinstance(vector, Tensor):
+            raise CheckpointError(f"{name}: expected a tensor for {word!r}, got {type(vector).__name__}")
+    return found
+
+
+def check_vectors(word: str, vectors: Tensor, encoder: CLIPTextModel, name: str) -> Tensor:
+    """Bring the vectors of a word to (n, C), or refuse them.
+
+    Raises:
+        CheckpointError: of a wrong shape, or not finite.
+        ValueError: a word that no prompt can hold.
+    """
+    width = encoder.config.hidden_size
+    if not word.strip() or word != word.strip() or any(letter.isspace() for letter in word):
+        raise ValueError(f"{name}: the word {word!r} must be one word without spaces; pass token=...")
+    if vectors.ndim not in (1, 2) or not vectors.numel() or not vectors.is_floating_point():
+        raise CheckpointError(f"{name}: the vectors of {word!r} must be (n, {width}), got {tuple(vectors.shape)}")
+    if vectors.shape[-1] != width:
+        kind = CONTEXTS.get(vectors.shape[-1], "another model")
+        raise CheckpointError(
+            f"{name}: the vectors of {word!r} have {vectors.shape[-1]} channels and are made for {kind}; here {width}"
+        )
+    if not vectors.isfinite().all():
+        raise CheckpointError(f"{name}: the vectors of {word!r} hold NaN or infinity; is the file damaged?")
+    return vectors.detach().reshape(-1, width)
+
+
+def add_words(words: Mapping[str, Tensor], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
+    """Teach the words to the tokenizer and append their vectors (n, C) to the encoder's table.
+
+    Raises:
+        ValueError: a word is known already, or tokenizer and encoder do not fit each other.
+    """
+    table = encoder.token_embedding.weight.data
+    if len(tokenizer) != len(table):
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the text encoder {len(table)}; they must be equal"
+        )
+    tokenizer.add_words({word: len(vectors) for word, vectors in words.items()})
+    set_table(encoder, torch.cat([table, *(vectors.to(table.device, table.dtype) for vectors in words.values())]))
+
+
+def set_table(encoder: CLIPTextModel, table: Tensor) -> None:
+    """Give the encoder another table of tokens (V, C); the rest of it stays as it is."""
+    encoder.token_embedding.weight = nn.Parameter(table, requires_grad=encoder.token_embedding.weight.requires_grad)
+    encoder.token_embedding.num_embeddings = len(table)
+    encoder.config = replace(encoder.config, vocab_size=len(table))
