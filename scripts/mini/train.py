@@ -55,7 +55,7 @@ DROPOUT = 0.1
 """Share of empty prompts in training, for guidance. Source: arXiv:2207.12598, sec. 3.2."""
 
 VAE = {
-    "block_out_channels": [32, 64, 96],
+    "block_out_channels": [32, 48, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
     "layers_per_block": 1,
@@ -100,10 +100,10 @@ TEXT = {
 UNET = {
     "sample_size": SIZE // 4,
     "in_channels": 5,
-    "block_out_channels": [48, 96, 144, 192],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "attention_head_dim": [2, 4, 6, 6],
+    "block_out_channels": [64, 128, 160],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 4, 5],
     "cross_attention_dim": 128,
     "layers_per_block": 1,
     "norm_num_groups": 8,
@@ -125,9 +125,9 @@ class Settings:
     """How much of everything."""
 
     geometries: int = 10_000
-    vae_steps: int = 9_000
+    vae_steps: int = 6_000
     depth_steps: int = 6_000
-    unet_steps: int = 60_000
+    unet_steps: int = 20_000
     batch: int = 16
     save_every: int = 250
     ema: float = 0.9995
@@ -334,7 +334,7 @@ class Trainer:
         vae, steps = self.seeded(AutoencoderKL, VAE), self.settings.vae_steps
 
         def loss_of(generator: Generator, step: int) -> Tensor:
-            whole = step > 0.75 * steps
+            whole = step > 0.85 * steps
             index = torch.randint(len(data), (self.settings.batch // (2 if whole else 1),), generator=generator)
             x = data.pixels(index.numpy())
             if not whole:
