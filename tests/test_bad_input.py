@@ -126,11 +126,9 @@ CALLS = {
     "unknown output": ({"output_type": "jpg"}, ValueError, "output_type must be one of pil, np, pt, latent, got 'jpg'"),
     "unknown argument": ({"guidance": 3}, TypeError, "'guidance'; did you mean 'guidance_scale'"),
     "width and height": ({"height": 512}, TypeError, "'height'"),
-    "scale without an adapter": (
-        {"cross_attention_kwargs": {"scale": 0.5}},
-        ValueError,
-        "cross_attention_kwargs.*scale",
-    ),
+    "unknown attention argument": ({"cross_attention_kwargs": {"gate": 1}}, ValueError, "may hold scale alone"),
+    "scale of an adapter": ({"cross_attention_kwargs": {"scale": float("nan")}}, ValueError, "scale must be"),
+    "scale that is no number": ({"cross_attention_kwargs": {"scale": "1"}}, TypeError, "scale must be"),
     "callback that cannot be called": ({"callback_on_step_end": 5}, TypeError, "callback_on_step_end"),
     "callback tensor that is none": (
         {"callback_on_step_end_tensor_inputs": ["latents", "noise"]},

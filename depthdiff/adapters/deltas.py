@@ -65,7 +65,7 @@ def lokr(parts: Parts) -> Tensor:
         return a @ b if core is None else tucker(core, a, b)
 
     small, large = factor(1), factor(2)
-    return torch.kron(small.reshape(*small.shape, *[1] * (large.ndim - 2)), large)
+    return torch.kron(small.reshape(*small.shape, *[1] * (large.ndim - 2)), large.contiguous())
 
 
 METHODS = {
@@ -163,12 +163,15 @@ def complete(method: str, parts: Parts) -> bool:
     return True
 
 
-def make_delta(parts: dict[str, Tensor], alpha: float | None, rank_stabilized: bool = False) -> Delta | None:
+def make_delta(
+    parts: dict[str, Tensor], alpha: float | None, divisor: float | None = None, rank_stabilized: bool = False
+) -> Delta | None:
     """Recognise the method of one layer's tensors.
 
     Args:
         parts: of the layer, `dora_scale` included.
         alpha: the scale times the rank; the rank if absent.
+        divisor: the rank, where the settings that come with the tensors name it.
         rank_stabilized: divide alpha by the root of the rank (arXiv:2312.03732).
 
     Returns:
@@ -178,7 +181,7 @@ def make_delta(parts: dict[str, Tensor], alpha: float | None, rank_stabilized: b
     rest = {name: part for name, part in parts.items() if name != "dora_scale"}
     for method in METHODS:
         if rest and complete(method, rest):
-            r = None if method == "full" else rank(method, rest)
+            r = None if method == "full" else divisor or rank(method, rest)
             scale = 1.0 if r is None or alpha is None else alpha / (math.sqrt(r) if rank_stabilized else r)
             return Delta(method, rest, scale, magnitude)
     return None

@@ -74,11 +74,11 @@ def read_lora(
     for (component, layer), (spelling, parts) in layers.items():
         chosen = settings.get(component, settings.get("", {}))
         bias = parts.pop("diff_b", None)
-        alpha = read_alpha(parts.pop("alpha", None), chosen, spelling, source)
+        alpha, r = read_alpha(parts.pop("alpha", None), chosen, spelling, source)
         if "magnitude_vector" in parts:
             parts["dora_scale"] = parts.pop("magnitude_vector").flatten()
         if parts or bias is None:
-            delta = make_delta(parts, alpha, rank_stabilized=bool(chosen.get("use_rslora")))
+            delta = make_delta(parts, alpha, r, rank_stabilized=bool(chosen.get("use_rslora")))
             if delta is None:
                 raise CheckpointError(f"{source}: {spelling!r} has {', '.join(sorted(parts)) or 'alpha alone'}, which "
                                       "is no known method, or not all of it; is the file damaged?")  # fmt: skip
@@ -131,18 +131,27 @@ def sort_keys(
     return layers
 
 
-def read_alpha(part: Tensor | None, settings: Mapping[str, Any], spelling: str, source: str) -> float | None:
-    """Find a layer's alpha: in the file, or in PEFT's settings; None where it is the rank."""
+def read_alpha(
+    part: Tensor | None, settings: Mapping[str, Any], spelling: str, source: str
+) -> tuple[float | None, float | None]:
+    """Find a layer's alpha and the rank it is divided by, where they are not that of the tensors.
+
+    Files of kohya and LyCORIS hold alpha; PEFT's settings hold both, and exceptions by the end of a layer's name.
+    """
     if part is not None:
         if part.numel() != 1:
             raise CheckpointError(f"{source}: the alpha of {spelling!r} must be one number, got {tuple(part.shape)}")
-        return part.item()
-    patterns = settings.get("alpha_pattern") or {}
-    found = [value for name, value in patterns.items() if re.search(rf"(^|\.){re.escape(name.lstrip('^'))}$", spelling)]
-    alpha = found[0] if found else settings.get("lora_alpha")
-    if alpha is not None and (not isinstance(alpha, (int, float)) or not math.isfinite(alpha)):
-        raise CheckpointError(f"{source}: lora_alpha must be a number, got {alpha!r}")
-    return alpha
+        return part.item(), None
+    values = []
+    for pattern, names in (("alpha_pattern", ("lora_alpha", "alpha")), ("rank_pattern", ("r",))):
+        exceptions = settings.get(pattern) or {}
+        found = [v for name, v in exceptions.items() if re.search(rf"(^|\.){re.escape(name.lstrip('^'))}$", spelling)]
+        found += [settings[name] for name in names if settings.get(name) is not None]
+        value = found[0] if found else None
+        if value is not None and (not isinstance(value, (int, float)) or not math.isfinite(value) or not value):
+            raise CheckpointError(f"{source}: {names[0]} must be a number, got {value!r}")
+        values.append(value)
+    return values[0], values[1]
 
 
 def check_architecture(

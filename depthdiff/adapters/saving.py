@@ -90,13 +90,14 @@ def lora_state(lora: Lora, networks: Mapping[str, nn.Module]) -> dict[str, Tenso
             if leaf == "bias":
                 state[f"{stem}.diff_b"] = delta.parts["diff"]
                 continue
+            r = rank(delta.method, delta.parts)
             for name, part in delta.parts.items():
-                state[f"{stem}.{KOHYA_PARTS.get(name, name)}"] = part
+                whole = r is None and name == "lokr_w2"  # which has no alpha
+                state[f"{stem}.{KOHYA_PARTS.get(name, name)}"] = part * delta.scale if whole else part
             if delta.magnitude is not None:
                 shape = [-1] + [1] * (networks[component].get_parameter(key).ndim - 1)
                 whole = delta.magnitude.ndim > 1
                 state[f"{stem}.dora_scale"] = delta.magnitude if whole else delta.magnitude.reshape(shape)
-            r = rank(delta.method, delta.parts)
             if r is not None:
                 state[f"{stem}.alpha"] = torch.tensor(delta.scale * r)
     return state

@@ -147,19 +147,17 @@ def test_what_diffusers_trains_and_saves(pair, small_photo, tmp_path):
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, "LoHa", "LoKr"], ids=str)
 def test_raw_peft_folders(pair, small_photo, tmp_path, component, options):
     """`save_pretrained` of a peft model, with adapter_config.json: keys begin with base_model.model."""
     targets = ["to_q", "to_out.0", "conv1"] if component == "unet" else ["q_proj", "fc1"]
     network = getattr(pair[1], component)
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=6,
-        target_modules=targets,
-        alpha_pattern={targets[0]: 3},
-        rank_pattern={targets[0]: 2},
-        **options,
-    )
+    patterns = {"alpha_pattern": {targets[0]: 3}, "rank_pattern": {targets[0]: 2}}
+    if isinstance(options, str):
+        kind = getattr(peft, f"{options}Config")
+        config = kind(r=4, alpha=6, target_modules=targets, init_weights=False, **patterns)
+    else:
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **patterns, **options)
     wrapped = peft.get_peft_model(network, config)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
