@@ -49,6 +49,10 @@ LOOK_SEED = 10_000_000
 DISPARITY_SCALE = 10.0
 """Brings the disparity of the scenes to about 1..5, which a network learns easily; depth is relative anyway."""
 
+SWAPPED, SWAPPED_FROM = 0.1, 600
+"""Share of noisy pictures, from this timestep on, that begin at another look of the same geometry, as a call with a
+strength below 1 does: so the model learns to believe the words rather than the colours that shine through the noise."""
+
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 TOKENS = 32
 DROPOUT = 0.1
@@ -127,7 +131,7 @@ class Settings:
     geometries: int = 10_000
     vae_steps: int = 6_000
     depth_steps: int = 6_000
-    unet_steps: int = 20_000
+    unet_steps: int = 14_000
     batch: int = 16
     save_every: int = 250
     ema: float = 0.9995
@@ -384,6 +388,8 @@ class Trainer:
         model = nn.ModuleDict(
             {"text": self.seeded(CLIPTextModel, TEXT | special), "unet": self.seeded(UNet2DConditionModel, UNET)}
         )
+        for network in model.values():
+            network.set_attention("math")  # trains 1.4 times as fast as the fused kernel at these widths, on a CPU
         scheduler = DDIMScheduler(**SCHEDULER)
         alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
 
@@ -402,7 +408,12 @@ class Trainer:
             timesteps = torch.randint(1000, (batch,), generator=generator)
             noise = torch.randn(clean.shape, generator=generator).to(self.device)
             a = alphas_cumprod[timesteps.to(self.device)].view(-1, 1, 1, 1)
-            noisy, target = a**0.5 * clean + (1 - a) ** 0.5 * noise, a**0.5 * noise - (1 - a) ** 0.5 * clean
+            swapped = (torch.rand(batch, generator=generator) < SWAPPED) & (timesteps >= SWAPPED_FROM)
+            # pictures 2n and 2n + 1 have one geometry
+            begin = torch.from_numpy(latents[flip.numpy(), (index ^ swapped).numpy()].astype(np.float32))
+            noisy = a**0.5 * begin.to(self.device) + (1 - a) ** 0.5 * noise
+            noise = (noisy - a**0.5 * clean) / (1 - a) ** 0.5
+            target = a**0.5 * noise - (1 - a) ** 0.5 * clean
             with self.half():
                 context = model["text"](ids.to(self.device)).last_hidden_state
                 out = model["unet"](torch.cat([noisy, depth], 1), timesteps.to(self.device), context).sample
@@ -436,9 +447,11 @@ class Trainer:
         latents, depths = (np.zeros(shape, np.float16) for shape in shapes)
         for index in batches(len(data), 32):
             x = data.pixels(index).to(self.device)
-            for flip, picture in enumerate((x, x.flip(3))):
-                latents[flip, index] = vae.encode(picture).latent_dist.mode().half().cpu().numpy()
-            depths[index] = fit_depth(net(x).predicted_depth, side, side).half().cpu().numpy()
+            with self.half():
+                for flip, picture in enumerate((x, x.flip(3))):
+                    latents[flip, index] = vae.encode(picture).latent_dist.mode().half().cpu().numpy()
+                disparity = net(x).predicted_depth
+            depths[index] = fit_depth(disparity.float(), side, side).half().cpu().numpy()
         for path, array in zip(paths, (latents, depths), strict=True):
             np.save(path, array)
         return latents, depths
