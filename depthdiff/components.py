@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import warnings
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
+from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.loading import load_components
 from depthdiff.checkpoint.saving import save_components
 from depthdiff.models.attention import AttentionName
@@ -20,6 +22,8 @@ from depthdiff.models.base import Model
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -61,7 +65,7 @@ class Components:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
         *,
         torch_dtype: torch.dtype | Literal["auto"] | None = None,
         dtype: torch.dtype | Literal["auto"] | None = None,
@@ -78,7 +82,8 @@ class Components:
         """Load a pipeline from a folder in the published layout, or from the Hub.
 
         Args:
-            pretrained_model_name_or_path: a folder that holds `model_index.json`, or a Hub id.
+            pretrained_model_name_or_path: a folder that holds `model_index.json`, a Hub id, or "mini": the small
+                model that comes with the package and knows tables with toys; used where nothing is named.
             torch_dtype: of all weights; float32 if absent, the files' own for "auto".
             dtype: another name of `torch_dtype`.
             variant: of the weight files, such as "fp16".
@@ -102,6 +107,9 @@ class Components:
             if components.pop(name) is not None:
                 raise TypeError(f"from_pretrained got an unknown argument {name!r}{nearest(name, cls.NAMES)}")
             warnings.warn(f"{cls.__name__} has no component {name!r}; {name}=None is ignored", stacklevel=2)
+        if pretrained_model_name_or_path is None:
+            logger.warning("no model is named, so the small one that comes with the package is used: %r", BUNDLED)
+            pretrained_model_name_or_path = BUNDLED
         parts = load_components(
             pretrained_model_name_or_path,
             overrides=components,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import platform
 import statistics
 import subprocess
@@ -23,9 +24,13 @@ from typing import Any
 import torch
 from PIL import Image
 from random_checkpoint import GEOMETRIES, build_pipeline
+from safetensors.torch import save_file
+
+from depthdiff import CLIPTextModel, UNet2DConditionModel
+from depthdiff.checkpoint.tables import TABLES
 
 PHOTO = Path(__file__).parent.parent / "tests" / "data" / "coffee.png"
-STAGES = ("import", "load", "text", "depth", "encode", "unet", "decode", "call")
+STAGES = ("import", "load", "lora", "text", "depth", "encode", "unet", "decode", "call")
 PACKAGES = ("depthdiff", "diffusers")
 
 IMPORT = "import time; s = time.perf_counter(); from {package} import StableDiffusionDepth2ImgPipeline; {end}"
@@ -46,6 +51,49 @@ for network in networks:
         p.detach().sum()
 print(seconds, (peak() - base) / size)
 """
+LORA = """
+import statistics, time, torch
+from {package} import StableDiffusionDepth2ImgPipeline as Pipeline
+def memory(name):
+    [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+pipe = Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype}, local_files_only=True)
+sample = torch.randn(2, 5, {latent}, {latent}, dtype=pipe.unet.dtype)
+context = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, dtype=pipe.unet.dtype)
+def step():
+    times = []
+    for _ in range(4):
+        s = time.perf_counter()
+        with torch.no_grad():
+            pipe.unet(sample, 501, encoder_hidden_states=context)
+        times.append(time.perf_counter() - s)
+    return statistics.median(times[1:])
+for p in pipe.text_encoder.parameters():
+    p.detach().sum()
+without = step()
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+base = memory("VmRSS")
+s = time.perf_counter()
+pipe.load_lora_weights({file!r})
+seconds = time.perf_counter() - s
+extra = (memory("VmHWM") - base) / 2**20
+print(seconds, extra, step() / without)
+"""
+
+
+def write_lora(folder: Path, path: Path, rank: int = 16) -> None:
+    """Write a random LoRA for all attention layers of UNet and text encoder, in the layout of diffusers."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for component, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        with torch.device("meta"):
+            network = kind.from_config(json.loads((folder / component / "config.json").read_text()))
+        for key, weight in network.named_parameters():
+            if key.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.weight")):
+                stem = f"{component}." + TABLES[kind.__name__].published(key).removesuffix(".weight")
+                o, i = weight.shape
+                state[f"{stem}.lora_A.weight"] = torch.randn(rank, i, generator=generator) * 0.01
+                state[f"{stem}.lora_B.weight"] = torch.randn(o, rank, generator=generator) * 0.01
+    save_file(state, path)
 
 
 def fresh(code: str) -> list[float]:
@@ -124,7 +172,26 @@ def measure(options: argparse.Namespace, folder: Path) -> list[tuple[str, dict[s
         seconds = in_turns(actions, options.repeats)
         remark = ", ".join(f"{package} {max(peaks[package]):.2f}" for package in PACKAGES)
         rows.append(("load, warm cache", seconds, f"peak memory / weights: {remark}"))
-    warm = [stage for stage in STAGES[2:] if stage in options.stage]
+    if "lora" in options.stage:
+        file = folder.with_name(folder.name + "-lora.safetensors")
+        write_lora(folder, file)
+        results: dict[str, list[list[float]]] = {package: [] for package in PACKAGES}
+
+        def load_lora(package: str) -> float:
+            names = {"folder": str(folder), "file": str(file), "dtype": options.dtype, "latent": options.size // 8}
+            results[package].append(fresh(LORA.format(package=package, **names)))
+            return results[package][-1][0]
+
+        actions = {package: (lambda package=package: load_lora(package)) for package in PACKAGES}
+        seconds = in_turns(actions, options.repeats)
+        remark = "; ".join(
+            "{}: {:.0f} MiB more, a UNet call {:.2f} times as long".format(
+                package, *(statistics.median(row[i] for row in results[package]) for i in (1, 2))
+            )
+            for package in PACKAGES
+        )
+        rows.append(("load a LoRA of rank 16", seconds, remark))
+    warm = [stage for stage in STAGES[3:] if stage in options.stage]
     if not warm:
         return rows
     stages = {}

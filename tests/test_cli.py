@@ -92,6 +92,12 @@ FAILURES = {
     "over the photo": (["two tigers", "photo.png", "-o", "photo.png"], "must all have different names"),
     "no pictures": (["two tigers", "photo.png", "--num-images", "0"], "--num-images must be at least 1"),
     "strength": (["two tigers", "photo.png", "--strength", "1.5"], "strength must be in [0, 1], got 1.5"),
+    "size": (["two tigers", "photo.png", "--size", "4"], "--size must be at least 8 pixels, got 4"),
+    "weight": (
+        ["two tigers", "photo.png", "--lora", "a.safetensors:much"],
+        "--lora a.safetensors:much: 'much' must be",
+    ),
+    "lora missing": (["two tigers", "photo.png", "--lora", "a.safetensors"], "lora a.safetensors is no file"),
     "depth missing": (["two tigers", "photo.png", "--depth", "d.png"], "depth d.png is no file"),
 }
 
@@ -128,6 +134,41 @@ def test_help_and_module(capsys):
     command = [sys.executable, "-m", "depthdiff", "--help"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
     assert "PROMPT" in done.stdout
+
+
+def test_adapters(place, tiny_folder, pipe, small_photo):
+    """`--lora FILE:WEIGHT` and `--embedding FILE:WORD`, several times each, do what the library does."""
+    import torch
+    from safetensors.torch import save_file
+
+    width = pipe.text_encoder.config.hidden_size
+    channels = pipe.unet.conv_in.weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    for name in ("one", "two"):
+        down, up = torch.rand(2, 5, 3, 3, generator=generator), torch.rand(channels, 2, 1, 1, generator=generator)
+        save_file({"unet.conv_in.lora_A.weight": down, "unet.conv_in.lora_B.weight": up}, f"{name}.safetensors")
+    save_file({"emb_params": torch.rand(2, width, generator=generator)}, "style.safetensors")
+    more = ["--lora", "one.safetensors:0.5", "--lora", "two.safetensors", "--embedding", "style.safetensors:<word>"]
+    arguments = ["a <word>", "photo.png", "--model", str(tiny_folder), "--steps", "3", "--seed", "3", "-o", "a.png"]
+    assert main([*arguments, *more]) == 0
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder)
+    pipe.load_lora_weights("one.safetensors", "one")
+    pipe.load_lora_weights("two.safetensors", "two")
+    pipe.set_adapters(["one", "two"], [0.5, 1.0])
+    pipe.load_textual_inversion("style.safetensors", "<word>")
+    expected = pipe("a <word>", small_photo, num_inference_steps=3, generator=torch.Generator().manual_seed(3)).images[
+        0
+    ]
+    with Image.open("a.png") as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
+        assert json.loads(picture.text["depthdiff"])["lora"] == ["one.safetensors:0.5", "two.safetensors"]
+
+
+def test_size(place, tiny_folder, capsys):
+    assert main(command(tiny_folder, "--size", 64, "-o", "a.png")) == 0
+    assert "photo resized from 120x88 to 87x64" in capsys.readouterr().err
+    with Image.open("a.png") as picture:
+        assert picture.size == (80, 64)
 
 
 def test_example_script(place, tiny_folder):

@@ -10,7 +10,7 @@ from random_checkpoint import build_pipeline
 from safetensors.torch import load_file, save, save_file
 
 from depthdiff import StableDiffusionDepth2ImgPipeline
-from depthdiff.adapters.deltas import Delta, make_delta
+from depthdiff.adapters.deltas import fits, make_delta
 from depthdiff.adapters.names import layer_names
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.config import CheckpointError
@@ -511,6 +511,20 @@ def test_damaged_files(pipe, tmp_path, method):
     pipe.load_lora_weights(state)
 
 
-def test_delta_refuses_a_transposed_change():
-    with pytest.raises(RuntimeError, match="does not fit"):
-        Delta("full", {"diff": randn(10, 12)}, 1.0).of(randn(*LINEAR))
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_shapes_without_numbers(formula):
+    """`fits` says of every cut, swapped or grown part what computing with it says."""
+    parts, expected = formula()
+    shape = tuple(expected.shape)
+    assert fits(make_delta(parts, None), shape) is True
+    assert fits(make_delta(parts, None), (shape[1], shape[0], *shape[2:])) is False
+    for name, part in parts.items():
+        for changed in (part[:-1], part[:, :-1], part.transpose(0, 1), torch.cat([part, part]), part[None], part[0]):
+            delta = make_delta({**parts, name: changed}, None)
+            try:
+                right = delta.raw(expected).shape[0] == shape[0] and delta.raw(expected).numel() == expected.numel()
+            except (RuntimeError, IndexError):
+                right = False
+            assert (fits(delta, shape) is True) <= right, (name, changed.shape)
+            if changed.ndim == part.ndim:
+                assert (fits(delta, shape) is True) == right, (name, changed.shape)

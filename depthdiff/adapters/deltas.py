@@ -97,16 +97,12 @@ class Delta:
         """Compute the change of a weight (O, I, *K), which DoRA needs to know; in its dtype, at least float32.
 
         A change that lacks the last channel in leaves it alone: that of a UNet without depth.
-
-        Raises:
-            RuntimeError: the shapes do not fit.
+        Call `fits` first.
         """
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         delta = self.raw(weight) * self.scale
         image_only = delta.numel() < weight.numel()
         known = weight[:, :-1] if image_only else weight
-        if delta.shape[0] != known.shape[0]:
-            raise RuntimeError(f"{tuple(delta.shape)} does not fit {tuple(known.shape)}")
         delta = delta.reshape(known.shape)
         if self.magnitude is not None:
             delta = decompose(known, delta, self.magnitude.to(weight.device, weight.dtype)) - known
@@ -134,6 +130,69 @@ def decompose(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     over = [axis for axis in range(weight.ndim) if axis != kept]
     length = torch.linalg.vector_norm(changed, dim=over, keepdim=True)
     return changed * (magnitude.reshape(*shape, *[1] * (weight.ndim - 2)) / length)
+
+
+def fits(delta: Delta, weight: tuple[int, ...]) -> bool | None:
+    """Find out from the shapes alone whether a change can be added to a weight (O, I, *K).
+
+    Returns:
+        True where it covers the weight, None where it leaves out the last channel in, False where it does not fit.
+    """
+    try:
+        shape = whole_shape(delta.method, {name: tuple(part.shape) for name, part in delta.parts.items()})
+    except (IndexError, ValueError):
+        return False
+    count, wanted = math.prod(shape), math.prod(weight)
+    image_only = len(weight) == 4 and count == wanted // weight[1] * (weight[1] - 1)
+    if not count or shape[0] != weight[0] or not (count == wanted or image_only):
+        return False
+    if delta.magnitude is not None:
+        lengths = (weight[0], weight[1] - image_only) if len(weight) > 1 else weight
+        if delta.magnitude.numel() not in lengths:
+            return False
+    return None if image_only else True
+
+
+def whole_shape(method: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of what a formula gives.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+        IndexError: one has too few axes.
+    """
+
+    def product(a: str, b: str, core: str | None = None) -> tuple[int, ...]:
+        left, right = shapes[a], shapes[b]
+        if core is None:
+            if len(left) != 2 or len(right) != 2 or left[1] != right[0]:
+                raise ValueError(a)
+            return left[0], right[1]
+        if len(left) != 2 or len(right) != 2 or shapes[core][:2] != (left[0], right[0]):
+            raise ValueError(core)
+        return left[1], right[1], *shapes[core][2:]
+
+    if method == "LoRA":
+        up, down = shapes["up"], shapes["down"]
+        r, mid = math.prod(up[1:]), shapes.get("mid")
+        if len(down) < 2 or (r, down[0]) != ((down[0], r) if mid is None else mid[:2]):
+            raise ValueError("down")
+        if mid is not None and math.prod(down[2:]) != 1:
+            raise ValueError("mid")
+        return up[0], *(down[1:] if mid is None else (down[1], *mid[2:]))
+    if method == "LoHa":
+        first, second = (
+            product(f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}" if f"hada_t{n}" in shapes else None) for n in (1, 2)
+        )
+        if first != second:
+            raise ValueError("hada_w2_a")
+        return first
+    if method == "LoKr":
+        small = shapes.get("lokr_w1") or product("lokr_w1_a", "lokr_w1_b")
+        large = shapes.get("lokr_w2") or product("lokr_w2_a", "lokr_w2_b", "lokr_t2" if "lokr_t2" in shapes else None)
+        if len(small) != 2:
+            raise ValueError("lokr_w1")
+        return small[0] * large[0], small[1] * large[1], *large[2:]
+    return shapes["diff"]
 
 
 def rank(method: str, parts: Parts) -> int | None:

@@ -1,7 +1,7 @@
 """From a name to files: a folder is used as it is, a Hub id is downloaded, only as far as it is needed.
 
-Downloading, resuming, caching and the environment variables HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are the
-business of huggingface_hub.
+The bundled model goes by the name "mini". Downloading, resuming, caching and the environment variables HF_HOME,
+HF_HUB_OFFLINE and HF_ENDPOINT are the business of huggingface_hub.
 """
 
 from __future__ import annotations
@@ -30,6 +30,19 @@ MOVED = {"stabilityai/stable-diffusion-2-depth": "sd2-community/stable-diffusion
 
 Name = str | os.PathLike[str]
 
+BUNDLED = "mini"
+"""The name of the small model that comes with the package; a folder of that name is reached as "./mini"."""
+
+
+def bundled() -> Path:
+    """Find the bundled model: inside the installed package, or beside it in its repository."""
+    package = Path(__file__).parent.parent
+    places = [root / "weights" / BUNDLED for root in (package, package.parent)]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise CheckpointError(f"this installation lacks the bundled model, expected at {places[0]}; install depthdiff anew")
+
 
 def fetch(
     name_or_path: Name,
@@ -46,7 +59,7 @@ def fetch(
     """Find the folder that holds some files, and download those that are missing.
 
     Args:
-        name_or_path: a folder, or a Hub id such as "owner/name".
+        name_or_path: a folder, a Hub id such as "owner/name", or "mini".
         filenames: that must be there.
         subfolder: of the folder or repository in which they are.
         optional: files, or patterns with `*`, that may be there.
@@ -62,7 +75,7 @@ def fetch(
     Raises:
         CheckpointError: neither folder nor repository, not reachable, or a file is missing.
     """
-    root = Path(name_or_path)
+    root = bundled() if name_or_path == BUNDLED else Path(name_or_path)
     if not str(name_or_path) or not root.is_dir():
         _refuse_paths(name_or_path)
         prefix = f"{subfolder}/" if subfolder else ""

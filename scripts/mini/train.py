@@ -131,7 +131,7 @@ class Settings:
     geometries: int = 10_000
     vae_steps: int = 6_000
     depth_steps: int = 6_000
-    unet_steps: int = 14_000
+    unet_steps: int = 13_000
     batch: int = 16
     save_every: int = 250
     ema: float = 0.9995

@@ -1,0 +1,173 @@
+"""The bundled model does what depth-to-image is for: words repaint, the geometry stays.
+
+Scenes and captions are of seeds never trained on. Bounds lie below the figures of `scripts/mini/evaluate.py` over 200
+scenes (weights/mini/README.md), by about three standard errors of so few.
+"""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluate import Evaluation, geometry_scores
+from PIL import Image
+from safetensors import safe_open
+
+from depthdiff import DDIMScheduler, StableDiffusionDepth2ImgPipeline
+from depthdiff.checkpoint.hub import bundled
+from depthdiff.cli import main
+
+ROOT = Path(__file__).parent.parent
+SCENES = 12
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    """Some scenes, rendered, and the pipeline."""
+    return Evaluation(bundled(), SCENES)
+
+
+@pytest.fixture(scope="module")
+def painted(evaluation):
+    """Every scene repainted at strength 1."""
+    return evaluation.paint(1.0, 3.0, evaluation.captions)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """The scene of the README: a sphere, a cube and a cone."""
+    with Image.open(ROOT / "docs" / "scene.png") as image:
+        return image.copy()
+
+
+def test_the_name_is_found_and_the_default(caplog):
+    named = StableDiffusionDepth2ImgPipeline.from_pretrained("mini")
+    assert not caplog.text
+    unnamed = StableDiffusionDepth2ImgPipeline.from_pretrained()
+    assert "no model is named, so the small one that comes with the package is used: 'mini'" in caplog.text
+    assert named.name_or_path == unnamed.name_or_path == "mini"
+    for mine, its in zip(named.unet.parameters(), unnamed.unet.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    assert type(named.vae).from_pretrained("mini", subfolder="vae").config == named.vae.config
+
+
+def test_a_folder_of_that_name_is_another(tmp_path, monkeypatch):
+    """An unrelated folder called mini does not get in the way; it is reached by a path."""
+    (tmp_path / "mini").mkdir()
+    monkeypatch.chdir(tmp_path)
+    StableDiffusionDepth2ImgPipeline.from_pretrained("mini")
+    with pytest.raises(ValueError, match=r"has no model_index\.json"):
+        StableDiffusionDepth2ImgPipeline.from_pretrained("./mini")
+
+
+def test_at_most_24_megabytes_in_half_precision():
+    files = [path for path in bundled().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 24e6
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert len(weights) == 4
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_parts(evaluation):
+    """The autoencoder keeps pictures, the depth net sees objects. Observed over 200 scenes: see the model card."""
+    figures = evaluation.parts()
+    assert figures["psnr"] > 31
+    assert figures["depth"] > 0.88
+
+
+def test_words_repaint_and_geometry_stays(evaluation, painted):
+    figures = evaluation.scores(painted)
+    assert figures["geometry"] > 0.75
+    assert figures["outline"] > 0.75
+    assert figures["colours"] > 0.7
+
+
+def test_controls_are_much_worse(evaluation, painted):
+    """The same pictures, held against another scene's geometry and another caption's colours."""
+    readings = evaluation.read_depth(painted)
+    other = [geometry_scores(readings[s], evaluation.shown, (s + 1) % SCENES)[0] for s in range(SCENES)]
+    assert np.mean(other) < 0.4
+    wrong = evaluation.captions[1:] + evaluation.captions[:1]
+    assert evaluation.scores(evaluation.paint(1.0, 3.0, wrong))["colours"] < 0.4
+
+
+def paint(pipe, scene, prompt, **more):
+    more = {"strength": 1.0, "num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "pt"} | more
+    return pipe(prompt, scene, generator=torch.Generator().manual_seed(3), **more).images[0]
+
+
+def test_only_the_object_named_changes_its_colour(evaluation, scene):
+    """Red to blue for the ball turns the ball blue, and the box keeps what the words say of it."""
+    pipe, ball, box = evaluation.pipe, np.s_[:, 35:60, 25:45], np.s_[:, 60:90, 50:70]
+    red = paint(pipe, scene, "a red ball, a yellow box and a green cone")
+    blue = paint(pipe, scene, "a blue ball, a yellow box and a green cone")
+    assert (red[ball][0] - red[ball][2]).mean() > 0.2
+    assert (blue[ball][2] - blue[ball][0]).mean() > 0.2
+    for picture in (red, blue):
+        assert (picture[box][0] - picture[box][2]).mean() > 0.2
+
+
+def test_guidance_and_strength_act_in_their_direction(evaluation, scene):
+    """More strength leads farther from the input; without guidance an empty prompt and none are the same."""
+    pipe = evaluation.pipe
+    source = torch.from_numpy(np.asarray(scene.convert("RGB"))).movedim(2, 0) / 255
+    prompt = "a red ball, a white box and a black cone at night"
+    distances = [(paint(pipe, scene, prompt, strength=s) - source).square().mean() for s in (0.2, 0.5, 0.8, 1.0)]
+    assert distances == sorted(distances)
+    ball = np.s_[:, 35:60, 25:45]
+    redness = [
+        (lambda x: (x[0] - x[1:].mean(0)).mean().item())(paint(pipe, scene, prompt, guidance_scale=g)[ball])
+        for g in (0.0, 3.0)
+    ]
+    assert redness[1] > redness[0] - 0.02
+    # away from the negative prompt: a red ball is less red where red is not wanted
+    plain = paint(pipe, scene, "a ball, a box and a cone", negative_prompt="a red ball, a red box and a red cone")
+    drawn = paint(pipe, scene, "a red ball, a red box and a red cone")
+    assert (drawn[0] - drawn[1:].mean(0)).mean() > (plain[0] - plain[1:].mean(0)).mean() + 0.05
+
+
+def test_the_command_without_a_model(scene, tmp_path, monkeypatch, capsys):
+    scene.save(tmp_path / "scene.png")
+    monkeypatch.chdir(tmp_path)
+    assert main(["a golden sphere and a blue cube, at sunset", "scene.png", "--seed", "1", "--steps", "10"]) == 0
+    assert "no --model named" in capsys.readouterr().err
+    with Image.open("scene-depthdiff.png") as picture:
+        assert picture.size == (128, 128)
+
+
+def test_a_photo_far_too_large_is_shrunk(photo, tmp_path, monkeypatch, capsys):
+    """A photograph of 600x400 comes out with the side the model was trained for, unless another is named."""
+    photo.save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    assert main(["a red cylinder", "photo.png", "--steps", "2", "-o", "a.png"]) == 0
+    assert "photo resized from 600x400 to 192x128" in capsys.readouterr().err
+    assert main(["a red cylinder", "photo.png", "--steps", "2", "-o", "b.png", "--size", "64"]) == 0
+    with Image.open("a.png") as a, Image.open("b.png") as b:
+        assert (a.size, b.size) == ((192, 128), (96, 64))
+
+
+def test_the_wheel_carries_the_model(tmp_path):
+    """Built, unpacked, and used from elsewhere, without the repository."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, check=True, cwd=ROOT, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import depthdiff; p = depthdiff.StableDiffusionDepth2ImgPipeline.from_pretrained(); print(depthdiff.__file__)"
+    )
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "site") in done.stdout
+
+
+def test_scheduler_predicts_velocity():
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained("mini")
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
