@@ -140,7 +140,8 @@ def random_scene(seed: int) -> Scene:
             radius = rng.uniform(0.42, 0.72)
             x, z = rng.uniform(-1.35, 1.35), rng.uniform(-1.4, 0.8)
             if all(math.hypot(x - other.x, z - other.z) > 0.95 * (radius + other.radius) for other in bodies):
-                shape = rng.choice(SHAPES)
+                unused = [name for name in SHAPES if name not in {body.shape for body in bodies}]
+                shape = rng.choice(unused if rng.random() < 0.7 else SHAPES)
                 height = {"sphere": 2 * radius, "torus": 0.64 * radius}.get(shape, radius * rng.uniform(1.3, 2.3))
                 height = 2 * radius * 0.8 if shape == "cube" else height
                 bodies.append(Body(shape, x, z, radius, height, rng.uniform(0, math.pi)))
@@ -173,8 +174,8 @@ def repaint(scene: Scene, seed: int) -> Scene:
 def caption(scene: Scene, seed: int, visible: Container[int] | None = None) -> str:
     """Describe a scene in words that vary and leave things out; of its objects, only those that are visible."""
     rng = random.Random(f"words {seed}")
-    pairs = zip(scene.bodies, scene.skins, strict=True)
-    names = [describe(*pair, rng) for k, pair in enumerate(pairs) if visible is None or k in visible]
+    seen = [k for k in range(len(scene.bodies)) if visible is None or k in visible]
+    names = [describe(scene, k, seen, rng) for k in seen]
     if not names:
         return "an empty room"
     rng.shuffle(names)
@@ -216,16 +217,48 @@ MATERIAL_WORDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def describe(body: Body, skin: Skin, rng: random.Random) -> str:
-    """Name one object: colour, material, shape; one of the latter two may be left out."""
+PLACES = ("on the left", "in the middle", "on the right")
+
+
+def describe(scene: Scene, k: int, seen: list[int], rng: random.Random, vague: bool = True) -> str:
+    """Name one of the objects seen: colour, material, shape, and its place where another has the same shape.
+
+    Args:
+        scene: holds the object.
+        k: its number.
+        seen: numbers of all objects that can be seen.
+        rng: chooses the words.
+        vague: whether shape and place may be left out too.
+    """
+    body, skin = scene.bodies[k], scene.skins[k]
     material = rng.choice(MATERIAL_WORDS[skin.material]) if rng.random() < 0.8 else ""
     colour = skin.colour
-    if skin.material == "metal" and rng.random() < 0.4:
+    if skin.material == "metal" and rng.random() < 0.6:
         gold = {"yellow": "golden", "white": "silver"}.get(colour)
         colour, material = (gold, "") if gold else (colour, material)
-    shape = rng.choice(SHAPE_WORDS[body.shape]) if rng.random() < 0.93 else "thing"
+    shape = "thing" if vague and rng.random() < 0.05 else rng.choice(SHAPE_WORDS[body.shape])
     article = "an" if colour[0] in "aeiou" else "a"
-    return f"{article} {colour} {material}{shape}"
+    text = f"{article} {colour} {material}{shape}"
+    alike = [other for other in seen if scene.bodies[other].shape == body.shape]
+    place = place_among(scene, k, alike if len(alike) > 1 else seen)
+    told = rng.random() < (0.1 if len(alike) == 1 else 0.85 if vague else 1.0)
+    return f"{text} {place}" if place and told else text
+
+
+def place_among(scene: Scene, k: int, group: list[int]) -> str:
+    """Say where in the picture an object of a group stands, if the group has two or three."""
+    if len(group) not in (2, 3):
+        return ""
+    order = sorted(group, key=lambda other: across(scene, scene.bodies[other])).index(k)
+    return PLACES[order * 2 if len(group) == 2 else order]
+
+
+def across(scene: Scene, body: Body) -> float:
+    """Return how far right of the picture's middle an object appears, as the tangent of the angle."""
+    (ex, _, ez), (ax, _, az) = scene.camera, scene.look_at
+    forward, dx, dz = math.hypot(ax - ex, az - ez), body.x - ex, body.z - ez
+    fx, fz = (ax - ex) / forward, (az - ez) / forward
+    return (dz * fx - dx * fz) / (dx * fx + dz * fz)
 
 
 # Geometry: each function takes rays in an object's own frame (3, P) and returns distance and normal

@@ -54,7 +54,7 @@ SWAPPED, SWAPPED_FROM = 0.1, 600
 strength below 1 does: so the model learns to believe the words rather than the colours that shine through the noise."""
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
-TOKENS = 32
+TOKENS = 48
 DROPOUT = 0.1
 """Share of empty prompts in training, for guidance. Source: arXiv:2207.12598, sec. 3.2."""
 
@@ -128,7 +128,7 @@ SCHEDULER = {
 class Settings:
     """How much of everything."""
 
-    geometries: int = 10_000
+    geometries: int = 12_000
     vae_steps: int = 6_000
     depth_steps: int = 6_000
     unet_steps: int = 13_000
