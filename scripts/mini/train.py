@@ -129,7 +129,7 @@ class Settings:
     """How much of everything."""
 
     geometries: int = 12_000
-    vae_steps: int = 6_000
+    vae_steps: int = 5_000
     depth_steps: int = 6_000
     unet_steps: int = 13_000
     batch: int = 16
@@ -245,7 +245,7 @@ def fit(
     """
     path, start = run / f"{name}.pt", 0
     average = {key: value.detach().clone() for key, value in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-4, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
     if path.exists():
         state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
@@ -328,7 +328,7 @@ class Trainer:
     def seeded(self, kind: Any, config: dict[str, Any]) -> Any:
         """Make a network whose first weights are always the same."""
         torch.manual_seed(0)
-        return kind.from_config(config).to(self.device)
+        return kind.from_config(config).to(self.device, memory_format=torch.channels_last)
 
     def vae(self) -> AutoencoderKL:
         """Train the autoencoder on crops, later on whole pictures; then make its latents unit normal."""
