@@ -124,12 +124,12 @@ def check_files(options: argparse.Namespace) -> list[Path]:
     output: Path = options.output or options.image.with_name(f"{options.image.stem}-depthdiff.png")
     if options.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {options.num_images}")
+    for text in options.lora:
+        lora_weight(text)
     for name, texts in (("lora", options.lora), ("embedding", options.embedding)):
         for file in (split_option(text)[0] for text in texts):
             if Path(file).suffix in (".safetensors", *PICKLES) and not Path(file).is_file():
                 raise FileNotFoundError(f"{name} {file} is no file")
-    for text in options.lora:
-        lora_weight(text)
     if options.size is not None and options.size < 8:
         raise ValueError(f"--size must be at least 8 pixels, got {options.size}")
     outputs = [output]

@@ -28,17 +28,22 @@ FIRST_SEED = 5_000_000
 
 STEPS, BATCH = 20, 8
 FEWEST_PIXELS = 60
-"""Objects that show less are not judged."""
+"""Objects that show less are neither named nor judged."""
 
 RISE = 0.012
 """Disparity above the empty room from which on a pixel counts as part of an object."""
 
 
-def whole_caption(scene: Scene, seed: int) -> str:
-    """Name every object with its colour, and the light."""
+def whole_caption(scene: Scene, seed: int, seen: list[int]) -> str:
+    """Name every object that can be seen with its colour and shape, and the light."""
     rng = random.Random(f"test {seed}")
-    names = [describe(body, skin, rng) for body, skin in zip(scene.bodies, scene.skins, strict=True)]
+    names = [describe(scene, k, seen, rng, vague=False) for k in seen]
     return " and ".join(names) + {"sunset": " at sunset", "night": " at night"}.get(scene.light, "")
+
+
+def visible(scene: Scene, mask: Tensor) -> list[int]:
+    """List the objects that show enough pixels in the mask (H, W)."""
+    return [k for k in range(len(scene.bodies)) if (mask == k + 1).sum() >= FEWEST_PIXELS]
 
 
 def fitted(reading: Tensor, truth: Tensor) -> Tensor:
@@ -61,8 +66,7 @@ def colour_table(scene: Scene, shown: Rendered, s: int) -> dict[int, Tensor]:
     """Render a scene with all its objects in each colour; object -> mean pixel of each colour (9, 3)."""
     looks = [replace(scene, skins=tuple(Skin(c, skin.material) for skin in scene.skins)) for c in COLOURS]
     images = torch.cat([render([look]).image for look in looks])  # (9, 3, H, W)
-    visible = [k for k in range(len(scene.bodies)) if (shown.mask[s] == k + 1).sum() >= FEWEST_PIXELS]
-    return {k: images[:, :, shown.mask[s] == k + 1].mean(2) for k in visible}
+    return {k: images[:, :, shown.mask[s] == k + 1].mean(2) for k in visible(scene, shown.mask[s])}
 
 
 def right_colours(image: Tensor, table: dict[int, Tensor], scene: Scene, mask: Tensor) -> list[bool]:
@@ -85,8 +89,11 @@ class Evaluation:
         seeds = range(FIRST_SEED, FIRST_SEED + count)
         self.sources = [random_scene(seed) for seed in seeds]
         self.targets = [repaint(scene, seed + 1) for seed, scene in zip(seeds, self.sources, strict=True)]
-        self.captions = [whole_caption(scene, seed) for seed, scene in zip(seeds, self.targets, strict=True)]
         self.shown, self.wanted = (self.render(scenes) for scenes in (self.sources, self.targets))
+        self.captions = [
+            whole_caption(scene, seed, visible(scene, mask))
+            for seed, scene, mask in zip(seeds, self.targets, self.wanted.mask, strict=True)
+        ]
         self.tables = [colour_table(scene, self.wanted, s) for s, scene in enumerate(self.targets)]
 
     @staticmethod
