@@ -14,7 +14,7 @@ from scenes import random_scene, render, to_pictures
 from depthdiff import DDIMScheduler, StableDiffusionDepth2ImgPipeline
 from depthdiff.image import contact_sheet, depth_image
 
-SCENE = 4_000_171
+SCENE = 4_000_050
 """Neither trained on nor part of the evaluation."""
 
 PROMPTS = (

@@ -131,7 +131,7 @@ class Settings:
     geometries: int = 12_000
     vae_steps: int = 5_000
     depth_steps: int = 4_000
-    unet_steps: int = 13_000
+    unet_steps: int = 12_000
     batch: int = 16
     save_every: int = 250
     ema: float = 0.9995

@@ -1,5 +1,7 @@
 """diffusers loads the folder of the bundled model, and makes the same picture from it."""
 
+from pathlib import Path
+
 import diffusers
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 import depthdiff
 from depthdiff.checkpoint.hub import bundled
 
+ROOT = Path(__file__).parent.parent.parent
 TOLERANCE = 2e-3  # of full range
 PROMPT = "a golden sphere and a blue cube, at sunset"
 
@@ -16,7 +19,7 @@ PROMPT = "a golden sphere and a blue cube, at sunset"
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler"])
 @pytest.mark.parametrize("strength", [1.0, 0.8, 0.3])
 def test_the_same_picture(scheduler, strength):
-    with Image.open("docs/scene.png") as file:
+    with Image.open(ROOT / "docs" / "scene.png") as file:
         scene = file.resize((160, 128))
     pictures = []
     for package in (depthdiff, diffusers):
