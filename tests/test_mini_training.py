@@ -91,6 +91,19 @@ def test_a_broken_run_ends_at_the_same_weights(finished, tmp_path):
         assert torch.equal(again[key], value), key
 
 
+def test_training_goes_on_from_a_model(finished, tmp_path):
+    """Without a step it is the model that it began with, in half precision; autoencoder and depth net stay."""
+    import shutil
+
+    shutil.copytree(finished / "data", tmp_path / "data")
+    train.Trainer(tmp_path, replace(SMALL, unet_steps=0), "cpu", finished / "mini").unet()
+    before, after = (StableDiffusionDepth2ImgPipeline.from_pretrained(run / "mini") for run in (finished, tmp_path))
+    for name in ("unet", "text_encoder", "vae", "depth_estimator"):
+        mine = getattr(after, name).state_dict()
+        for key, value in getattr(before, name).state_dict().items():
+            assert torch.equal(mine[key], value), key
+
+
 def test_data_goes_on_where_it_stopped(finished, tmp_path):
     train.make_data(tmp_path, replace(SMALL, geometries=3))
     before = train.Data(finished), train.Data(tmp_path)

@@ -2,10 +2,11 @@
 
     python scripts/mini/train.py                          # all stages, into runs/mini; goes on where it stopped
     python scripts/mini/train.py --stage unet --run DIR   # one stage
+    python scripts/mini/train.py --from weights/mini --run DIR   # train text encoder and UNet of a model further
 
 Every stage saves as it goes and resumes; a step's random numbers depend on its number alone, so that a run that was
 broken off ends at the weights of an unbroken one. Losses are logged to DIR/log.txt. The model is written to DIR/model
-whenever the last stage saves. CPU or GPU; bfloat16 where the device has it.
+whenever the last stage saves, and in the end in half precision to DIR/mini. CPU or GPU; bfloat16 where that is enough.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class Settings:
     geometries: int = 12_000
     vae_steps: int = 5_000
     depth_steps: int = 4_000
-    unet_steps: int = 12_000
+    unet_steps: int = 10_500
     batch: int = 16
     save_every: int = 250
     ema: float = 0.9995
@@ -317,8 +318,8 @@ def edge_loss(a: Tensor, b: Tensor) -> Tensor:
 class Trainer:
     """The stages, in order; each needs those before it."""
 
-    def __init__(self, run: Path, settings: Settings, device: str) -> None:
-        self.run, self.settings, self.device = run, settings, torch.device(device)
+    def __init__(self, run: Path, settings: Settings, device: str, start: Path | None = None) -> None:
+        self.run, self.settings, self.device, self.start = run, settings, torch.device(device), start
         run.mkdir(parents=True, exist_ok=True)
 
     def half(self) -> Any:
@@ -332,7 +333,7 @@ class Trainer:
 
     def vae(self) -> AutoencoderKL:
         """Train the autoencoder on crops, later on whole pictures; then make its latents unit normal."""
-        folder, data = self.run / "vae", Data(self.run)
+        folder, data = (self.start or self.run) / "vae", Data(self.run)
         if folder.exists():
             return AutoencoderKL.from_pretrained(folder).to(self.device)
         vae, steps = self.seeded(AutoencoderKL, VAE), self.settings.vae_steps
@@ -358,7 +359,7 @@ class Trainer:
 
     def depth(self) -> DPTForDepthEstimation:
         """Train the depth net on the exact disparity."""
-        folder, data = self.run / "depth_estimator", Data(self.run)
+        folder, data = (self.start or self.run) / "depth_estimator", Data(self.run)
         if folder.exists():
             return DPTForDepthEstimation.from_pretrained(folder).to(self.device)
         net = self.seeded(DPTForDepthEstimation, DEPTH)
@@ -381,13 +382,16 @@ class Trainer:
     def unet(self) -> None:
         """Train text encoder and UNet together, on latents and depth made once."""
         vae, net, data = self.vae(), self.depth(), Data(self.run)
-        tokenizer = make_tokenizer(self.run)
+        tokenizer = make_tokenizer(self.start or self.run)
         latents, depths = self.encoded(vae, net, data)
         special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
         special["bos_token_id"] = tokenizer.bos_token_id
         model = nn.ModuleDict(
             {"text": self.seeded(CLIPTextModel, TEXT | special), "unet": self.seeded(UNet2DConditionModel, UNET)}
         )
+        if self.start is not None:
+            for name, network in (("text_encoder", model["text"]), ("unet", model["unet"])):
+                network.load_state_dict(type(network).from_pretrained(self.start / name).state_dict())
         for network in model.values():
             network.set_attention("math")  # trains 1.4 times as fast as the fused kernel at these widths, on a CPU
         scheduler = DDIMScheduler(**SCHEDULER)
@@ -430,9 +434,11 @@ class Trainer:
                 feature_extractor=DPTImageProcessor.from_config({"size": {"height": SIZE, "width": SIZE}}),
             ).save_pretrained(self.run / "model")
 
-        steps = self.settings.unet_steps
-        fit(self.run, "unet", model, loss_of, self.settings, steps=steps, rate=8e-4, on_save=export)
+        steps, rate = self.settings.unet_steps, 8e-4 if self.start is None else 3e-4
+        fit(self.run, "unet", model, loss_of, self.settings, steps=steps, rate=rate, on_save=export)
         export(model)
+        small = StableDiffusionDepth2ImgPipeline.from_pretrained(self.run / "model", torch_dtype=torch.float16)
+        small.save_pretrained(self.run / "mini")
 
     @torch.no_grad()
     def encoded(self, vae: AutoencoderKL, net: DPTForDepthEstimation, data: Data) -> tuple[np.ndarray, np.ndarray]:
@@ -505,11 +511,12 @@ def make_tokenizer(run: Path) -> CLIPTokenizer:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/mini"))
+    parser.add_argument("--from", type=Path, dest="start", metavar="MODEL", help="go on from the weights of a model")
     parser.add_argument("--stage", choices=("data", "vae", "depth", "unet", "all"), default="all")
     parser.add_argument("--tiny", action="store_true", help="a run that shows only that everything runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    trainer = Trainer(options.run, TINY if options.tiny else Settings(), options.device)
+    trainer = Trainer(options.run, TINY if options.tiny else Settings(), options.device, options.start)
     stages = {"vae": trainer.vae, "depth": trainer.depth, "unet": trainer.unet}
     make_data(options.run, trainer.settings)
     for name, stage in stages.items():
