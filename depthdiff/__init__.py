@@ -1,4 +1,23 @@
-"""Stable Diffusion 2 depth-to-image, from scratch in pure PyTorch; read `depthdiff.pipeline` first."""
+"""Stable Diffusion 2 depth-to-image, from scratch in pure PyTorch; read `depthdiff.pipeline` first.
+
+Examples:
+    >>> import torch
+    >>> from PIL import Image
+    >>> from depthdiff import StableDiffusionDepth2ImgPipeline
+    >>> pipe = StableDiffusionDepth2ImgPipeline.from_pretrained("mini")  # the small model that comes along
+    >>> scene = Image.open("docs/scene.png")
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> pipe("a golden sphere and a blue cube", scene, num_inference_steps=5, generator=generator).images[0].size
+    (128, 128)
+
+    The loop is yours:
+
+    >>> run = pipe.prepare("a red ball", scene, strength=0.5, num_inference_steps=8, generator=generator)
+    >>> [(step.index, int(step.timestep), tuple(step.latents.shape)) for step in pipe.denoise(run)][-1]
+    (3, 1, (1, 4, 32, 32))
+    >>> pipe.decode(run.latents).images[0].size
+    (128, 128)
+"""
 
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor

@@ -59,6 +59,16 @@ def denoise(
 
     Yields:
         Every step once it is taken; the next one starts from its `latents`, which the caller may have changed.
+
+    Examples:
+        >>> import torch
+        >>> from depthdiff import DDIMScheduler
+        >>> clean, noise = torch.ones(1, 4, 2, 2), torch.full((1, 4, 2, 2), 0.5)
+        >>> plan = DDIMScheduler(set_alpha_to_one=True).plan(10, strength=0.5)
+        >>> for step in denoise(lambda latents, timestep: noise, plan, plan.add_noise(clean, noise)):
+        ...     pass  # who predicts the true noise is led to the clean latents
+        >>> torch.allclose(step.latents, clean, atol=1e-5)
+        True
     """
     state = plan.init_state()
     for index, timestep in enumerate(plan.timesteps):
