@@ -50,9 +50,14 @@ LOOK_SEED = 10_000_000
 DISPARITY_SCALE = 10.0
 """Brings the disparity of the scenes to about 1..5, which a network learns easily; depth is relative anyway."""
 
-SWAPPED, SWAPPED_FROM = 0.1, 600
+SWAPPED, SWAPPED_FROM = 0.25, 600
 """Share of noisy pictures, from this timestep on, that begin at another look of the same geometry, as a call with a
 strength below 1 does: so the model learns to believe the words rather than the colours that shine through the noise."""
+
+NOISY, NOISY_FROM = 0.5, 750
+"""Share of timesteps that are drawn from this one on, in place of all. An object's colour is the mean of many latents,
+so that noise hides it only there, and only there words have to tell it. Source: arXiv:2301.11093, sec. 2.3, which moves
+the schedule for the same reason; Stable Diffusion's own is kept here, so that its schedulers fit."""
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 TOKENS = 48
@@ -411,7 +416,7 @@ class Trainer:
                 for n, i in enumerate(index)
             ]
             ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            timesteps = torch.randint(1000, (batch,), generator=generator)
+            timesteps = random_timesteps(batch, generator)
             noise = torch.randn(clean.shape, generator=generator).to(self.device)
             a = alphas_cumprod[timesteps.to(self.device)].view(-1, 1, 1, 1)
             swapped = (torch.rand(batch, generator=generator) < SWAPPED) & (timesteps >= SWAPPED_FROM)
@@ -463,6 +468,13 @@ class Trainer:
         for path, array in zip(paths, (latents, depths), strict=True):
             np.save(path, array)
         return latents, depths
+
+
+def random_timesteps(count: int, generator: Generator) -> Tensor:
+    """Draw timesteps, NOISY of them from NOISY_FROM on: (count,), 0..999."""
+    anywhere = torch.randint(1000, (count,), generator=generator)
+    noisy = torch.randint(NOISY_FROM, 1000, (count,), generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < NOISY, noisy, anywhere)
 
 
 def batches(count: int, size: int) -> Iterator[np.ndarray]:
