@@ -450,7 +450,7 @@ def test_weights_of_single_transformers(pipe):
     full = {name: p.detach() - own[name] for name, p in pipe.unet.named_parameters()}
     count = len(pipe.unet.up_blocks[1].attentions)
     numbers = [0.25 * (n + 1) for n in range(count)]
-    pipe.set_adapters("default_0", {"unet": {"up": {"block_1": numbers}, "mid": [0.5]}})
+    pipe.set_adapters("default_0", {"unet": {"up": {"block_1": numbers}, "mid": 0.5}})
     for name, parameter in pipe.unet.named_parameters():
         share = 0.5 if name.startswith("mid") else 1.0
         if name.startswith("up_blocks.1.") and ".attentions." in name:
