@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import random
 import sys
 import traceback
@@ -224,18 +225,27 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> StableDiffusionDept
 
 
 def split_option(text: str) -> tuple[str, str | None]:
-    """Cut `FILE:MORE` in two; a file whose own name has a colon is taken whole."""
-    file, _, more = text.rpartition(":")
-    return (text, None) if not file or Path(text).exists() or "/" in more or "\\" in more else (file, more)
+    """Cut `FILE:MORE` in two, where FILE is there, else at the last colon; a file with a colon in its name is whole."""
+    colons = [place for place in range(len(text) - 1, 0, -1) if text[place] == ":"]
+    if Path(text).exists() or not colons:
+        return text, None
+    for place in colons:
+        if Path(text[:place]).exists():
+            return text[:place], text[place + 1 :]
+    file, more = text[: colons[0]], text[colons[0] + 1 :]
+    return (text, None) if "/" in more or "\\" in more else (file, more)
 
 
 def lora_weight(text: str) -> float:
     """Read the weight of `FILE:WEIGHT`, 1 if absent."""
     weight = split_option(text)[1]
     try:
-        return 1.0 if weight is None else float(weight)
+        number = 1.0 if weight is None else float(weight)
     except ValueError as error:
         raise ValueError(f"--lora {text}: {weight!r} must be a number") from error
+    if not math.isfinite(number):
+        raise ValueError(f"--lora {text}: {weight!r} must be a finite number")
+    return number
 
 
 def fit_photo(photo: Image.Image, size: int | None, pipe: StableDiffusionDepth2ImgPipeline) -> Image.Image:

@@ -349,6 +349,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters):
         check_prompt(prompt, prompt_embeds)
         check_prompt(negative_prompt, negative_prompt_embeds, "negative_prompt")
         check_embeds(prompt_embeds, negative_prompt_embeds, max(self.unet.config.per_level("cross_attention_dim")))
+        check_number("lora_scale", 1.0 if lora_scale is None else lora_scale, -1e6, 1e6)
         if clip_skip is not None:
             check_number("clip_skip", clip_skip, 0, self.text_encoder.config.num_hidden_layers - 1, whole=True)
         texts = [prompt] if isinstance(prompt, str) else prompt or []

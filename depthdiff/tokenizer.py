@@ -269,7 +269,13 @@ class CLIPTokenizer:
         """
         known, lowered = self.get_vocab(), {word.lower() for word in self._learnt}
         names: list[str] = []
+        counts = {word: len(ids) for word, ids in self._learnt.items()}
         for word, count in words.items():
+            stem, _, number = word.rpartition("_")
+            if number == str(counts.get(stem)):
+                raise ValueError(f"the word {word!r} would be read as a further vector of {stem!r}; pass another word "
+                                 "as token=...")  # fmt: skip
+            counts[word] = count
             tokens = [word, *(f"{word}_{i}" for i in range(1, count))]
             if word.lower() in lowered:
                 raise ValueError(f"the word {word!r} is learnt already; unload it first, or pass token=...")

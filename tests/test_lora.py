@@ -361,13 +361,19 @@ def test_methods(pipe):
         "set_adapters('default_0', float('nan'))": "must be finite numbers",
         "set_adapters('default_0', {'vae': 1})": "may name unet, text_encoder, down, mid, up",
         "delete_adapters('x')": "no adapter is called 'x'",
+        "set_adapters('default_0', {'unet': {'down': {'block_9': 1}}})": "may name block_0",
+        "set_adapters('default_0', {'unet': {'up': {'block_1': [1, 2, 3, 4, 5]}}})": "transformers, got 5",
+        "set_adapters('default_0', np.array([0.5]))": "must be finite numbers",
         "fuse_lora(['vae'])": "components must be among",
+        "fuse_lora([])": "components must be among",
+        "fuse_lora(lora_scale=float('nan'))": "lora_scale must be",
+        "encode_prompt('a', lora_scale=float('nan'))": "lora_scale must be",
         "save_lora_adapter('x', '.')": "no adapter is called 'x'",
         "save_lora_weights('nowhere')": "no LoRA layers to save",
         "save_lora_weights('nowhere', {'a': None})": "must hold keys such as",
     }.items():
         with pytest.raises(ValueError, match=message):
-            eval(f"pipe.{call}", {"pipe": pipe})
+            eval(f"pipe.{call}", {"pipe": pipe, "np": np})
     pipe.load_lora_weights({k: v * 1e30 for k, v in kohya_file(pipe).items() if "alpha" not in k}, "huge")
     before = pipe.num_fused_loras
     with pytest.raises(ValueError, match="NaN or infinity after fusing"):
@@ -375,6 +381,117 @@ def test_methods(pipe):
     assert pipe.num_fused_loras == before == 0
     pipe.delete_adapters("huge")
     assert pipe.get_active_adapters() == ["default_0"]
+
+
+def test_fused_adapters_do_not_hide_others_of_their_name(pipe):
+    """load, fuse, unload, load: the second is `default_0` again, and counts. Fusing twice is fusing once."""
+    first, second = kohya_file(pipe), kohya_file(pipe, seed=9)
+    pipe.load_lora_weights(first)
+    pipe.fuse_lora()
+    fused = snapshot(pipe)
+    pipe.fuse_lora("unet", 0.5)
+    assert same(pipe, fused)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(second)
+    both = snapshot(pipe)
+    assert not same(pipe, fused)
+    twin = build_pipeline("tiny")
+    twin.load_lora_weights(first, "a")
+    twin.load_lora_weights(second, "b")
+    twin.set_adapters(["a", "b"])
+    assert same(twin, both)
+
+
+def test_names_and_deletions(pipe):
+    for _ in range(2):
+        pipe.load_lora_weights(kohya_file(pipe))
+    pipe.delete_adapters(["default_0", "default_0"])
+    pipe.load_lora_weights(kohya_file(pipe))
+    assert sorted(pipe.get_list_adapters()["unet"]) == ["default_0", "default_1"]
+
+
+def test_a_replaced_network_keeps_its_weights(pipe):
+    """Neither gets the other's: the old one its own back, the new one its own until it is changed."""
+    other, old = build_pipeline("tiny").unet, pipe.unet
+    before = {name: p.clone() for name, p in old.named_parameters()}
+    for parameter in other.parameters():
+        parameter.data += 1
+    new = {name: p.clone() for name, p in other.named_parameters()}
+    pipe.load_lora_weights(kohya_file(pipe))
+    pipe.unet = other
+    pipe.unload_lora_weights()
+    assert all(torch.equal(p, new[name]) for name, p in other.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in old.named_parameters())
+
+
+def test_without_text_encoder(pipe):
+    pipe.text_encoder = None
+    state = {key: value for key, value in kohya_file(build_pipeline("tiny")).items() if "unet" in key}
+    pipe.load_lora_weights(state)
+    assert pipe.get_list_adapters() == {"unet": ["default_0"]}
+
+
+@pytest.mark.parametrize("alpha", [3, 3.0, torch.tensor(3), torch.tensor([3.0]), torch.tensor(3.0).double()], ids=repr)
+def test_alpha_in_every_form(pipe, alpha):
+    """Scripts that cut a LoRA out of two checkpoints write it as a whole number."""
+    state = kohya_file(pipe)
+    state = {key: torch.tensor(3.0) if key.endswith("alpha") else value for key, value in state.items()}
+    twin = build_pipeline("tiny")
+    twin.load_lora_weights(state)
+    pipe.load_lora_weights({key: alpha if key.endswith("alpha") else value for key, value in state.items()})
+    assert same(pipe, snapshot(twin))
+
+
+def test_weights_of_single_transformers(pipe):
+    """Each is the weight of its own attention; what is not named counts 1, and `scale` multiplies all."""
+    state = kohya_file(pipe)
+    own = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
+    pipe.load_lora_weights(state)
+    full = {name: p.detach() - own[name] for name, p in pipe.unet.named_parameters()}
+    count = len(pipe.unet.up_blocks[1].attentions)
+    numbers = [0.25 * (n + 1) for n in range(count)]
+    pipe.set_adapters("default_0", {"unet": {"up": {"block_1": numbers}, "mid": 0.5}})
+    for name, parameter in pipe.unet.named_parameters():
+        share = 0.5 if name.startswith("mid") else 1.0
+        if name.startswith("up_blocks.1.") and ".attentions." in name:
+            share = numbers[int(name.split(".")[3])]
+        if ".attentions." in name:
+            torch.testing.assert_close(parameter.detach() - own[name], full[name] * share, rtol=0, atol=1e-6)
+
+
+def test_a_direction_without_length():
+    """DoRA of a weight with a row of zeros: the row stays, nothing is NaN."""
+    parts = {"up": torch.zeros(4, 2), "down": torch.rand(2, 3), "dora_scale": torch.ones(4)}
+    weight = torch.rand(4, 3)
+    weight[1] = 0
+    changed = weight + make_delta(parts, None).of(weight)
+    assert changed.isfinite().all()
+    assert (changed[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "header",
+    ['{"unet.alpha_pattern": 5}', '{"unet.r": -4, "unet.lora_alpha": 1}', '{"unet.r": 1' + "0" * 400 + "}", "[1]",
+     "[" * 100_000, '{"unet.alpha_pattern": {"(": 1}}'],
+    ids=range(6),
+)  # fmt: skip
+def test_headers_that_lie(pipe, tmp_path, header):
+    pipe.load_lora_weights(kohya_file(pipe), "a")
+    pipe.save_lora_adapter("a", tmp_path)
+    state = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    save_file(state, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": header})
+    with pytest.raises(CheckpointError):
+        pipe.load_lora_weights(tmp_path / "x.safetensors")
+
+
+def test_options_of_diffusers(pipe, tmp_path):
+    state = kohya_file(pipe)
+    torch.save(state, tmp_path / "x.pt")
+    pipe.load_lora_weights(state, low_cpu_mem_usage=True, use_safetensors=True, resume_download=None, proxies=None)
+    with pytest.raises(CheckpointError, match="use_safetensors=True"):
+        pipe.load_lora_weights(tmp_path / "x.pt", use_safetensors=True)
+    with pytest.raises(ValueError, match="HTTPS_PROXY"):
+        pipe.load_lora_weights(tmp_path / "x.pt", proxies={})
 
 
 def without(state, *endings):
@@ -399,6 +516,17 @@ REFUSED = {
     "alpha alone": (lambda s: without(s, "lora_up.weight", "lora_down.weight"), "alpha alone"),
     "shapes": (lambda s: {k: v[:, :-1] if "to_q.lora_down" in k else v for k, v in s.items()}, "do not fit"),
     "NaN": (lambda s: {k: v * float("nan") for k, v in s.items()}, "must hold finite numbers"),
+    "rank 0": (
+        lambda s: {k: v[:0] if "down" in k else v[:, :0] if "up" in k else v for k, v in s.items()},
+        "no known method",
+    ),
+    "no axes": (lambda s: {k: torch.tensor(1.0) if "lora_down" in k else v for k, v in s.items()}, "no known method"),
+    "sparse": (lambda s: {k: v.to_sparse() if "lora_down" in k else v for k, v in s.items()}, "finite numbers"),
+    "meta": (lambda s: {k: v.to("meta") for k, v in s.items()}, "finite numbers"),
+    "XL's blocks": (
+        lambda s: {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.rand(2, 2048)},
+        "made for Stable Diffusion XL",
+    ),
     "integers": (lambda s: {k: v.int() for k, v in s.items()}, "must hold finite numbers"),
     "Stable Diffusion 1": (lambda s: wide(s, 768), "made for Stable Diffusion 1, whose context has 768 channels"),
     "Stable Diffusion XL": (lambda s: wide(s, 2048), "made for Stable Diffusion XL"),

@@ -137,6 +137,8 @@ REFUSED = {
         "has 2 words",
     ),
     "lists that do not pair": (lambda w: [{"<x>": torch.rand(1, w)}], {"token": ["a", "b"]}, "one word for each of 1"),
+    "read as a further vector": (lambda w: {"<old>_1": torch.rand(1, w)}, {}, "as a further vector of '<old>'"),
+    "sparse": (lambda w: {"<a>": torch.rand(1, w).to_sparse()}, {}, "NaN or infinity"),
     "NaN": (lambda w: {"<a>": torch.full((1, w), float("nan"))}, {}, "NaN or infinity"),
     "shape": (lambda w: {"<a>": torch.rand(1, 2, w)}, {}, "must be .n, "),
     "integers": (lambda w: {"<a>": torch.ones(1, w).int()}, {}, "must be .n, "),

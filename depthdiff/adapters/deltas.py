@@ -129,7 +129,8 @@ def decompose(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
         kept, shape = 0, (-1, 1)
     over = [axis for axis in range(weight.ndim) if axis != kept]
     length = torch.linalg.vector_norm(changed, dim=over, keepdim=True)
-    return changed * (magnitude.reshape(*shape, *[1] * (weight.ndim - 2)) / length)
+    length = length.clamp(min=torch.finfo(length.dtype).tiny)  # a direction without length stays so
+    return changed / length * magnitude.reshape(*shape, *[1] * (weight.ndim - 2))
 
 
 def fits(delta: Delta, weight: tuple[int, ...]) -> bool | None:
@@ -197,11 +198,8 @@ def whole_shape(method: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int
 
 def rank(method: str, parts: Parts) -> int | None:
     """Return r, by which alpha is divided; None where nothing is of low rank."""
-    if method == "LoRA":
-        return parts["down"].shape[0]
-    if method == "LoHa":
-        return parts["hada_w1_b"].shape[0]
-    low = [parts[name].shape[0] for name in ("lokr_w1_b", "lokr_w2_b") if name in parts]
+    names = {"LoRA": ("down",), "LoHa": ("hada_w1_b",)}.get(method, ("lokr_w1_b", "lokr_w2_b"))
+    low = [parts[name].shape[0] if parts[name].ndim else 0 for name in names if name in parts]
     return low[-1] if low else None
 
 
@@ -241,6 +239,8 @@ def make_delta(
     for method in METHODS:
         if rest and complete(method, rest):
             r = None if method == "full" else divisor or rank(method, rest)
+            if r == 0:
+                return None
             scale = 1.0 if r is None or alpha is None else alpha / (math.sqrt(r) if rank_stabilized else r)
             return Delta(method, rest, scale, magnitude)
     return None

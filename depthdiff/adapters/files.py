@@ -26,6 +26,8 @@ def find_file(
     *,
     weight_name: str | None = None,
     subfolder: str | None = None,
+    use_safetensors: bool | None = None,
+    proxies: None = None,
     **where: Any,
 ) -> Path:
     """Find an adapter's file.
@@ -35,11 +37,30 @@ def find_file(
         defaults: names to look for where `weight_name` is absent.
         weight_name: of the file in the folder or repository.
         subfolder: of the folder or repository.
+        use_safetensors: whether pickles are refused.
+        proxies: must be None.
         **where: as in `depthdiff.checkpoint.hub.fetch`.
 
     Raises:
         CheckpointError: there is no such file, or there are several to choose from.
+        ValueError: `proxies` is given.
     """
+    if proxies is not None:
+        raise ValueError("proxies must be None: set the environment variable HTTPS_PROXY")
+    path = choose_file(name_or_path, defaults, weight_name, subfolder, where)
+    if use_safetensors and path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is no .safetensors file, which use_safetensors=True asks for")
+    return path
+
+
+def choose_file(
+    name_or_path: str | os.PathLike[str],
+    defaults: Sequence[str],
+    weight_name: str | None,
+    subfolder: str | None,
+    where: Mapping[str, Any],
+) -> Path:
+    """Find the file that is named, or the first default there is, or the only file of weights in a folder."""
     if Path(name_or_path).is_file():
         return Path(name_or_path)
     wanted = [weight_name] if weight_name is not None else list(defaults)
@@ -94,7 +115,7 @@ def header_settings(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     try:
         flat = json.loads(text)
         pairs = [(key.split(".", 1), value) for key, value in flat.items()]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its lora_adapter_metadata cannot be read: {error}") from error
     settings: dict[str, Any] = {}
     for parts, value in pairs:

@@ -7,6 +7,7 @@ put back bit for bit. Between calls the networks hold the active adapters at the
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from depthdiff.adapters.saving import lora_state, prefixed, write_layers
 from depthdiff.adapters.textual_inversion import TextualInversion
 from depthdiff.adapters.weights import Weight, block_weight, check_components, check_weight, component_weight, scaled
 from depthdiff.components import Components, nearest
+from depthdiff.inputs import check_number
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Adapters(TextualInversion, Components):
         self._fused: dict[str, list[tuple[Lora, Weight]]] = {component: [] for component in COMPONENTS}
         self._originals: dict[str, dict[str, Tensor]] = {component: {} for component in COMPONENTS}
         self._merged: dict[str, Any] = {component: [] for component in COMPONENTS}
+        self._merged_into: dict[str, Any] = {component: components[component] for component in COMPONENTS}
 
     # Loading
 
@@ -57,6 +60,10 @@ class Adapters(TextualInversion, Components):
         token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        use_safetensors: bool | None = None,
+        proxies: None = None,
+        resume_download: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
     ) -> None:
         """Load a LoRA, LoCon, LoHa, LoKr or DoRA into UNet and text encoder; it becomes the one that is active.
 
@@ -73,12 +80,17 @@ class Adapters(TextualInversion, Components):
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
+            use_safetensors: refuse pickles if True.
+            proxies: must be None: they are read from HTTPS_PROXY.
+            resume_download: of no effect: downloads always go on where they stopped.
+            low_cpu_mem_usage: of no effect.
 
         Raises:
             CheckpointError: the file is missing or damaged, or made for another model; nothing has changed then.
             ValueError: the name is taken.
         """
-        name = f"default_{len(self._loras)}" if adapter_name is None else adapter_name
+        free = next(name for name in map("default_{}".format, itertools.count()) if name not in self._loras)
+        name = free if adapter_name is None else adapter_name
         if name in self._loras and not hotswap:
             raise ValueError(f"adapter_name {name!r} is taken; choose another, or delete_adapters({name!r}) first")
         if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
@@ -95,10 +107,11 @@ class Adapters(TextualInversion, Components):
                 token=token,
                 local_files_only=local_files_only,
                 force_download=force_download,
+                use_safetensors=use_safetensors,
+                proxies=proxies,
             )
             (state, settings), source = read_file(path), str(path)
-        networks = {component: getattr(self, component) for component in COMPONENTS}
-        lora = read_lora(name, state, settings, networks, source)
+        lora = read_lora(name, state, settings, self._adapted(), source)
         for note in lora.notes:
             logger.warning(note)
         self._loras[name] = lora
@@ -112,7 +125,7 @@ class Adapters(TextualInversion, Components):
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget some adapters; where none of the active ones is left, the first of the others becomes active."""
-        for name in self._known(adapter_names):
+        for name in dict.fromkeys(self._known(adapter_names)):
             del self._loras[name]
             self._active.pop(name, None)
         if self._loras and not self._active:
@@ -129,19 +142,20 @@ class Adapters(TextualInversion, Components):
         Args:
             adapter_names: one or several.
             adapter_weights: one for all, or one each; 1 if absent. A weight is a number, or a dict with numbers for
-                "unet" and "text_encoder", or for "down", "mid" and "up" inside "unet".
+                "unet" and "text_encoder", or for "down", "mid" and "up" inside "unet", and for "block_1" and so on
+                inside these; see `depthdiff.adapters.weights.Weight`.
 
         Raises:
             ValueError: an unknown name, or weights of another number or form.
         """
         names = self._known(adapter_names)
-        one = adapter_weights is None or isinstance(adapter_weights, (int, float, Mapping))
+        one = not isinstance(adapter_weights, (list, tuple))
         weights: list[Any] = [adapter_weights] * len(names) if one else list(adapter_weights)  # type: ignore[arg-type]
         if len(weights) != len(names):
             raise ValueError(f"adapter_weights must be one, or one for each of {len(names)} names, got {len(weights)}")
         chosen = {name: 1.0 if weight is None else weight for name, weight in zip(names, weights, strict=True)}
         for weight in chosen.values():
-            check_weight(weight, (*COMPONENTS, "down", "mid", "up"))
+            check_weight(weight, self._adapted()["unet"])
         self._active = chosen
         self._merge_all()
 
@@ -178,16 +192,16 @@ class Adapters(TextualInversion, Components):
 
     def fuse_lora(
         self,
-        components: Sequence[str] = COMPONENTS,
+        components: str | Sequence[str] = COMPONENTS,
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> None:
         """Make adapters part of the weights: they are saved with them, and neither scales nor switches touch them.
 
         Args:
             components: "unet", "text_encoder" or both.
-            lora_scale: times the weight of each adapter.
+            lora_scale: times the weight of each adapter; one that is fused already keeps what it was fused with.
             safe_fusing: refuse a result that is not finite.
             adapter_names: those to fuse; the active ones if absent.
 
@@ -195,14 +209,16 @@ class Adapters(TextualInversion, Components):
             ValueError: no adapter, an unknown one, or a result that is not finite; nothing has changed then.
         """
         names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
-        check_components(components)
+        components = check_components(components)
+        check_number("lora_scale", lora_scale, -1e6, 1e6)
         if not names:
             raise ValueError("fuse_lora needs an adapter, and none is active; call load_lora_weights first")
         before = {component: list(fused) for component, fused in self._fused.items()}
         for component in components:
             for name in names:
                 share = component_weight(self._active.get(name, 1.0), component)
-                if component in self._loras[name].deltas:
+                fused = [lora for lora, _ in self._fused[component]]
+                if component in self._loras[name].deltas and self._loras[name] not in fused:
                     self._fused[component].append((self._loras[name], scaled(share, lora_scale)))
         self._merge_all()
         if safe_fusing:
@@ -213,10 +229,9 @@ class Adapters(TextualInversion, Components):
                         self._merge_all()
                         raise ValueError(f"{component} {key} would hold NaN or infinity after fusing; lower lora_scale")
 
-    def unfuse_lora(self, components: Sequence[str] = COMPONENTS) -> None:
+    def unfuse_lora(self, components: str | Sequence[str] = COMPONENTS) -> None:
         """Take fused adapters out of the weights again, bit for bit."""
-        check_components(components)
-        for component in components:
+        for component in check_components(components):
             self._fused[component] = []
         self._merge_all()
 
@@ -268,8 +283,7 @@ class Adapters(TextualInversion, Components):
             weight_name: of the file; "pytorch_lora_weights.safetensors" if absent.
         """
         [name] = self._known(adapter_name)
-        networks = {component: getattr(self, component) for component in COMPONENTS}
-        write_layers(save_directory, lora_state(self._loras[name], networks), weight_name)
+        write_layers(save_directory, lora_state(self._loras[name], self._adapted()), weight_name)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write all components: the checkpoint's weights with what is fused; see `Components.save_pretrained`."""
@@ -283,6 +297,11 @@ class Adapters(TextualInversion, Components):
 
     # Merging
 
+    def _adapted(self) -> dict[str, nn.Module]:
+        """Return the networks that adapters change; a pipeline may lack its text encoder."""
+        networks = {component: getattr(self, component) for component in COMPONENTS}
+        return {component: network for component, network in networks.items() if network is not None}
+
     def _known(self, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
@@ -295,11 +314,22 @@ class Adapters(TextualInversion, Components):
         for component in COMPONENTS:
             self._merge(component, 1.0)
 
+    def _let_go(self, component: str) -> None:
+        """Give a network that the user has replaced its own weights back; the new one starts without adapters."""
+        network = getattr(self, component)
+        if network is not self._merged_into[component]:
+            for key, original in self._originals[component].items():
+                parameter = self._merged_into[component].get_parameter(key)
+                parameter.data = original.to(parameter.device, parameter.dtype)
+            self._originals[component], self._merged[component] = {}, []
+            self._merged_into[component] = network
+
     def _merge(self, component: str, scale: float) -> None:
         """Make the weights of a network what fused and active adapters, these times `scale`, say."""
+        self._let_go(component)
         wanted = list(self._fused[component])
         for name, share in self._active.items() if self._lora_enabled and scale else ():
-            if component in self._loras[name].deltas and name not in {lora.name for lora, _ in wanted}:
+            if component in self._loras[name].deltas and self._loras[name] not in [lora for lora, _ in wanted]:
                 wanted.append((self._loras[name], scaled(component_weight(share, component), scale)))
         if wanted == self._merged[component]:
             return

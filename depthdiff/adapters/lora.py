@@ -33,6 +33,10 @@ OTHERS = {
 }
 """How keys begin -> the architecture they belong to."""
 
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+CONTEXT_KEY = re.compile(r"attn2[._](?:processor[._])?to_[kv](?:[._]lora)?\.(?:lora_down|lora_A|down|lora\.down)\.")
+"""A lower matrix of a layer that reads the context, in any spelling."""
+
 CONTEXTS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 """Channels of the context -> the architecture."""
 
@@ -96,11 +100,12 @@ def sort_keys(
 ) -> dict[tuple[str, str], tuple[str, dict[str, Tensor]]]:
     """Group the tensors by the layer they belong to: (component, our layer) -> its spelling, its tensors by part."""
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{source} must hold tensors by name, got {type(state).__name__} of {len(state)}")
+        raise CheckpointError(f"{source} must hold tensors by name, got {type(state).__name__}, or an empty one")
+    state = {key: read_number(value) if str(key).endswith(".alpha") else value for key, value in state.items()}
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{source}: {key!r} must be a tensor under a text, got {type(value).__name__}")
-        if not value.is_floating_point() or not value.isfinite().all():
+        if not has_numbers(value):
             raise CheckpointError(f"{source}: {key!r} must hold finite numbers; is the file damaged?")
     for start, kind in OTHERS.items():
         hits = [key for key in state if key.startswith(start)]
@@ -124,11 +129,31 @@ def sort_keys(
             raise CheckpointError(f"{source}: {key!r} is given twice, also under {spelling!r}; remove one")
         parts[cut[1]] = tensor
     if unknown:
+        kinds = {CONTEXTS[width] for width in context_widths(state) if width in CONTEXTS}
         raise CheckpointError(
             f"{source}: {len(unknown)} of {len(state)} keys belong to no layer of this model, first: "
-            f"{', '.join(map(repr, sorted(unknown)[:3]))}; is it made for another architecture?"
+            f"{', '.join(map(repr, sorted(unknown)[:3]))}; is it made for {' and '.join(kinds) or 'something else'}?"
         )
     return layers
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds real numbers that are there, dense and finite."""
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
+
+
+def read_number(alpha: Any) -> Any:
+    """Bring an alpha that is a whole number, or no tensor, to a tensor of float; leave what is no number."""
+    if isinstance(alpha, (int, float)) or (isinstance(alpha, Tensor) and alpha.dtype in WHOLE):
+        return torch.as_tensor(alpha, dtype=torch.float64)
+    return alpha
+
+
+def context_widths(state: Mapping[str, Tensor]) -> set[int]:
+    """Find the channels of the context from layers that read it, whatever the rest of their names is."""
+    return {tensor.shape[1] for key, tensor in state.items() if tensor.ndim > 1 and CONTEXT_KEY.search(key)}
 
 
 def read_alpha(
@@ -139,19 +164,31 @@ def read_alpha(
     Files of kohya and LyCORIS hold alpha; PEFT's settings hold both, and exceptions by the end of a layer's name.
     """
     if part is not None:
-        if part.numel() != 1:
+        if part.numel() != 1 or not math.isfinite(part.item()):
             raise CheckpointError(f"{source}: the alpha of {spelling!r} must be one number, got {tuple(part.shape)}")
         return part.item(), None
     values = []
     for pattern, names in (("alpha_pattern", ("lora_alpha", "alpha")), ("rank_pattern", ("r",))):
         exceptions = settings.get(pattern) or {}
-        found = [v for name, v in exceptions.items() if re.search(rf"(^|\.){re.escape(name.lstrip('^'))}$", spelling)]
+        if not isinstance(exceptions, Mapping):
+            raise CheckpointError(f"{source}: {pattern} must hold numbers by layer, got {exceptions!r}")
+        found = [v for name, v in exceptions.items() if ends_in(spelling, name, source)]
         found += [settings[name] for name in names if settings.get(name) is not None]
         value = found[0] if found else None
-        if value is not None and (not isinstance(value, (int, float)) or not math.isfinite(value) or not value):
-            raise CheckpointError(f"{source}: {names[0]} must be a number, got {value!r}")
+        lowest = 0 if "r" in names else -math.inf
+        if value is not None and (type(value) not in (int, float) or not lowest < value < 1e9):
+            raise CheckpointError(f"{source}: {names[0]} must be a number{' above 0' if 'r' in names else ''}, got "
+                                  f"{value!r}")  # fmt: skip
         values.append(value)
     return values[0], values[1]
+
+
+def ends_in(spelling: str, pattern: str, source: str) -> bool:
+    """Tell whether a layer's name ends in what PEFT's settings name, which may be a regular expression."""
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern.lstrip('^')})", spelling) is not None
+    except re.error as error:
+        raise CheckpointError(f"{source}: {pattern!r} names no layers: {error}") from error
 
 
 def check_architecture(

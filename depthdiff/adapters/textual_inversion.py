@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from depthdiff.adapters.files import find_file, read_file
-from depthdiff.adapters.lora import CONTEXTS
+from depthdiff.adapters.lora import CONTEXTS, has_numbers
 from depthdiff.config import CheckpointError
 from depthdiff.models.clip_text import CLIPTextModel
 from depthdiff.tokenizer import CLIPTokenizer
@@ -46,6 +46,10 @@ class TextualInversion:
         hf_token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        use_safetensors: bool | None = None,
+        proxies: None = None,
+        resume_download: bool | None = None,
+        mirror: str | None = None,
     ) -> None:
         """Learn words from files; afterwards they can stand in prompts and negative prompts.
 
@@ -65,6 +69,10 @@ class TextualInversion:
             hf_token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
+            use_safetensors: refuse pickles if True.
+            proxies: must be None: they are read from HTTPS_PROXY.
+            resume_download: of no effect: downloads always go on where they stopped.
+            mirror: of no effect, as in diffusers.
 
         Raises:
             CheckpointError: a file is missing or damaged, or made for another text encoder; nothing has changed then.
@@ -91,6 +99,8 @@ class TextualInversion:
                     token=hf_token,
                     local_files_only=local_files_only,
                     force_download=force_download,
+                    use_safetensors=use_safetensors,
+                    proxies=proxies,
                 )
                 content, name, stem = read_file(path)[0], str(path), path.stem
             for found, vectors in read_words(content, word, name, stem).items():
@@ -188,7 +198,7 @@ def check_vectors(word: str, vectors: Tensor, encoder: CLIPTextModel, name: str)
         raise CheckpointError(
             f"{name}: the vectors of {word!r} have {vectors.shape[-1]} channels and are made for {kind}; here {width}"
         )
-    if not vectors.isfinite().all():
+    if not has_numbers(vectors):
         raise CheckpointError(f"{name}: the vectors of {word!r} hold NaN or infinity; is the file damaged?")
     return vectors.detach().reshape(-1, width)
 

@@ -3,49 +3,104 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
+
+from torch import nn
 
 from depthdiff.adapters.names import COMPONENTS
 
 Weight = float | Mapping[str, Any]
-"""How much of an adapter: a number, or {"unet": number or {"down", "mid", "up": number}, "text_encoder": number}."""
+"""How much of an adapter: a number, or {"unet": U, "text_encoder": number}, where U is a number or {"down": B, "mid":
+number, "up": B}, and B a number, a list with one for each transformer of a block, or {"block_1": number or list}."""
+
+PLACE = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.(?:(?:attentions|resnets)\.(?P<index>\d+)\.)?")
 
 
-def check_components(components: Sequence[str]) -> None:
-    """Refuse a component that has no adapters."""
-    for name in components:
+def check_components(components: str | Sequence[str]) -> list[str]:
+    """List components, and refuse none, or one that has no adapters."""
+    names = [components] if isinstance(components, str) else list(components)
+    for name in names or ["none"]:
         if name not in COMPONENTS:
             raise ValueError(f"components must be among {', '.join(COMPONENTS)}, got {name!r}")
+    return names
 
 
-def check_weight(weight: Any, known: Sequence[str]) -> None:
+def check_weight(weight: Any, unet: nn.Module) -> None:
     """Refuse what is no weight: see `Weight`."""
     if isinstance(weight, Mapping):
-        for name, part in weight.items():
-            if name not in known:
-                raise ValueError(f"adapter_weights may name {', '.join(known)}, got {name!r}")
-            check_weight(part, ("down", "mid", "up") if name == "unet" else ())
-    elif isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise ValueError(f"adapter_weights must be finite numbers or dicts of them, got {weight!r}")
+        check_names(weight, (*COMPONENTS, "down", "mid", "up"))
+        check_number(weight.get("text_encoder", 1.0))
+        inner = weight.get("unet", weight)
+        if isinstance(inner, Mapping):
+            check_blocks(inner, unet, () if inner is not weight else COMPONENTS)
+        else:
+            check_number(inner)
+    else:
+        check_number(weight)
+
+
+def check_blocks(weight: Mapping[str, Any], unet: nn.Module, others: Sequence[str]) -> None:
+    """Refuse weights for blocks that the UNet does not have, and lists of another length than their transformers."""
+    check_names(weight, ("down", "mid", "up", *others))
+    check_number(weight.get("mid", 1.0))
+    sizes: dict[str, dict[str, int]] = {"down": {}, "up": {}}
+    for name, _ in unet.named_modules():
+        place = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)", name)
+        if place is not None:
+            side, block, kind, index = place.groups()
+            if kind == "attentions" or f"block_{block}" not in sizes[side]:
+                sizes[side][f"block_{block}"] = int(index) + 1 if kind == "attentions" else 1
+    for side, blocks in sizes.items():
+        named = weight.get(side, 1.0)
+        check_names(named if isinstance(named, Mapping) else {}, list(blocks))
+        lists = named.items() if isinstance(named, Mapping) else ((name, named) for name in blocks)
+        for name, value in lists:
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                check_number(number)
+            if isinstance(value, (list, tuple)) and len(value) not in (1, blocks[name]) and blocks[name] > 1:
+                raise ValueError(f"adapter_weights: {side} {name} has {blocks[name]} transformers, got {len(value)}")
+
+
+def check_names(weight: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse a name that no weight has."""
+    for name in weight:
+        if name not in known:
+            raise ValueError(f"adapter_weights may name {', '.join(known)}, got {name!r}")
+
+
+def check_number(number: Any) -> None:
+    """Refuse what is no finite number; None stands for 1."""
+    if number is not None and (isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number)):
+        raise ValueError(f"adapter_weights must be finite numbers or dicts of them, got {number!r}")
 
 
 def component_weight(weight: Weight, component: str) -> Weight:
-    """Return the part of a weight that is meant for a component; blocks that are not named count fully."""
-    if isinstance(weight, Mapping) and weight.keys() & set(COMPONENTS):
-        return weight.get(component, 1.0)
-    return 1.0 if isinstance(weight, Mapping) and component != "unet" else weight
+    """Return the part of a weight that is meant for a component; what is not named counts fully."""
+    if isinstance(weight, Mapping):
+        inner = weight.get(component, weight if component == "unet" and "unet" not in weight else 1.0)
+        return 1.0 if inner is None else inner
+    return weight
 
 
-def scaled(weight: Weight, scale: float) -> Weight:
+def scaled(weight: Any, scale: float) -> Any:
     """Multiply a weight, whole or by block; the blocks that a dict leaves out count 1."""
     if isinstance(weight, Mapping):
-        return {block: weight.get(block, 1.0) * scale for block in ("down", "mid", "up")}
-    return weight * scale
+        return {"rest": scale} | {name: scaled(part, scale) for name, part in weight.items()}
+    if isinstance(weight, (list, tuple)):
+        return [scaled(part, scale) for part in weight]
+    return (1.0 if weight is None else float(weight)) * scale
 
 
-def block_weight(weight: Weight, key: str) -> float:
-    """Return the weight for one key of the UNet or the text encoder; outside the blocks a dict counts 1."""
-    if isinstance(weight, Mapping):
-        return weight.get(key.split("_block")[0], 1.0)
+def block_weight(weight: Any, key: str) -> float:
+    """Return the weight, once `scaled`, for one key of the UNet or the text encoder."""
+    place = PLACE.match(key)
+    side, block, index = place.groups() if place is not None else (key.split("_block")[0], None, None)
+    for name in (side, f"block_{block}"):
+        if isinstance(weight, Mapping):
+            weight = weight.get(name, weight["rest"])
+    if isinstance(weight, list):
+        weight = weight[int(index or 0) if len(weight) > 1 else 0]
     return weight
