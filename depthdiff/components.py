@@ -92,17 +92,16 @@ class Components:
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
-            use_safetensors: True or None; pickled weights are never read.
+            use_safetensors: True for these alone, False for pickles (`.bin`) alone, None for pickles where there is
+                nothing else. Of a pickle, nothing but tensors is read, and nothing is run.
             low_cpu_mem_usage: of no effect: loading never holds the weights twice.
             **components: ready components by name, used instead of the checkpoint's, such as `scheduler=...`.
 
         Raises:
             CheckpointError: a file is missing or damaged, or describes what this package does not have.
             TypeError: an unknown argument.
-            ValueError: `use_safetensors=False`.
+            ValueError: an argument that no file can have.
         """
-        if use_safetensors is False:
-            raise ValueError("use_safetensors must be True or None, got False: pickled weights are never read")
         for name in sorted(components.keys() - set(cls.NAMES)):
             if components.pop(name) is not None:
                 raise TypeError(f"from_pretrained got an unknown argument {name!r}{nearest(name, cls.NAMES)}")
@@ -120,6 +119,7 @@ class Components:
             token=token,
             local_files_only=local_files_only,
             force_download=force_download,
+            use_safetensors=use_safetensors,
         )
         pipeline = cls(**parts)
         pipeline.name_or_path = os.fspath(pretrained_model_name_or_path)

@@ -259,10 +259,10 @@ LOADS = {
         TypeError,
         "'schedular'; did you mean 'scheduler'",
     ),
-    "pickles": (
+    "pickles where there are none": (
         lambda f: StableDiffusionDepth2ImgPipeline.from_pretrained(f, use_safetensors=False),
-        ValueError,
-        "use_safetensors",
+        CheckpointError,
+        "leave out use_safetensors=False",
     ),
     "variant that is not there": (
         lambda f: UNet2DConditionModel.from_pretrained(f, subfolder="unet", variant="fp16"),

@@ -105,15 +105,6 @@ def test_broken_indexes(tiny_folder, tmp_path, case):
         UNet2DConditionModel.from_pretrained(folder)
 
 
-def test_only_pickles(tiny_folder, tmp_path):
-    """No pickle is opened; the remedy is named."""
-    folder = tmp_path / "unet"
-    shutil.copytree(tiny_folder / "unet", folder)
-    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickled weights are not read, convert them to safetensors"):
-        UNet2DConditionModel.from_pretrained(folder)
-
-
 def test_weights_that_are_no_floats_or_twice_there(tiny_folder, tmp_path):
     folder = tmp_path / "unet"
     shutil.copytree(tiny_folder / "unet", folder)

@@ -7,6 +7,7 @@ HF_HUB_OFFLINE and HF_ENDPOINT are the business of huggingface_hub.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +95,11 @@ def fetch(
         place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
         raise CheckpointError(f"{place} has no {', '.join(missing)}; is it a checkpoint in the layout of diffusers?")
     return folder
+
+
+def commit_of(folder: Path) -> str | None:
+    """Tell which commit of a repository a folder of the cache holds; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
 
 
 def fetch_config(name_or_path: Name, filename: str, **where: Any) -> dict[str, Any]:

@@ -6,18 +6,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from depthdiff.checkpoint import tokenizer_files
 from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.hub import fetch, fetch_config
-from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.hub import commit_of, fetch
+from depthdiff.checkpoint.kinds import describe_folder, refuse_other_kinds
+from depthdiff.checkpoint.weights import has_weights, read_weights, suffixes, weight_files
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.models.base import Model
@@ -53,17 +53,6 @@ SMALL_FILES = {
 }
 
 
-def weight_files(stem: str, variant: str | None) -> tuple[str, str, str]:
-    """Name the weight file, its index where it is split, and the pattern of its parts."""
-    if variant is None:
-        return f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-?????-of-?????.safetensors"
-    return (
-        f"{stem}.{variant}.safetensors",
-        f"{stem}.safetensors.index.{variant}.json",
-        f"{stem}.{variant}-?????-of-?????.safetensors",
-    )
-
-
 def load_model(
     cls: type[AnyModel],
     name_or_path: str | os.PathLike[str],
@@ -71,6 +60,7 @@ def load_model(
     subfolder: str | None = None,
     torch_dtype: DType = None,
     variant: str | None = None,
+    use_safetensors: bool | None = None,
     **where: Any,
 ) -> AnyModel:
     """Load a network.
@@ -81,22 +71,32 @@ def load_model(
         subfolder: of it.
         torch_dtype: of the weights; float32 if absent, the file's own for "auto".
         variant: of the weight file, such as "fp16".
+        use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
         **where: as in `fetch`.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit the config.
+        ValueError: an argument that no file can have.
     """
     check_dtype(torch_dtype)
-    optional = weight_files(cls.weights_name, variant)
-    folder = fetch(name_or_path, ["config.json"], subfolder=subfolder, optional=optional, **where)
+    check_names(variant, use_safetensors)
+    for suffix in suffixes(use_safetensors):
+        optional = weight_files(cls.weights_name, variant, suffix)
+        folder = fetch(name_or_path, ["config.json"], subfolder=subfolder, optional=optional, **where)
+        if has_weights(folder, cls.weights_name, variant, suffix):
+            break
     config = read_json(folder / "config.json")
     check_class(config, cls.__name__, folder)
-    with torch.device("meta"):
-        model = cls.from_config(config)
-    state = read_weights(cls, folder, variant, {name: tuple(p.shape) for name, p in model.state_dict().items()})
+    try:
+        with torch.device("meta"):
+            model = cls.from_config(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
+        raise CheckpointError(f"{folder / 'config.json'} describes no network that can be built: {error}") from error
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     dtype = torch.float32 if torch_dtype is None else torch_dtype
-    for name in state if isinstance(dtype, torch.dtype) else ():
-        state[name] = state[name].to(dtype)
+    state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -111,6 +111,18 @@ def check_dtype(dtype: object) -> None:
         raise ValueError(f'torch_dtype must be a floating-point torch dtype, "auto" or None, got {dtype!r}')
 
 
+def check_names(variant: object, use_safetensors: object) -> None:
+    """Refuse what cannot be part of a file's name, and a choice of form that is none.
+
+    Raises:
+        ValueError: always names the argument.
+    """
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
+        raise ValueError(f'variant must be part of a file\'s name, such as "fp16", got {variant!r}')
+    if use_safetensors not in (None, True, False):
+        raise ValueError(f"use_safetensors must be True, False or None, got {use_safetensors!r}")
+
+
 def check_class(config: Mapping[str, Any], wanted: str, folder: Path) -> None:
     """Refuse a config that says it belongs to another class; old ones say nothing.
 
@@ -122,73 +134,13 @@ def check_class(config: Mapping[str, Any], wanted: str, folder: Path) -> None:
         raise CheckpointError(f"{folder / 'config.json'} describes a {found[0]}, expected a {wanted}")
 
 
-def read_weights(
-    cls: type[Model], folder: Path, variant: str | None, wanted: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """Map the weight files of `folder` into memory, under our names.
-
-    Args:
-        cls: the network's class.
-        folder: where the files are.
-        variant: of the files, such as "fp16".
-        wanted: our key -> shape.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or its keys, shapes or dtypes are not the network's.
-    """
-    sources: dict[str, tuple[Any, Path]] = {}  # published key -> open file, its path
-    for path in find_weights(folder, cls.weights_name, variant):
-        try:
-            opened = safe_open(path, framework="pt")
-            keys = list(opened.keys())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; is the download complete?") from error
-        for key in keys:
-            if key in sources:
-                raise CheckpointError(f"{key!r} is in {sources[key][1].name} and in {path.name}; remove one file")
-            sources[key] = (opened, path)
-    slices = {key: opened.get_slice(key) for key, (opened, _) in sources.items()}
-    shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-    pairs = TABLES[cls.__name__].assign(str(folder), shapes, wanted)
-    for key in pairs.values():
-        if slices[key].get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise CheckpointError(f"{sources[key][1]}: {key!r} is of type {slices[key].get_dtype()}, expected floats")
-    return {name: sources[key][0].get_tensor(key).reshape(wanted[name]) for name, key in pairs.items()}
-
-
-def find_weights(folder: Path, stem: str, variant: str | None) -> list[Path]:
-    """List the weight files of a component: one, or the parts that an index names.
-
-    Raises:
-        CheckpointError: there are none, or an index names files that are missing or outside the folder.
-    """
-    single, index, _ = weight_files(stem, variant)
-    if (folder / single).is_file():
-        return [folder / single]
-    if (folder / index).is_file():
-        weight_map = read_json(folder / index).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) and weight_map else []
-        if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-            raise CheckpointError(f"{folder / index} must hold a weight_map of file names in the same folder")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} parts, first: {missing[0]}")
-        return [folder / name for name in names]
-    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".ckpt"))
-    remedy = f"there is {', '.join(others)}" if others else "there are no weights at all"
-    if any(name.endswith(".bin") for name in others):
-        remedy += "; pickled weights are not read, convert them to safetensors"
-    elif variant is not None and others:
-        remedy += "; leave out variant or name another"
-    raise CheckpointError(f"{folder} has no {single}: {remedy}")
-
-
 def load_components(
     name_or_path: str | os.PathLike[str],
     *,
     overrides: Mapping[str, Any],
     torch_dtype: DType = None,
     variant: str | None = None,
+    use_safetensors: bool | None = None,
     **where: Any,
 ) -> dict[str, Any]:
     """Load every component of a pipeline that is not in `overrides`.
@@ -198,29 +150,60 @@ def load_components(
         overrides: ready components by name, returned as they are.
         torch_dtype: of the weights; float32 if absent, the file's own for "auto".
         variant: of the weight files, such as "fp16".
+        use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
         **where: as in `depthdiff.checkpoint.hub.fetch`.
 
     Raises:
         CheckpointError: a file or component is missing, damaged or of a kind that this package does not have.
+        ValueError: an argument that no file can have.
     """
     check_dtype(torch_dtype)
-    index = fetch_config(name_or_path, "model_index.json", **where)
+    check_names(variant, use_safetensors)
+    describe_folder(name_or_path)
+    told = [] if "unet" in overrides else ["unet/config.json", "scheduler/scheduler_config.json"]
+    folder = fetch(name_or_path, ["model_index.json"], optional=told, **where)
+    where["revision"] = commit_of(folder) or where.get("revision")  # so that all files are of one state
+    index = read_json(folder / "model_index.json")
+    refuse_other_kinds(name_or_path, index, *(folder / name for name in told))
     kinds = {name: component_class(name, index, name_or_path) for name in SLOTS if name not in overrides}
-    patterns = []
-    for name, kind in kinds.items():
-        model = isinstance(kind, type) and issubclass(kind, Model)
-        files = ("config.json", *weight_files(kind.weights_name, variant)) if model else SMALL_FILES[name]
-        patterns += [f"{name}/{file}" for file in files]
-    folder = fetch(name_or_path, ["model_index.json"], optional=patterns, **where)
+    folder = fetch_components(name_or_path, kinds, variant, use_safetensors, where)
     parts = dict(overrides)
     for name, kind in kinds.items():
         if not (folder / name).is_dir():
             raise CheckpointError(f"{name_or_path} has no folder {name}, which its model_index.json names")
         if issubclass(kind, Model):
-            parts[name] = load_model(kind, folder, subfolder=name, torch_dtype=torch_dtype, variant=variant)
+            chosen: dict[str, Any] = {
+                "torch_dtype": torch_dtype,
+                "variant": variant,
+                "use_safetensors": use_safetensors,
+            }
+            parts[name] = load_model(kind, folder, subfolder=name, **chosen)
         else:
             parts[name] = kind.from_pretrained(folder, subfolder=name)
     return parts
+
+
+def fetch_components(
+    name_or_path: str | os.PathLike[str],
+    kinds: Mapping[str, Any],
+    variant: str | None,
+    use_safetensors: bool | None,
+    where: Mapping[str, Any],
+) -> Path:
+    """Find the folder of a pipeline's components, and download what is missing: pickles only where nothing else is."""
+    small, networks = [], {}
+    for name, kind in kinds.items():
+        is_model = issubclass(kind, Model)
+        small += [f"{name}/{file}" for file in (["config.json"] if is_model else SMALL_FILES[name])]
+        if is_model:
+            networks[name] = kind.weights_name
+    for suffix in suffixes(use_safetensors):
+        weights = [f"{name}/{file}" for name, stem in networks.items() for file in weight_files(stem, variant, suffix)]
+        folder = fetch(name_or_path, ["model_index.json"], optional=small + weights, **where)
+        networks = {n: s for n, s in networks.items() if not has_weights(folder / n, s, variant, suffix)}
+        if not networks:
+            break
+    return folder
 
 
 def component_class(name: str, index: Mapping[str, Any], source: object) -> Any:

@@ -22,8 +22,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from depthdiff.checkpoint.files import DIFFUSERS_VERSION
-from depthdiff.checkpoint.loading import weight_files
 from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.weights import weight_files
 from depthdiff.models.base import Model
 
 DIFFUSERS_CLASSES = ("AutoencoderKL", "UNet2DConditionModel", "PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler")

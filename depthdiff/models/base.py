@@ -52,11 +52,12 @@ class Model(nn.Module):
         token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        use_safetensors: bool | None = None,
     ) -> Self:
         """Load the network from a folder or from the Hub, in evaluation mode.
 
         Args:
-            pretrained_model_name_or_path: a folder that holds `config.json` and safetensors weights, or a Hub id.
+            pretrained_model_name_or_path: a folder that holds `config.json` and weights, or a Hub id.
             subfolder: of the folder or repository, such as "unet".
             torch_dtype: of the weights; float32 if absent, the file's own for "auto".
             variant: of the weight file, such as "fp16".
@@ -65,6 +66,8 @@ class Model(nn.Module):
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
+            use_safetensors: True for these alone, False for pickles (`.bin`) alone, None for pickles where there is
+                nothing else. Of a pickle, nothing but tensors is read, and nothing is run.
 
         Raises:
             CheckpointError: a file is missing or damaged, or describes a network that this class is not.
@@ -82,6 +85,7 @@ class Model(nn.Module):
             token=token,
             local_files_only=local_files_only,
             force_download=force_download,
+            use_safetensors=use_safetensors,
         )
 
     def save_pretrained(

@@ -1,0 +1,212 @@
+"""From a folder to a network's tensors: which files, what they hold, and the tensors themselves under our names.
+
+Safetensors are taken where there are any, pickles where there is nothing else. Weights that keep their dtype are the
+file's own pages; those that are cast are cast one by one, each giving its pages back before the next is read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.header import FLOATS, read_header
+from depthdiff.checkpoint.pickles import is_weight, read_pickle
+from depthdiff.checkpoint.tables import TABLES
+from depthdiff.config import CheckpointError
+from depthdiff.models.base import Model
+
+SAFETENSORS, PICKLE = ".safetensors", ".bin"
+PICKLE_STEMS = {"model": "pytorch_model"}
+"""transformers calls pickles differently; diffusers does not."""
+
+PART = re.compile(r"[A-Za-z0-9_][\w.-]{0,200}", re.ASCII)
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def suffixes(use_safetensors: bool | None) -> tuple[str, ...]:
+    """List the forms to look for, in order: both if None, else one."""
+    return {None: (SAFETENSORS, PICKLE), True: (SAFETENSORS,), False: (PICKLE,)}[use_safetensors]
+
+
+def weight_files(stem: str, variant: str | None, suffix: str = SAFETENSORS) -> tuple[str, str, str]:
+    """Name the weight file, its index where it is split, and the pattern of its parts."""
+    stem = PICKLE_STEMS.get(stem, stem) if suffix == PICKLE else stem
+    dotted = "" if variant is None else f".{variant}"
+    return f"{stem}{dotted}{suffix}", f"{stem}{suffix}.index{dotted}.json", f"{stem}{dotted}-?????-of-?????{suffix}"
+
+
+def has_weights(folder: Path, stem: str, variant: str | None, suffix: str) -> bool:
+    """Tell whether a folder holds weights in one form, in one file or split."""
+    return any((folder / name).is_file() for name in weight_files(stem, variant, suffix)[:2])
+
+
+def find_weights(folder: Path, stem: str, variant: str | None, use_safetensors: bool | None = None) -> list[Path]:
+    """List the weight files of a component: one, or the parts that an index names.
+
+    Raises:
+        CheckpointError: there are none, or an index names files that are missing or outside the folder.
+    """
+    for suffix in suffixes(use_safetensors):
+        single, index, _ = weight_files(stem, variant, suffix)
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            return _parts(folder, index, suffix)
+    raise CheckpointError(_what_is_there(folder, stem, variant, use_safetensors))
+
+
+def _parts(folder: Path, index: str, suffix: str) -> list[Path]:
+    weight_map = read_json(folder / index).get("weight_map")
+    values = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    good = [isinstance(name, str) and name.endswith(suffix) and PART.fullmatch(name) is not None for name in values]
+    if not values or not all(good):
+        raise CheckpointError(
+            f"{folder / index} must hold a weight_map of names of {suffix} files in the same folder; is it damaged?"
+        )
+    names = sorted(set(values))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} parts, first: {missing[0]}")
+    return [folder / name for name in names]
+
+
+def _what_is_there(folder: Path, stem: str, variant: str | None, use_safetensors: bool | None) -> str:
+    """Say that there are no weights, what there is instead, and how to get at it."""
+    wanted = [weight_files(stem, variant, suffix)[0] for suffix in suffixes(use_safetensors)]
+    for name in wanted:
+        if (folder / name).is_symlink():
+            return f"{folder / name} is a symbolic link that leads to no file; download the file again"
+    others = sorted(p.name for p in folder.glob("*") if p.suffix in (SAFETENSORS, PICKLE, ".ckpt", ".msgpack", ".h5"))
+    remedy = f"there is {', '.join(others)}" if others else "there are no weights at all"
+    if use_safetensors is not None and has_weights(folder, stem, variant, PICKLE if use_safetensors else SAFETENSORS):
+        remedy += f"; leave out use_safetensors={use_safetensors}"
+    elif variant is not None and others:
+        remedy += "; leave out variant or name another"
+    elif any(f"{stem}." in name for name in others):
+        remedy += '; name one as variant, such as variant="fp16"'
+    return f"{folder} has no {' or '.join(wanted)}: {remedy}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor in a file.
+
+    Attributes:
+        path: of the file.
+        dtype: as safetensors name it.
+        shape: of the tensor.
+        place: in the file; reading in this order is fastest.
+        mapped: whether it comes as the file's own pages.
+        get: returns it.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    place: int
+    mapped: bool
+    get: Callable[[], Tensor]
+
+
+def open_safetensors(path: Path) -> dict[str, Source]:
+    """List the tensors of a safetensors file, for which nothing but its header is read.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    entries, _ = read_header(path)
+    try:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; is the download complete?") from error
+
+    def source(key: str) -> Source:
+        entry = entries[key]
+        return Source(path, entry.dtype, entry.shape, entry.begin, True, lambda: opened.get_tensor(key))
+
+    return {key: source(key) for key in entries}
+
+
+def open_pickle(path: Path) -> dict[str, Source]:
+    """List the tensors of a pickle, mapped into memory where its format allows it.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds more than tensors.
+    """
+    content, mapped = read_pickle(path)
+    sources = {}
+    for place, (key, tensor) in enumerate(content.items()):
+        if not is_weight(tensor):
+            raise CheckpointError(
+                f"{path}: {key[:80]!r} is no tensor but {type(tensor).__name__}; is it a file of weights?"
+            )
+        dtype = DTYPES.get(tensor.dtype, str(tensor.dtype))
+        sources[key] = Source(path, dtype, tuple(tensor.shape), place, mapped, tensor.contiguous)
+    return sources
+
+
+def read_weights(
+    cls: type[Model],
+    folder: Path,
+    variant: str | None,
+    wanted: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | None = None,
+    use_safetensors: bool | None = None,
+) -> dict[str, Tensor]:
+    """Read the weights in `folder`, under our names.
+
+    Args:
+        cls: the network's class.
+        folder: where the files are.
+        variant: of the files, such as "fp16".
+        wanted: our key -> shape.
+        dtype: to cast to; None leaves the file's own.
+        use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or its keys, shapes or dtypes are not the network's.
+    """
+    sources: dict[str, Source] = {}
+    paths = find_weights(folder, cls.weights_name, variant, use_safetensors)
+    for path in paths:
+        for key, source in (open_pickle if path.suffix == PICKLE else open_safetensors)(path).items():
+            if key in sources:
+                raise CheckpointError(f"{key!r} is in {sources[key].path.name} and in {path.name}; remove one file")
+            sources[key] = source
+    name = str(paths[0] if len(paths) == 1 else folder)
+    pairs = TABLES[cls.__name__].assign(name, {key: source.shape for key, source in sources.items()}, wanted)
+    for key in pairs.values():
+        if sources[key].dtype not in FLOATS:
+            raise CheckpointError(f"{sources[key].path}: {key!r} is of type {sources[key].dtype}, expected floats")
+    state: dict[str, Tensor] = {}
+    for ours, key in sorted(pairs.items(), key=lambda pair: (sources[pair[1]].path, sources[pair[1]].place)):
+        source = sources.pop(key)
+        tensor = source.get()
+        cast = tensor if dtype is None else tensor.to(dtype)
+        if cast is not tensor and source.mapped:
+            give_back(tensor)
+        state[ours] = cast.reshape(wanted[ours])
+    return state
+
+
+def give_back(tensor: Tensor) -> None:
+    """Tell the system that a file's pages, mapped as this tensor, are read and not needed again.
+
+    They would count as this process's memory until the file is closed. Only whole pages within the tensor are given
+    back; who reads it again has them read again from the file.
+    """
+    advise: Any = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+    if advise is not None and length > 0:
+        advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
