@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("depthdiff: interrupted", file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError, RuntimeError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, FloatingPointError, UnidentifiedImageError) as error:
         if options.verbose:
             traceback.print_exc()
         message = " ".join(str(error).split()) or type(error).__name__

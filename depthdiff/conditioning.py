@@ -1,4 +1,4 @@
-"""What the UNet is told beside the latents: the prompts as context, and the depth.
+"""What the UNet is told: the prompts as context, the depth, and the images as latents.
 
 Letters: B batch, P prompts, N negative prompts, L tokens, C their channels, h and w height and width of the latents.
 """
@@ -9,9 +9,14 @@ import logging
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from depthdiff.image import to_pixels
 from depthdiff.models.clip_text import CLIPTextModel
+from depthdiff.models.gaussian import DiagonalGaussianDistribution
+from depthdiff.models.vae import AutoencoderKL
+from depthdiff.precision import finite
 from depthdiff.tokenizer import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,15 +51,35 @@ def read_texts(
         if len(all_ids) > length:
             lost = tokenizer.decode(all_ids[length - 1 : -1])
             logger.warning("%r has %d tokens; of the end is not read: %r", text[:40], len(all_ids) - 2, lost)
-    output = encoder(torch.tensor(ids, device=device), output_hidden_states=clip_skip is not None)
-    rows = []
-    for text, skip in wanted:
-        row = unique.index(text)
-        if skip is None:
-            rows.append(output.last_hidden_state[row])
-        else:
-            rows.append(encoder.final_layer_norm(output.hidden_states[-(skip + 1)][row]))
-    return torch.stack(rows)
+
+    def encode() -> Tensor:
+        output = encoder(torch.tensor(ids, device=device), output_hidden_states=clip_skip is not None)
+        rows = []
+        for text, skip in wanted:
+            row = unique.index(text)
+            if skip is None:
+                rows.append(output.last_hidden_state[row])
+            else:
+                rows.append(encoder.final_layer_norm(output.hidden_states[-(skip + 1)][row]))
+        return torch.stack(rows)
+
+    return finite("text_encoder", encoder, encode)
+
+
+def encode_images(
+    images: list[Image.Image] | Tensor, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype
+) -> DiagonalGaussianDistribution:
+    """Describe the latents of images, as `dtype`.
+
+    Args:
+        images: as `depthdiff.image.read_images` returns them.
+        vae: the autoencoder.
+        device: where it works.
+        dtype: of the latents.
+    """
+    pixels = to_pixels(images, vae.factor).to(device)
+    moments = finite("vae", vae, lambda: vae.encode(pixels.to(vae.dtype)).latent_dist.parameters)  # type: ignore[union-attr]
+    return DiagonalGaussianDistribution(moments.to(dtype))
 
 
 def fit_depth(disparity: Tensor, height: int, width: int) -> Tensor:

@@ -24,8 +24,8 @@ from torch import Generator, Tensor
 from depthdiff import sampler
 from depthdiff.adapters.loaders import Adapters
 from depthdiff.components import nearest
-from depthdiff.conditioning import fit_depth, read_texts
-from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images, to_pixels
+from depthdiff.conditioning import encode_images, fit_depth, read_texts
+from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.inputs import (
     CALLBACK_TENSORS,
@@ -47,6 +47,7 @@ from depthdiff.models.dpt import DPTForDepthEstimation
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
 from depthdiff.noise import randn
+from depthdiff.precision import check_finite, check_first_step, finite
 from depthdiff.run import Run, StableDiffusionPipelineOutput, StepCallback, call_back
 from depthdiff.sampler import Step, guide
 from depthdiff.schedulers.base import Scheduler
@@ -176,6 +177,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters):
         Raises:
             TypeError: an unknown argument, or one of a wrong type.
             ValueError: a value out of range, or arguments that do not fit each other.
+            FloatingPointError: NaN or infinity in the work; names the stage that they come from.
         """
         callback, callback_steps = kwargs.pop("callback", None), kwargs.pop("callback_steps", None)
         for name in kwargs:
@@ -300,6 +302,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters):
 
         with self._scaled("unet", run.lora_scale):
             for step in sampler.denoise(predict_noise, run.plan, run.latents, run.generator):
+                check_first_step(step, run, unet.dtype)
                 run.latents = step.latents
                 yield step
                 run.latents = step.latents
@@ -309,9 +312,9 @@ class StableDiffusionDepth2ImgPipeline(Adapters):
         """Turn clean latents (B, 4, h, w) into pictures of the kind that `output_type` names (see `__call__`)."""
         check_output_type(output_type)
         if output_type == "latent":
-            return latents
-        vae = self._at_work("vae")
-        return from_pixels(vae.decode(latents / vae.config.scaling_factor).sample, output_type)
+            return check_finite(latents, "the latents")
+        vae, scaled = self._at_work("vae"), latents / self.vae.config.scaling_factor
+        return from_pixels(finite("vae", vae, lambda: vae.decode(scaled.to(vae.dtype)).sample, scaled), output_type)
 
     @torch.no_grad()
     def encode_prompt(
@@ -390,7 +393,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters):
         """Estimate the disparity (N, H', W') of images, near is large; H' and W' are the depth net's own."""
         net = self._at_work("depth_estimator")
         pixels = self.feature_extractor(read_images(image)).pixel_values
-        return net(pixels.to(self.execution_device, net.dtype)).predicted_depth
+        return finite("depth_estimator", net, lambda: net(pixels.to(self.execution_device, net.dtype)).predicted_depth)
 
     def _noisy_latents(
         self,
@@ -409,12 +412,10 @@ class StableDiffusionDepth2ImgPipeline(Adapters):
         if is_latents(images):
             clean = expand(images.to(self.execution_device, dtype), pictures, per_prompt)  # type: ignore[union-attr]
         else:
-            vae = self._at_work("vae")
-            pixels = to_pixels(images, self.vae_scale_factor).to(self.execution_device, dtype)
-            posterior = vae.encode(pixels).latent_dist
+            posterior = encode_images(images, self._at_work("vae"), self.execution_device, dtype)
             if listed:
                 posterior = posterior.map(lambda moments: expand(moments, pictures, per_prompt))
-            clean = vae.config.scaling_factor * posterior.sample(generator)
+            clean = self.vae.config.scaling_factor * posterior.sample(generator)
             clean = clean if listed else expand(clean, pictures, per_prompt)
         noise = randn(clean.shape, generator, device=clean.device, dtype=dtype)
         return plan.add_noise(clean, noise)

@@ -200,11 +200,11 @@ FILES = {
     "weights missing": (damage(UNET_WEIGHTS, lambda p: p.unlink()), "no diffusion_pytorch_model.safetensors"),
     "weights cut off": (
         damage(UNET_WEIGHTS, lambda p: p.write_bytes(p.read_bytes()[:5000])),
-        "is the download complete",
+        r"safetensors is cut off|and its header alone",
     ),
     "weights that are a web page": (
         damage(UNET_WEIGHTS, lambda p: p.write_text("<!doctype html>" * 9)),
-        "cannot be read",
+        "is a web page",
     ),
     "weights of another network": (
         lambda folder: shutil.copy(folder / "vae/diffusion_pytorch_model.safetensors", folder / UNET_WEIGHTS),
