@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+MAX_COUNT = 1000
+"""Layers that a config may ask for in one place; the deepest published network of these kinds has 48."""
+
+MAX_LENGTH = 100_000
+"""Items of a list in a config; the longest are schedulers' `trained_betas`."""
+
+
 class CheckpointError(OSError, ValueError):
     """A file, folder or config of a checkpoint is missing, damaged or of a kind that this package does not have."""
 
@@ -26,10 +33,12 @@ class Config(Mapping[str, Any]):
 
     Subclasses list their fields with the published defaults. `CHOICES` names the values that this package implements;
     a config file that asks for another one is refused by name instead of being built wrongly. It may also name keys
-    that are no fields, for features whose mere presence matters.
+    that are no fields, for features whose mere presence matters. `COUNTS` names the fields that say how many layers
+    there are: a damaged file must not have a network built without end.
     """
 
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    COUNTS: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -56,10 +65,11 @@ class Config(Mapping[str, Any]):
                 value = _freeze(values[field.name])
                 if not _is_a(value, annotations[field.name]):
                     raise CheckpointError(f"{cls.__name__}: {field.name} must be {field.type}, got {value!r}")
+                _check_size(f"{cls.__name__}: {field.name}", value, is_count=field.name in cls.COUNTS)
                 known_values[field.name] = value
         try:
             return cls(**known_values)
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:
             raise CheckpointError(f"{cls.__name__}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +105,19 @@ class Output:
 
     def __getitem__(self, key: int | slice | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
+def _check_size(name: str, value: Any, *, is_count: bool) -> None:
+    """Refuse more layers, or longer lists, than any network has, and NaN, which fits no comparison."""
+    if isinstance(value, tuple):
+        if len(value) > MAX_LENGTH:
+            raise CheckpointError(
+                f"{name} must have at most {MAX_LENGTH} items, got {len(value)}; is the file damaged?"
+            )
+        for item in value:
+            _check_size(name, item, is_count=is_count)
+    elif value != value or (is_count and isinstance(value, int) and value > MAX_COUNT):
+        raise CheckpointError(f"{name} must be a number up to {MAX_COUNT}, got {str(value)[:40]}; is the file damaged?")
 
 
 def _freeze(value: Any) -> Any:

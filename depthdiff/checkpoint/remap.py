@@ -154,4 +154,4 @@ def _only(matches: list[str], key: str) -> str:
 
 
 def _first(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in sorted(names)[:3])
+    return ", ".join(repr(name[:100]) for name in sorted(names)[:3])

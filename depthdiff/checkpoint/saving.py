@@ -120,7 +120,7 @@ def replacing(folder: Path, *, stale: tuple[str, ...]) -> Iterator[Path]:
     Raises:
         OSError: the target is a file, or its parent cannot be written.
     """
-    folder = folder.absolute()
+    folder = folder.resolve() if folder.is_symlink() else folder.absolute()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "the place to save to is a file; name a folder", str(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)

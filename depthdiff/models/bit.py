@@ -40,6 +40,7 @@ class BitConfig(Config):
     width_factor: int = 1
     out_features: tuple[str, ...] | None = None
 
+    COUNTS: ClassVar[tuple[str, ...]] = ("depths",)
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "model_type": ("bit",),
         "layer_type": ("bottleneck",),

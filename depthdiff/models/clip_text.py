@@ -38,6 +38,7 @@ class CLIPTextConfig(Config):
     bos_token_id: int | None = 49406
     eos_token_id: int = 49407
 
+    COUNTS: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "hidden_act": tuple(ACTIVATIONS),
         "use_attention_mask": (None, False),

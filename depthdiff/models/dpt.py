@@ -57,6 +57,7 @@ class DPTConfig(Config):
     backbone_featmap_shape: tuple[int, ...] | None = None
     neck_ignore_stages: tuple[int, ...] = ()
 
+    COUNTS: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "model_type": ("dpt",),
         "hidden_act": tuple(ACTIVATIONS),

@@ -61,6 +61,7 @@ class UNet2DConditionConfig(Config):
     use_linear_projection: bool = False
     upcast_attention: bool = False
 
+    COUNTS: ClassVar[tuple[str, ...]] = ("layers_per_block", "transformer_layers_per_block")
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "down_block_types": DOWN_BLOCKS,
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),

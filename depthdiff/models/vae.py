@@ -47,6 +47,7 @@ class AutoencoderKLConfig(Config):
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
+    COUNTS: ClassVar[tuple[str, ...]] = ("layers_per_block",)
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "down_block_types": ("DownEncoderBlock2D",),
         "up_block_types": ("UpDecoderBlock2D",),
