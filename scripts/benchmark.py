@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,9 +25,10 @@ from typing import Any
 import torch
 from PIL import Image
 from random_checkpoint import GEOMETRIES, build_pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from depthdiff import CLIPTextModel, UNet2DConditionModel
+from depthdiff import StableDiffusionDepth2ImgPipeline as Pipeline
 from depthdiff.checkpoint.tables import TABLES
 
 PHOTO = Path(__file__).parent.parent / "tests" / "data" / "coffee.png"
@@ -49,7 +51,17 @@ size = sum(p.numel() * p.element_size() for n in networks for p in n.parameters(
 for network in networks:
     for p in network.parameters():
         p.detach().sum()
-print(seconds, (peak() - base) / size)
+print(seconds, time.perf_counter() - s, (peak() - base) / size)
+"""
+FLOOR = """
+import time
+buffer = bytearray(2**24)
+s = time.perf_counter()
+for path in {paths!r}:
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+print(time.perf_counter() - s)
 """
 LORA = """
 import statistics, time, torch
@@ -153,6 +165,48 @@ def stage_actions(pipe: Any, size: int, steps: int) -> dict[str, Callable[[], An
     }
 
 
+def load_forms(folder: Path, dtype: str) -> dict[str, tuple[Path, str]]:
+    """Write the same weights in other forms beside `folder`, once; name -> folder, dtype to load as."""
+    half, pickles = (folder.with_name(f"{folder.name}-{form}") for form in ("half", "pickles"))
+    if not half.exists():
+        Pipeline.from_pretrained(folder, torch_dtype=torch.float16).save_pretrained(half)
+    if not pickles.exists():
+        shutil.copytree(folder, pickles, ignore=shutil.ignore_patterns("*.safetensors"))
+        for path in folder.glob("*/*.safetensors"):
+            stem = {"model": "pytorch_model"}.get(path.stem, path.stem)
+            torch.save(load_file(path), pickles / path.parent.name / f"{stem}.bin")
+    return {
+        f"{dtype} safetensors": (folder, dtype),
+        f"{dtype} safetensors as float16": (folder, "float16"),
+        "float16 safetensors": (half, "float16"),
+        f"{dtype} pickles": (pickles, dtype),
+        f"{dtype} pickles as float16": (pickles, "float16"),
+    }
+
+
+def measure_load(options: argparse.Namespace, folder: Path) -> list[tuple[str, dict[str, list[float]], str]]:
+    """Measure loading in each form, beside the time of reading the files' bytes and nothing else."""
+    rows = []
+    for form, (place, dtype) in load_forms(folder, options.dtype).items():
+        results: dict[str, list[list[float]]] = {package: [] for package in PACKAGES}
+
+        def load(package: str, place: Path = place, dtype: str = dtype, results: Any = results) -> float:
+            results[package].append(fresh(LOAD.format(package=package, folder=str(place), dtype=dtype)))
+            return results[package][-1][0]
+
+        paths = [str(path) for path in sorted(place.glob("*/*")) if path.suffix in (".safetensors", ".bin")]
+        floor = statistics.median(fresh(FLOOR.format(paths=paths))[0] for _ in range(options.repeats))
+        actions = {package: (lambda package=package, load=load: load(package)) for package in PACKAGES}
+        seconds = in_turns(actions, options.repeats)
+        remark = "; ".join(
+            f"{package}: {statistics.median(row[1] for row in results[package]):.3g} s until every weight was read, "
+            f"peak memory / weights {max(row[2] for row in results[package]):.2f}"
+            for package in PACKAGES
+        )
+        rows.append((f"load, warm cache, {form}", seconds, f"{remark}; reading the bytes alone {floor:.3g} s"))
+    return rows
+
+
 def measure(options: argparse.Namespace, folder: Path) -> list[tuple[str, dict[str, list[float]], str]]:
     """Measure the chosen stages: name, seconds of each package, a remark."""
     rows = []
@@ -161,17 +215,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[tuple[str, dict[s
         actions = {package: (lambda package=package: fresh(code[package])[0]) for package in PACKAGES}
         rows.append(("import, fresh process, torch included", in_turns(actions, options.repeats), ""))
     if "load" in options.stage:
-        peaks: dict[str, list[float]] = {package: [] for package in PACKAGES}
-
-        def load(package: str) -> float:
-            seconds, peak = fresh(LOAD.format(package=package, folder=str(folder), dtype=options.dtype))
-            peaks[package].append(peak)
-            return seconds
-
-        actions = {package: (lambda package=package: load(package)) for package in PACKAGES}
-        seconds = in_turns(actions, options.repeats)
-        remark = ", ".join(f"{package} {max(peaks[package]):.2f}" for package in PACKAGES)
-        rows.append(("load, warm cache", seconds, f"peak memory / weights: {remark}"))
+        rows += measure_load(options, folder)
     if "lora" in options.stage:
         file = folder.with_name(folder.name + "-lora.safetensors")
         write_lora(folder, file)
