@@ -345,6 +345,7 @@ HARMLESS = {
     "huge",
     "other_keys",
     "wrong_length",
+    "wrong_shape",
 }
 """Faults that a file may have and still say plainly what its tensors are, such as other bytes for a weight."""
 

@@ -21,17 +21,21 @@ import torch
 torch.set_num_threads(1)  # a process with one thread may fork
 from random_checkpoint import build_pipeline
 pipes = [build_pipeline("tiny", seed) for seed in (0, 100)]
+start = time.perf_counter()
+pipes[0].save_pretrained(sys.argv[1], max_shard_size="20KB")
+seconds = time.perf_counter() - start
 for line in sys.stdin:
-    seconds, turn = float(line.split()[0]), int(line.split()[1])
+    saves, part, turn = int(line.split()[0]), float(line.split()[1]), int(line.split()[2])
     begun, told = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(told, b".")
         for turn in range(turn, turn + 200):
+            os.write(told, b".")
             pipes[turn % 2].save_pretrained(sys.argv[1], max_shard_size="20KB")
         os._exit(0)
-    os.read(begun, 1)
-    time.sleep(seconds)
+    for _ in range(saves + 1):
+        os.read(begun, 1)
+    time.sleep(part * seconds)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(begun)
@@ -62,8 +66,8 @@ def test_killed_at_any_moment(tmp_path):
     with subprocess.Popen([*command, str(folder)], **pipes) as writer:
         for kill in range(50):
             if kill % 10 == 9:
-                shutil.rmtree(folder)
-            writer.stdin.write(f"{rng.random() * (0.3 if kill % 2 else 0.03)} {kill}\n")
+                shutil.rmtree(folder, ignore_errors=True)
+            writer.stdin.write(f"{rng.randrange(3)} {rng.random()} {kill}\n")  # within the first, second or third save
             writer.stdin.flush()
             assert writer.stdout.readline() == "killed\n"
             if folder.exists():  # else the first save had not come to its end
@@ -72,8 +76,8 @@ def test_killed_at_any_moment(tmp_path):
                 half_done += 1
                 shutil.rmtree(path)
         writer.stdin.close()
-    assert len(seen) >= 45
-    assert half_done >= 20  # the kills came while files were being written
+    assert len(seen) >= 35
+    assert half_done >= 15  # the kills came while files were being written
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] in (["checkpoint"], [])
 
 

@@ -12,8 +12,11 @@ from depthdiff.config import CheckpointError
 DIFFUSERS_VERSION = "0.42.1"
 """Whose layout is written; their loader wants to read some version."""
 
-MAX_JSON = 2**24
+MAX_JSON = 2**23
 """Bytes; the largest JSON file of a checkpoint, `tokenizer.json`, has 4 million."""
+
+MAX_PARTS = 100_000
+"""Lists and objects in a JSON file: in memory each takes some 100 bytes, in the file as few as 3."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -51,6 +54,8 @@ def parse_json(content: bytes, path: Path, part: str = "") -> dict[str, Any]:
         CheckpointError: damaged, or something else.
     """
     name = f"{path}: its {part}" if part else str(path)
+    if content.count(b"[") + content.count(b"{") > MAX_PARTS:
+        raise CheckpointError(f"{name} cannot be read: it has more than {MAX_PARTS:,} parts; is the file damaged?")
     try:
         values = json.loads(content, object_pairs_hook=_without_repetition)
     except RecursionError as error:

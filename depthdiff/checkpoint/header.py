@@ -27,7 +27,7 @@ ITEM_SIZES = {
 """Bytes of a number, by the format's name of its type."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-MAX_HEADER = 2**23
+MAX_HEADER = 2**21
 """Bytes; the header of all four networks of Stable Diffusion 2 together has 0.3 million."""
 
 MAX_RANK = 64

@@ -86,7 +86,8 @@ def fetch(
     Raises:
         CheckpointError: neither folder nor repository, not reachable, or a file is missing.
     """
-    if subfolder is not None and (subfolder.startswith("/") or {"..", ""} & set(re.split(r"[/\\]", subfolder))):
+    steps = re.split(r"[/\\]", subfolder.rstrip("/")) if subfolder else []
+    if subfolder and (subfolder.startswith("/") or {"..", ""} & set(steps)):
         raise CheckpointError(f"subfolder must name a folder inside of {name_or_path}, got {subfolder!r}")
     if isinstance(token, str) and not re.fullmatch("[!-~]+", token):  # else it would stand in the error of a header
         raise CheckpointError("token holds a space, a line break or another character that no token has")
