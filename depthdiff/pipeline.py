@@ -52,10 +52,11 @@ from depthdiff.run import Run, StableDiffusionPipelineOutput, StepCallback, call
 from depthdiff.sampler import Step, guide
 from depthdiff.schedulers.base import Scheduler
 from depthdiff.schedulers.plan import Plan
+from depthdiff.single_files import SingleFiles
 from depthdiff.tokenizer import CLIPTokenizer
 
 
-class StableDiffusionDepth2ImgPipeline(Adapters):
+class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles):
     """Text-guided image-to-image generation that keeps the depth of the input. Source: arXiv:2112.10752.
 
     Names, arguments and numbers are those of diffusers' pipeline of the same name.

@@ -88,14 +88,7 @@ def load_model(
             break
     config = read_json(folder / "config.json")
     check_class(config, cls.__name__, folder)
-    try:
-        with torch.device("meta"), Unfilled():
-            model = cls.from_config(config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{folder / 'config.json'} describes no network that can be built: {reason}") from error
+    model = build(cls, config, folder / "config.json")
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     dtype = torch.float32 if torch_dtype is None else torch_dtype
     state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors)
@@ -114,6 +107,27 @@ class Unfilled(TorchFunctionMode):
         if getattr(function, "__module__", None) == "torch.nn.init":
             return arguments[0] if arguments else named["tensor"]
         return function(*arguments, **named)
+
+
+def build(cls: type[AnyModel], config: Mapping[str, Any], source: object) -> AnyModel:
+    """Build a network without memory for its weights.
+
+    Args:
+        cls: the network's class.
+        config: the parsed JSON of its config.
+        source: name of where the config is from, for errors.
+
+    Raises:
+        CheckpointError: the config describes no network of this class.
+    """
+    try:
+        with torch.device("meta"), Unfilled():
+            return cls.from_config(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{source} describes no network that can be built: {reason}") from error
 
 
 def check_dtype(dtype: object) -> None:

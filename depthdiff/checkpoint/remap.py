@@ -2,17 +2,30 @@
 
 A row pairs two module paths, with `{i}`, `{j}`, `{k}` for numbers; the last segment of a key, `weight` or `bias`,
 stays. A bare parameter, such as `cls_token`, has its whole key in the table. Every key must match exactly one row.
+
+Some layouts stack layers along the first axis, such as query, key and value. Their rows name the parts: `[0]qkv`,
+`[1]qkv` and so on are equal parts of the tensor `qkv`.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from depthdiff.config import CheckpointError
 
 Shape = tuple[int, ...]
+
+PART = re.compile(r"\[(\d)\](.*)", re.DOTALL)
+"""The name of a part of a stacked tensor: its number, and the tensor's name."""
+
+
+def split_part(key: str) -> tuple[int | None, str]:
+    """Read the name of a part: its number, or None for a whole tensor, and the tensor's name."""
+    found = PART.fullmatch(key)
+    return (None, key) if found is None else (int(found[1]), found[2])
 
 
 def nest(published: str, ours: str, rows: Mapping[str, str]) -> dict[str, str]:
@@ -70,6 +83,8 @@ class Table:
         ):
             object.__setattr__(self, name, [(Pattern(left), right) for left, right in rows.items()])
         object.__setattr__(self, "_reshaped", [Pattern(template) for template in self.reshaped])
+        counts = Counter(template for index, template in map(split_part, self.rows) if index is not None)
+        object.__setattr__(self, "_stacked", [(Pattern(template), count) for template, count in counts.items()])
 
     def ours(self, key: str) -> str | None:
         """Translate a published key; None for one that is ignored.
@@ -91,12 +106,54 @@ class Table:
         """Tell whether the weights behind one of our keys may also come as a 1x1 convolution."""
         return any(pattern.rewrite(key, "") is not None for pattern in self._reshaped)  # type: ignore[attr-defined]
 
+    def parts(self, key: str) -> int:
+        """Count the layers that a published key stacks; 1 for an ordinary one."""
+        for pattern, count in self._stacked:  # type: ignore[attr-defined]
+            if pattern.rewrite(key, "") is not None:
+                return int(count)
+        return 1
+
+    def cut(self, published: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Put the parts of stacked tensors in the place of the whole, key -> shape, where they divide it."""
+        cut: dict[str, Shape] = {}
+        for key, shape in published.items():
+            count = self.parts(key)
+            if count == 1 or not shape or shape[0] % count:
+                cut[key] = shape
+            else:
+                cut |= {f"[{i}]{key}": (shape[0] // count, *shape[1:]) for i in range(count)}
+        return cut
+
+    def compare(self, published: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Comparison:
+        """Pair the tensors of a file, key -> shape, with those of the network, and list what does not fit."""
+        found = Comparison()
+        for key in published:
+            try:
+                name = self.ours(key)
+            except KeyError:
+                found.unknown.append(key)
+                continue
+            if name is None:
+                found.ignored.append(key)
+            elif name in found.pairs:
+                found.twice.append((key, found.pairs[name]))
+            else:
+                found.pairs[name] = key
+        found.unknown += [found.pairs[name] for name in found.pairs.keys() - wanted.keys()]
+        found.missing = [self.published(name) for name in wanted if name not in found.pairs]
+        for name in found.pairs.keys() & wanted.keys():
+            key = found.pairs[name]
+            squeezed = self.is_reshaped(name) and published[key] == (*wanted[name], 1, 1)
+            if published[key] != wanted[name] and not squeezed:
+                found.wrong.append(f"{key!r} is {published[key]} instead of {wanted[name]}")
+        return found
+
     def assign(self, source: str, published: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, str]:
         """Pair every tensor of a file with a tensor of the network.
 
         Args:
             source: name of the file, for errors.
-            published: key -> shape in the file.
+            published: key -> shape in the file; stacked ones cut.
             wanted: key -> shape in the network.
 
         Returns:
@@ -105,39 +162,46 @@ class Table:
         Raises:
             CheckpointError: keys without a row, two keys for one tensor, tensors missing or of a wrong shape.
         """
-        pairs: dict[str, str] = {}
-        unknown = []
-        for key in published:
-            try:
-                name = self.ours(key)
-            except KeyError:
-                unknown.append(key)
-                continue
-            if name is None:
-                continue
-            if name in pairs:
-                raise CheckpointError(f"{source}: {key!r} and {pairs[name]!r} are the same layer; keep one of them")
-            pairs[name] = key
-        unknown += [pairs[name] for name in pairs.keys() - wanted.keys()]
-        if unknown:
-            raise CheckpointError(
-                f"{source}: {len(unknown)} of {len(published)} keys match no layer, first: {_first(unknown)}; "
+        found = self.compare(published, wanted)
+        faults = found.faults(len(published), len(wanted))
+        if faults:
+            raise CheckpointError(f"{source}: {faults[0]}")
+        return found.pairs
+
+
+@dataclass
+class Comparison:
+    """How the keys of a file fit a network.
+
+    Attributes:
+        pairs: our key -> published key.
+        ignored: published keys that no layer reads.
+        unknown: published keys that match no layer.
+        twice: published keys of one layer, in pairs.
+        missing: published keys that are not there.
+        wrong: what is said of keys with a wrong shape.
+    """
+
+    pairs: dict[str, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    twice: list[tuple[str, str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def faults(self, published: int, wanted: int) -> list[str]:
+        """Say what does not fit, the plainest first; `published` and `wanted` are the numbers of keys."""
+        faults = [f"{first!r} and {second!r} are the same layer; keep one of them" for first, second in self.twice[:1]]
+        if self.unknown:
+            faults.append(
+                f"{len(self.unknown)} of {published} keys match no layer, first: {_first(self.unknown)}; "
                 "wrong file, a config that does not fit it, or an unknown layout"
             )
-        missing = [self.published(name) for name in wanted if name not in pairs]
-        if missing:
-            raise CheckpointError(
-                f"{source}: {len(missing)} of {len(wanted)} weights missing, first: {_first(missing)}"
-            )
-        wrong = [
-            f"{key!r} is {published[key]} instead of {wanted[name]}"
-            for name, key in pairs.items()
-            if published[key] != wanted[name]
-            and not (self.is_reshaped(name) and published[key] == (*wanted[name], 1, 1))
-        ]
-        if wrong:
-            raise CheckpointError(f"{source}: {len(wrong)} weights have a wrong shape, first: {', '.join(wrong[:3])}")
-        return pairs
+        if self.missing:
+            faults.append(f"{len(self.missing)} of {wanted} weights missing, first: {_first(self.missing)}")
+        if self.wrong:
+            faults.append(f"{len(self.wrong)} weights have a wrong shape, first: {', '.join(sorted(self.wrong)[:3])}")
+        return faults
 
 
 def _matches(rows: Iterable[tuple[Pattern, str]], key: str) -> list[str]:
@@ -154,4 +218,4 @@ def _only(matches: list[str], key: str) -> str:
 
 
 def _first(names: Iterable[str]) -> str:
-    return ", ".join(repr(name[:100]) for name in sorted(names)[:3])
+    return ", ".join(repr(split_part(name)[1][:100]) for name in sorted(names)[:3])

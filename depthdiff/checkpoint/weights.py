@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.header import FLOATS, read_header
 from depthdiff.checkpoint.pickles import is_weight, read_pickle
+from depthdiff.checkpoint.remap import Table, split_part
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.config import CheckpointError
 from depthdiff.models.base import Model
@@ -150,6 +152,8 @@ def open_pickle(path: Path) -> dict[str, Source]:
             raise CheckpointError(
                 f"{path}: {key[:80]!r} is no tensor but {type(tensor).__name__}; is it a file of weights?"
             )
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {key[:80]!r} claims more numbers than the file holds; it is damaged")
         dtype = DTYPES.get(tensor.dtype, str(tensor.dtype))
         sources[key] = Source(path, dtype, tuple(tensor.shape), place, mapped, tensor.contiguous)
     return sources
@@ -184,19 +188,54 @@ def read_weights(
                 raise CheckpointError(f"{key!r} is in {sources[key].path.name} and in {path.name}; remove one file")
             sources[key] = source
     name = str(paths[0] if len(paths) == 1 else folder)
-    pairs = TABLES[cls.__name__].assign(name, {key: source.shape for key, source in sources.items()}, wanted)
-    for key in pairs.values():
-        if sources[key].dtype not in FLOATS:
-            raise CheckpointError(f"{sources[key].path}: {key!r} is of type {sources[key].dtype}, expected floats")
+    return read_tensors(name, sources, TABLES[cls.__name__], wanted, dtype)
+
+
+def read_tensors(
+    name: str,
+    sources: dict[str, Source],
+    table: Table,
+    wanted: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Read tensors under our names.
+
+    Args:
+        name: of the file, for errors.
+        sources: key -> tensor; those that were read are taken out.
+        table: of its layout.
+        wanted: our key -> shape.
+        dtype: to cast to; None leaves the file's own.
+
+    Raises:
+        CheckpointError: the keys, shapes or dtypes are not the network's.
+    """
+    pairs = table.assign(name, table.cut({key: source.shape for key, source in sources.items()}), wanted)
+    check_floats(pairs.values(), sources)
     state: dict[str, Tensor] = {}
-    for ours, key in sorted(pairs.items(), key=lambda pair: (sources[pair[1]].path, sources[pair[1]].place)):
+    origins = [(*split_part(key), ours) for ours, key in pairs.items()]
+    origins.sort(key=lambda origin: (sources[origin[1]].path, sources[origin[1]].place, origin[1]))
+    for key, group in groupby(origins, key=lambda origin: origin[1]):
         source = sources.pop(key)
         tensor = source.get()
-        cast = tensor if dtype is None else tensor.to(dtype)
-        if cast is not tensor and source.mapped:
+        for part, _, ours in group:
+            own = tensor if part is None else tensor.chunk(table.parts(key))[part]
+            cast = own if dtype is None else own.to(dtype)
+            state[ours] = cast.reshape(wanted[ours])
+        if tensor.dtype != (dtype or tensor.dtype) and source.mapped:
             give_back(tensor)
-        state[ours] = cast.reshape(wanted[ours])
     return state
+
+
+def check_floats(keys: Iterable[str], sources: Mapping[str, Source]) -> None:
+    """Refuse weights that are no floating-point numbers; `keys` may be names of parts.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    for key in (split_part(key)[1] for key in keys):
+        if sources[key].dtype not in FLOATS:
+            raise CheckpointError(f"{sources[key].path}: {key!r} is of type {sources[key].dtype}, expected floats")
 
 
 def give_back(tensor: Tensor) -> None:

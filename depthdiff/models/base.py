@@ -88,6 +88,51 @@ class Model(nn.Module):
             use_safetensors=use_safetensors,
         )
 
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | Literal["auto"] | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Self:
+        """Load the network from one file in the layout of Stability's own code, which may hold others beside it.
+
+        Args:
+            pretrained_model_link_or_path: a file, the address of one on the Hub, or "owner/name/file.safetensors".
+            config: folder or Hub id with its `config.json`; inferred from shapes if absent.
+            subfolder: of `config`.
+            torch_dtype: of the weights; float32 if absent, the file's own for "auto".
+            revision: branch, tag or commit on the Hub, of the file.
+            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
+            token: for gated repositories.
+            local_files_only: never ask the network.
+            force_download: ignore the cache.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, holds code, or has no such network.
+        """
+        from depthdiff.checkpoint.single_file import load_single_model  # deferred, as above
+
+        return load_single_model(
+            cls,
+            pretrained_model_link_or_path,
+            config=config,
+            subfolder=subfolder,
+            torch_dtype=torch_dtype,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],

@@ -1,0 +1,308 @@
+"""From a single file to components: what it holds is sorted by prefix, and configs are inferred from shapes.
+
+The file is the layout of Stability's own code (`512-depth-ema.safetensors` or `.ckpt`), the whole of it or one network:
+a UNet or an autoencoder with or without the prefix that it has in the whole. One network in the folder's layout, such
+as `diffusion_pytorch_model.safetensors`, is known as well where its config is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+
+from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.geometry import INFER, Shapes
+from depthdiff.checkpoint.header import read_start
+from depthdiff.checkpoint.hub import fetch
+from depthdiff.checkpoint.loading import AnyModel, build, check_dtype
+from depthdiff.checkpoint.pickles import ZIP
+from depthdiff.checkpoint.remap import Table
+from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES_LDM
+from depthdiff.checkpoint.weights import Source, open_pickle, open_safetensors, read_tensors
+from depthdiff.config import CheckpointError
+from depthdiff.models.base import Model
+from depthdiff.models.clip_text import CLIPTextModel
+from depthdiff.models.dpt import DPTForDepthEstimation
+from depthdiff.models.unet import UNet2DConditionModel
+from depthdiff.models.vae import AutoencoderKL
+
+CLASSES: dict[str, type[Model]] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "depth_estimator": DPTForDepthEstimation,
+}
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+LDM, FOLDER = "ldm", "diffusers"
+
+MARKS = {
+    ("unet", LDM): ("input_blocks.0.0.weight", "output_blocks.0.0.in_layers.0.weight"),
+    ("vae", LDM): ("encoder.down.0.block.0.conv1.weight", "decoder.mid.block_1.conv1.weight"),
+    ("text_encoder", LDM): ("positional_embedding", "transformer.resblocks.0.ln_1.weight"),
+    ("depth_estimator", LDM): ("pretrained.model.cls_token", "scratch.layer1_rn.weight"),
+    ("unet", FOLDER): ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"),
+    ("vae", FOLDER): ("encoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"),
+    ("text_encoder", FOLDER): ("text_model.final_layer_norm.weight",),
+    ("depth_estimator", FOLDER): ("dpt.embeddings.cls_token",),
+}
+"""(component, layout) -> keys by which a file that holds this one alone is known."""
+
+OTHERS = (
+    ("conditioner.embedders.", "a Stable Diffusion XL checkpoint, which knows no depth"),
+    ("cond_stage_model.transformer.", "a Stable Diffusion 1 checkpoint, which knows no depth"),
+    ("control_model.", "a ControlNet"),
+    ("model.diffusion_model.double_blocks.", "a FLUX checkpoint"),
+    ("model.diffusion_model.joint_blocks.", "a Stable Diffusion 3 checkpoint"),
+    ("lora_unet_", "a LoRA; load it into a pipeline with load_lora_weights"),
+    ("lora_te_", "a LoRA; load it into a pipeline with load_lora_weights"),
+    ("string_to_param", "a learnt word; load it into a pipeline with load_textual_inversion"),
+    ("emb_params", "a learnt word; load it into a pipeline with load_textual_inversion"),
+)
+"""What keys of other kinds of files begin with -> what those are."""
+
+HUB_URL = re.compile(r"(https?://[^/]+)/([^/]+/[^/]+)/(?:blob|resolve|raw)/([^/]+)/([^?#]+)(?:[?#].*)?")
+HUB_HOSTS = ("https://huggingface.co", "https://hf.co", "https://www.huggingface.co")
+
+
+@dataclass
+class Part:
+    """One network in a single file.
+
+    Attributes:
+        component: which.
+        layout: of its keys.
+        sources: key without prefix -> tensor.
+    """
+
+    component: str
+    layout: str
+    sources: dict[str, Source] = field(default_factory=dict)
+
+    @property
+    def cls(self) -> type[Model]:
+        """The network's class."""
+        return CLASSES[self.component]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key without prefix -> shape."""
+        return {key: source.shape for key, source in self.sources.items()}
+
+    def infer(self, source: str) -> dict[str, Any]:
+        """Find the network's config from its shapes.
+
+        Raises:
+            CheckpointError: they do not tell it.
+        """
+        if self.layout != LDM:
+            raise CheckpointError(
+                f"{source} holds one {self.component} in the layout of a folder and no config; name a folder or "
+                "repository that has it as config=..., or load the file into a pipeline with load_single_file"
+            )
+        return INFER[self.component](Shapes(source, self.shapes))
+
+    def table(self, model: Model) -> Table:
+        """Return the table of names for a network of this geometry."""
+        name = self.cls.__name__
+        return TABLES_LDM[name](model.config) if self.layout == LDM else TABLES[name]
+
+
+@dataclass
+class SingleFile:
+    """What a single file holds.
+
+    Attributes:
+        path: of the file.
+        parts: component -> its tensors.
+        ignored: keys that no network reads -> the reason.
+        unknown: keys that belong to no part.
+    """
+
+    path: Path
+    parts: dict[str, Part] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+
+def find_single_file(name: str | os.PathLike[str], *, revision: str | None = None, **where: Any) -> Path:
+    """Find a single file: on this machine, or on the Hub as "owner/name/file" or as the file's address there.
+
+    Args:
+        name: of the file.
+        revision: branch, tag or commit on the Hub.
+        **where: as in `depthdiff.checkpoint.hub.fetch`.
+
+    Raises:
+        CheckpointError: there is no such file.
+        ValueError: the address names another revision.
+    """
+    path, text = Path(name), os.fspath(name)
+    if text and path.is_file():
+        return path
+    if text and path.is_dir():
+        raise CheckpointError(f"{text} is a folder, expected a file; from_pretrained loads folders")
+    found = HUB_URL.fullmatch(text)
+    if found is not None:
+        if found[1] not in (*HUB_HOSTS, constants.ENDPOINT.rstrip("/")):
+            raise CheckpointError(f"{text} is on no Hub that is known here; download it and name the file")
+        if revision not in (None, found[3]):
+            raise ValueError(f"revision is {revision!r}, but the address names {found[3]!r}; give one of them")
+        repo_id, revision, file = found[2], found[3], found[4]
+    else:
+        owner, _, rest = text.partition("/")
+        repo_id, file = f"{owner}/{rest.partition('/')[0]}", rest.partition("/")[2]
+        local = not owner or owner in (".", "..", "~") or owner.endswith(":") or "\\" in text or path.suffix == ""
+        if local or not file.endswith(SUFFIXES) or "://" in text:
+            raise CheckpointError(
+                f"{text!r} is no file here, and names none on the Hub, which reads owner/name/file.safetensors"
+            )
+    if ".." in file.split("/"):
+        raise CheckpointError(f"{text!r} leaves its repository")
+    return fetch(repo_id, [file], revision=revision, **where) / file
+
+
+def open_single_file(path: Path) -> SingleFile:
+    """Sort what a file holds by the network that it belongs to; no tensor is read.
+
+    Raises:
+        CheckpointError: the file is damaged, holds more than tensors, or is of a kind that this package cannot use.
+    """
+    start, _ = read_start(path)
+    is_pickle = start.startswith((ZIP, b"\x80"))
+    try:
+        sources = open_pickle(path) if is_pickle else open_safetensors(path)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    file = SingleFile(path)
+    for component, layout in () if _has_prefix(sources) else MARKS:
+        if all(mark in sources for mark in MARKS[component, layout]):
+            file.parts[component] = Part(component, layout)
+            break
+    bare = next(iter(file.parts.values()), None)
+    for key, source in sources.items():
+        _sort_in(file, bare, key, source)
+    if not file.parts:
+        raise CheckpointError(f"{path} {_what_else(sources)}")
+    return file
+
+
+def _has_prefix(sources: Mapping[str, Source]) -> bool:
+    return any(key.startswith(tuple(PREFIXES.values())) for key in sources)
+
+
+def _sort_in(file: SingleFile, bare: Part | None, key: str, source: Source) -> None:
+    reason = IGNORED.get(key) or next((why for stem, why in IGNORED_PREFIXES.items() if key.startswith(stem)), None)
+    found = next((name for name, prefix in PREFIXES.items() if key.startswith(prefix)), None)
+    if reason is not None:
+        file.ignored[key] = reason
+    elif bare is not None:
+        bare.sources[key] = source
+    elif found is not None:
+        part = file.parts.setdefault(found, Part(found, LDM))
+        part.sources[key.removeprefix(PREFIXES[found])] = source
+    else:
+        file.unknown.append(key)
+
+
+def _what_else(keys: Mapping[str, Source]) -> str:
+    if not keys:
+        return "holds no tensors"
+    first = ", ".join(repr(key[:80]) for key in sorted(keys)[:3])
+    return f"{_other_kind(keys) or 'holds no network that is known here'}; its first keys: {first}"
+
+
+def _other_kind(keys: Mapping[str, Any] | list[str]) -> str | None:
+    for prefix, kind in OTHERS:
+        if any(key.startswith(prefix) for key in keys):
+            return f"is {kind}"
+    return None
+
+
+def check_known(file: SingleFile) -> None:
+    """Refuse a file with keys that belong to no network.
+
+    Raises:
+        CheckpointError: counts them and names the first, or what the file is.
+    """
+    if file.unknown:
+        kind = _other_kind(file.unknown)
+        first = ", ".join(repr(key[:80]) for key in sorted(file.unknown)[:3])
+        raise CheckpointError(
+            f"{file.path}{f' {kind}:' if kind else ':'} {len(file.unknown)} keys belong to no network, first: {first}"
+        )
+
+
+def load_part(
+    file: SingleFile, component: str, config: Mapping[str, Any] | None, torch_dtype: Any = None, source: object = None
+) -> Model:
+    """Load one network of a file.
+
+    Args:
+        file: as `open_single_file` returns it; the tensors of the part are taken out.
+        component: which.
+        config: of the network; inferred from shapes if None.
+        torch_dtype: of the weights; float32 if None, the file's own for "auto".
+        source: name of where the config is from, for errors.
+
+    Raises:
+        CheckpointError: keys, shapes or dtypes are not those of a network that this package has.
+    """
+    part = file.parts[component]
+    name = f"{file.path} ({component})"
+    model = build(part.cls, part.infer(name) if config is None else config, name if source is None else source)
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    dtype = torch.float32 if torch_dtype is None else torch_dtype
+    state = read_tensors(name, part.sources, part.table(model), wanted, None if dtype == "auto" else dtype)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def load_single_model(
+    cls: type[AnyModel],
+    name: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    subfolder: str | None = None,
+    torch_dtype: Any = None,
+    **where: Any,
+) -> AnyModel:
+    """Load one network from a single file that holds it, alone or with others.
+
+    Args:
+        cls: the network's class.
+        name: of the file, as in `find_single_file`.
+        config: folder or Hub id with a `config.json`; inferred from shapes if None.
+        subfolder: of `config`; the component's name in a pipeline if absent and there is such a folder.
+        torch_dtype: of the weights; float32 if None, the file's own for "auto".
+        **where: as in `depthdiff.checkpoint.hub.fetch`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or has no such network.
+    """
+    from_where = {key: value for key, value in where.items() if key != "revision"}
+    check_dtype(torch_dtype)
+    file = open_single_file(find_single_file(name, **where))
+    component = next(component for component, kind in CLASSES.items() if kind.__name__ == cls.__name__)
+    if component not in file.parts:
+        raise CheckpointError(f"{file.path} has no {component}, it holds {', '.join(file.parts)}")
+    values = None if config is None else read_config(config, subfolder or component, **from_where)
+    model: Any = load_part(file, component, values, torch_dtype, config)
+    return model
+
+
+def read_config(name: str | os.PathLike[str], subfolder: str, **where: Any) -> dict[str, Any]:
+    """Read the `config.json` of a component, of a pipeline or of the component alone; errors as in `fetch`."""
+    alone = Path(name) / "config.json"
+    if not alone.is_file():
+        alone = fetch(name, ["config.json"], subfolder=subfolder, **where) / "config.json"
+    return read_json(alone)
