@@ -8,8 +8,7 @@ scene while its geometry stays. `prepare`, `denoise` and `decode` are public, so
         step.latents = step.latents + my_change(step.denoised)
     pictures = pipe.decode(run.latents)
 
-Letters: B pictures (prompts or images, times `num_images_per_prompt`), L tokens, C their channels, H and W height and
-width in pixels, h and w in latents.
+Letters: B pictures (prompts or images, times `num_images_per_prompt`), L tokens, C channels, H, W pixels, h, w latents.
 """
 
 from __future__ import annotations

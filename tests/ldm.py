@@ -1,28 +1,19 @@
 """An independent writer of checkpoints in two layouts: it builds the networks of the original code on paper.
 
-Every layer is written down with its name in the single file (ldm, OpenCLIP, MiDaS with timm) and in the folder (diffusers
-0.10, transformers 4.26), in the order in which the original constructors make them. No table of the package is read.
+Every layer is written down with its name in the single file (ldm, OpenCLIP, MiDaS with timm) and in the folder
+(diffusers 0.10, transformers 4.26), in the order in which the original constructors make them. No table of the package
+is read.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 
-SCHEDULE = [
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-    "lvlb_weights",
-]
+SCHEDULE = (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,27 @@ class Pattern:
         return template.format(**values) + leaf
 
 
+class Rows:
+    """Templates on the left and on the right; those without numbers are looked up, the others tried in turn.
+
+    Args:
+        rows: left template -> right template.
+    """
+
+    def __init__(self, rows: Mapping[str, str]) -> None:
+        self.plain = {left: right for left, right in rows.items() if "{" not in left}
+        self.patterns = [(Pattern(left), right) for left, right in rows.items() if "{" in left]
+
+    def matches(self, key: str) -> list[str]:
+        """Rewrite a key by every row that it matches."""
+        stem, dot, leaf = key.rpartition(".")
+        results = [self.plain[key]] if key in self.plain else []
+        if leaf in ("weight", "bias") and stem in self.plain:
+            results.append(f"{self.plain[stem]}{dot}{leaf}")
+        rewritten = (pattern.rewrite(key, template) for pattern, template in self.patterns)
+        return results + [result for result in rewritten if result is not None]
+
+
 def _with_oddness(parts: list[str]) -> Iterable[tuple[str, bool]]:
     return ((part, bool(position % 2)) for position, part in enumerate(parts))
 
@@ -81,7 +102,7 @@ class Table:
             ("_aliases", self.aliases),
             ("_ignored", {template: "" for template in self.ignored}),
         ):
-            object.__setattr__(self, name, [(Pattern(left), right) for left, right in rows.items()])
+            object.__setattr__(self, name, Rows(rows))
         object.__setattr__(self, "_reshaped", [Pattern(template) for template in self.reshaped])
         counts = Counter(template for index, template in map(split_part, self.rows) if index is not None)
         object.__setattr__(self, "_stacked", [(Pattern(template), count) for template, count in counts.items()])
@@ -93,14 +114,14 @@ class Table:
             KeyError: no row matches.
             ValueError: several rows match.
         """
-        if _matches(self._ignored, key):  # type: ignore[attr-defined]
+        if self._ignored.matches(key):  # type: ignore[attr-defined]
             return None
-        [key] = _matches(self._aliases, key) or [key]  # type: ignore[attr-defined]
-        return _only(_matches(self._rows, key), key)  # type: ignore[attr-defined]
+        [key] = self._aliases.matches(key) or [key]  # type: ignore[attr-defined]
+        return _only(self._rows.matches(key), key)  # type: ignore[attr-defined]
 
     def published(self, key: str) -> str:
         """Translate one of our keys. Errors as in `ours`."""
-        return _only(_matches(self._back, key), key)  # type: ignore[attr-defined]
+        return _only(self._back.matches(key), key)  # type: ignore[attr-defined]
 
     def is_reshaped(self, key: str) -> bool:
         """Tell whether the weights behind one of our keys may also come as a 1x1 convolution."""
@@ -202,11 +223,6 @@ class Comparison:
         if self.wrong:
             faults.append(f"{len(self.wrong)} weights have a wrong shape, first: {', '.join(sorted(self.wrong)[:3])}")
         return faults
-
-
-def _matches(rows: Iterable[tuple[Pattern, str]], key: str) -> list[str]:
-    results = (pattern.rewrite(key, template) for pattern, template in rows)
-    return [result for result in results if result is not None]
 
 
 def _only(matches: list[str], key: str) -> str:

@@ -65,12 +65,9 @@ def save_components(
         OSError: the folder cannot be written.
     """
     _refuse_pickles(safe_serialization)
-    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION}
+    index = model_index(components, class_name)
     stale = []
-    for name, part in sorted(components.items()):
-        kind = type(part).__name__
-        library = "diffusers" if kind in DIFFUSERS_CLASSES else "transformers"
-        index[name] = [None, None] if part is None else [library, kind]
+    for name, part in components.items():
         if isinstance(part, Model):
             stale += [f"{name}/{file}" for file in weight_files(part.weights_name, variant)]
     with replacing(Path(folder), stale=tuple(stale)) as new:
@@ -83,8 +80,18 @@ def save_components(
                 part.save_pretrained(new / name)
 
 
-def write_model(model: Model, folder: Path, variant: str | None, max_shard_size: int | str) -> None:
-    """Write `config.json` and the weights, in published names, into an empty folder."""
+def model_index(components: Mapping[str, Any], class_name: str) -> dict[str, Any]:
+    """Say what a pipeline is made of, as `model_index.json` does."""
+    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION}
+    for name, part in sorted(components.items()):
+        kind = type(part).__name__
+        library = "diffusers" if kind in DIFFUSERS_CLASSES else "transformers"
+        index[name] = [None, None] if part is None else [library, kind]
+    return index
+
+
+def write_config(model: Model, folder: Path) -> None:
+    """Write `config.json`."""
     kind = type(model).__name__
     config = model.config.to_dict()
     if kind in TRANSFORMERS_TYPES:
@@ -92,7 +99,12 @@ def write_model(model: Model, folder: Path, variant: str | None, max_shard_size:
     else:
         config = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION} | config
     write_json(folder / "config.json", config)
-    table = TABLES[kind]
+
+
+def write_model(model: Model, folder: Path, variant: str | None, max_shard_size: int | str) -> None:
+    """Write `config.json` and the weights, in published names, into an empty folder."""
+    write_config(model, folder)
+    table = TABLES[type(model).__name__]
     state = {table.published(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     single, index_name, _ = weight_files(model.weights_name, variant)
     plan = split_torch_state_dict_into_shards(

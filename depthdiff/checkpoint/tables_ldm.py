@@ -80,24 +80,31 @@ KEPT = {
 """Layers of the depth net that nothing reads but both layouts hold, folder -> single file; a conversion keeps them."""
 
 
+def transformer(published: str, ours: str, depth: int) -> dict[str, str]:
+    """Make the rows of the attention after a residual block, without `{k}`: plain names are looked up, not matched."""
+    rows = nest(published, ours, TRANSFORMER)
+    return {a.replace("{k}", str(k)): b.replace("{k}", str(k)) for a, b in rows.items() for k in range(depth)}
+
+
 def unet(config: UNet2DConditionConfig) -> Table:
     """Make the table of a UNet."""
     rows = {
         **nest("time_embed", "time_embedding", {"0": "linear_1", "2": "linear_2"}),
         "input_blocks.0.0": "conv_in",
         **nest("middle_block.0", "mid_block.resnets.0", RESNET),
-        **nest("middle_block.1", "mid_block.attentions.0", TRANSFORMER),
+        **transformer("middle_block.1", "mid_block.attentions.0", config.per_level("transformer_layers_per_block")[-1]),
         **nest("middle_block.2", "mid_block.resnets.1", RESNET),
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
     }
     last, layers = len(config.block_out_channels) - 1, config.per_level("layers_per_block")
+    depths = config.per_level("transformer_layers_per_block")
     number = 1
     for i, kind in enumerate(config.down_block_types):
         for j in range(layers[i]):
             rows |= nest(f"input_blocks.{number}.0", f"down_blocks.{i}.resnets.{j}", RESNET)
             if kind == "CrossAttnDownBlock2D":
-                rows |= nest(f"input_blocks.{number}.1", f"down_blocks.{i}.attentions.{j}", TRANSFORMER)
+                rows |= transformer(f"input_blocks.{number}.1", f"down_blocks.{i}.attentions.{j}", depths[i])
             number += 1
         if i < last:
             rows[f"input_blocks.{number}.0.op"] = f"down_blocks.{i}.downsample.conv"
@@ -108,7 +115,7 @@ def unet(config: UNet2DConditionConfig) -> Table:
         for j in range(layers[last - i] + 1):
             rows |= nest(f"output_blocks.{number}.0", f"up_blocks.{i}.resnets.{j}", RESNET)
             if has_attention:
-                rows |= nest(f"output_blocks.{number}.1", f"up_blocks.{i}.attentions.{j}", TRANSFORMER)
+                rows |= transformer(f"output_blocks.{number}.1", f"up_blocks.{i}.attentions.{j}", depths[last - i])
             number += 1
         if i < last:
             rows[f"output_blocks.{number - 1}.{1 + has_attention}.conv"] = f"up_blocks.{i}.upsample.conv"
@@ -158,7 +165,7 @@ def text_encoder(config: CLIPTextConfig) -> Table:
         },
         ignored={
             **dict.fromkeys(dropped, "never read: the UNet looks at the layer before it"),
-            "text_projection": "leads to the space that CLIP compares texts and images in; the UNet reads what is before",
+            "text_projection": "leads to where CLIP compares texts with images; the UNet reads what is before it",
             "logit_scale": "a constant of CLIP's training",
             "attn_mask": "the constant triangle of causal attention; made where it is needed",
         },

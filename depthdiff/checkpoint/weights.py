@@ -180,6 +180,18 @@ def read_weights(
     Raises:
         CheckpointError: a file is missing or damaged, or its keys, shapes or dtypes are not the network's.
     """
+    name, sources = open_folder(cls, folder, variant, use_safetensors)
+    return read_tensors(name, sources, TABLES[cls.__name__], wanted, dtype)
+
+
+def open_folder(
+    cls: type[Model], folder: Path, variant: str | None = None, use_safetensors: bool | None = None
+) -> tuple[str, dict[str, Source]]:
+    """List the tensors in the weight files of `folder`; arguments and errors as in `read_weights`.
+
+    Returns:
+        The name of the files, for errors, and published key -> tensor.
+    """
     sources: dict[str, Source] = {}
     paths = find_weights(folder, cls.weights_name, variant, use_safetensors)
     for path in paths:
@@ -187,8 +199,7 @@ def read_weights(
             if key in sources:
                 raise CheckpointError(f"{key!r} is in {sources[key].path.name} and in {path.name}; remove one file")
             sources[key] = source
-    name = str(paths[0] if len(paths) == 1 else folder)
-    return read_tensors(name, sources, TABLES[cls.__name__], wanted, dtype)
+    return str(paths[0] if len(paths) == 1 else folder), sources
 
 
 def read_tensors(

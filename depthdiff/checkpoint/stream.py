@@ -1,0 +1,91 @@
+"""Writing a safetensors file tensor by tensor, so that the memory needed is that of the largest one.
+
+The header, which names the place of every tensor, is written first: all sizes are known before any tensor is read.
+Source: huggingface/safetensors, README.md, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from depthdiff.checkpoint.header import ITEM_SIZES
+from depthdiff.checkpoint.weights import DTYPES
+from depthdiff.config import CheckpointError
+
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written.
+
+    Attributes:
+        key: its name in the file.
+        dtype: in the file, as the format names it, such as "F16"; what `read` returns is cast to it.
+        shape: in the file.
+        read: returns it.
+        done: called when it is written.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    done: Callable[[], None]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return ITEM_SIZES[self.dtype] * torch.Size(self.shape).numel()
+
+
+def write_safetensors(path: Path, entries: Iterable[Entry]) -> None:
+    """Write a file whole or not at all: under another name beside it, which then takes its place.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        entries: its tensors; they are read one after another.
+
+    Raises:
+        CheckpointError: two tensors of one name, or one of another shape than was said.
+        OSError: the file cannot be written.
+    """
+    ordered = sorted(entries, key=lambda entry: (-ITEM_SIZES[entry.dtype], entry.key))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(_header(path, ordered))
+            for entry in ordered:
+                tensor = entry.read().to(TORCH_DTYPES[entry.dtype])
+                if tuple(tensor.shape) != entry.shape:
+                    raise CheckpointError(f"{entry.key!r} is {tuple(tensor.shape)}, expected {entry.shape}")
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                entry.done()
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _header(path: Path, entries: list[Entry]) -> bytes:
+    values: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for entry in entries:
+        if entry.key in values:
+            raise CheckpointError(f"{path}: two tensors would have the name {entry.key!r}")
+        offsets = [place, place + entry.nbytes]
+        values[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        place = offsets[1]
+    text = json.dumps(values, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
