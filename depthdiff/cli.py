@@ -21,6 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 import depthdiff
 from depthdiff.adapters.files import PICKLES
 from depthdiff.checkpoint.hub import BUNDLED
+from depthdiff.checkpoint.inspect import inspect
+from depthdiff.checkpoint.single_file import SUFFIXES
 from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
 from depthdiff.models.attention import FORMS
 from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
@@ -35,6 +37,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SIZE_HELP = "of the picture's shorter side (default: the photo's own, or the model's where that is 1.5 times too large)"
 LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
 EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
+PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsilon)"
 SETTINGS = "depthdiff"
 """The key of the PNG text that holds, as JSON, how a picture was made."""
 
@@ -46,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Repaint a photo by a prompt and keep its depth, with Stable Diffusion 2 depth-to-image.",
         epilog="example: depthdiff 'a golden sphere and a blue cube, at sunset' scene.png --strength 1 -o sunset.png. "
         f"Without --model the small model that comes with the package is used; it knows tables with toys. For "
-        f"photographs: --model {PHOTO_MODEL} (5 GB, downloaded once).",
+        f"photographs: --model {PHOTO_MODEL} (5 GB, downloaded once). "
+        "depthdiff inspect PATH says what a checkpoint is and whether it will load.",
     )
     parser.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
     parser.add_argument("image", metavar="IMAGE", type=Path, help="the photo to start from")
@@ -72,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     depth.add_argument("--sheet", metavar="FILE", type=Path, help="write photo, depth and results side by side")
 
     machine = parser.add_argument_group("model and machine")
-    machine.add_argument("--model", help=f"folder or Hub id of a checkpoint (default: the bundled {BUNDLED})")
+    machine.add_argument("--model", help=f"folder, file or Hub id of a checkpoint (default: the bundled {BUNDLED})")
+    machine.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help=PREDICTION_HELP)
     machine.add_argument("--lora", metavar="FILE[:WEIGHT]", action="append", default=[], help=LORA_HELP)
     machine.add_argument("--embedding", metavar="FILE[:WORD]", action="append", default=[], help=EMBEDDING_HELP)
     machine.add_argument("--variant", help="of the weight files, such as fp16")
@@ -93,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 where it failed with one line on stderr, 130 where it was interrupted. Wrong usage raises
         SystemExit with status 2, as argparse does.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["inspect"]:
+        return run_inspect(arguments[1:])
     parser = build_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.ERROR, format="%(name)s: %(message)s")
@@ -109,6 +117,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"depthdiff: error: {message}", file=sys.stderr)
         return 1
     return 0
+
+
+def run_inspect(arguments: Sequence[str]) -> int:
+    """Say what a file or folder is; returns 0 where it will load, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="depthdiff inspect",
+        description="Say what a checkpoint is, what it holds, and whether it will load, without loading it.",
+        epilog="exit status: 0 where it will load, 1 where not. Where inspect is a prompt: depthdiff -- inspect IMAGE",
+    )
+    parser.add_argument("path", metavar="PATH", help="a single file (.safetensors, .ckpt, .pt), a folder, or mini")
+    report = inspect(parser.parse_args(arguments).path)
+    print(report.text())
+    return 0 if report.loads else 1
 
 
 def check_files(options: argparse.Namespace) -> list[Path]:
@@ -207,9 +228,13 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> StableDiffusionDept
         options.model = BUNDLED
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(
-            options.model, torch_dtype=dtype, variant=options.variant, local_files_only=options.offline
-        )
+        where: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": options.offline}
+        if options.model.endswith(SUFFIXES) and not Path(options.model).is_dir():
+            pipe = StableDiffusionDepth2ImgPipeline.from_single_file(
+                options.model, prediction_type=options.prediction_type, **where
+            )
+        else:
+            pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(options.model, variant=options.variant, **where)
     for warning in caught:
         print(f"depthdiff: {warning.message}", file=sys.stderr)
     names = [f"lora_{number}" for number in range(len(options.lora))]

@@ -4,12 +4,13 @@
     python scripts/convert.py FILE.safetensors|FILE.ckpt FOLDER [--dtype fp16]
 
 Tensors are copied one by one: the memory needed is that of the largest, and the target is there whole or not at all.
-Without --dtype every weight keeps its bits, and a folder that became a file and a folder again is the same, bit for bit.
+Without --dtype every weight keeps its bits: a folder that became a file and a folder again is the same, bit for bit.
 
 A folder has no place for some tensors of Stability's file, which nothing needs: the text tower's last layer (the model
-reads the one before it), text_projection, logit_scale, the vision transformer's head, the noise schedule's constants and
-a second, averaged UNet (model_ema). They are left out, and not made up again when a folder becomes a file. A single file
-has no place for configs, tokenizer and scheduler: back in a folder they are the published ones, or those of --config.
+reads the one before it), text_projection, logit_scale, the vision transformer's head, the constants of the noise
+schedule, a second, averaged UNet (model_ema). They are left out, and not made up again when a folder becomes a file.
+A single file has no place for configs, tokenizer and scheduler, nor for position_ids, which are constants: back in a
+folder they are the published ones, or those of --config.
 """
 
 from __future__ import annotations

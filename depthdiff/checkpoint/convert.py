@@ -51,7 +51,7 @@ def to_single_file(folder: Path, target: Path, *, dtype: torch.dtype | None = No
         check_class(config, cls.__name__, place)
         model = build(cls, config, place / "config.json")
         name, sources = open_folder(cls, place, variant)
-        names = Names(TABLES[cls.__name__], TABLES_LDM[cls.__name__](model.config), model)
+        names = Names(TABLES[cls.__name__], TABLES_LDM[cls.__name__](model.config), model, convolve=True)
         kept = _kept(sources, back=False) if component == "depth_estimator" else {}
         rows = names.convert(name, sources) | {key: [old] for key, old in kept.items()}
         entries += make_entries(PREFIXES[component], rows, names.shapes, sources, names.source, dtype)
@@ -98,7 +98,7 @@ def to_folder(
             (new / component).mkdir()
             write_config(model, new / component)
             part = opened.parts[component]
-            names = Names(part.table(model), TABLES[part.cls.__name__], model)
+            names = Names(part.table(model), TABLES[part.cls.__name__], model, convolve=False)
             kept = _kept(part.sources, back=True) if component == "depth_estimator" else {}
             rows = names.convert(str(file), part.sources) | {key: [old] for key, old in kept.items()}
             entries = make_entries("", rows, names.shapes, part.sources, names.source, dtype)
@@ -115,10 +115,11 @@ class Names:
         source: the table of the layout that is read.
         target: the table of the layout that is written.
         model: the network; its weights are not read.
+        convolve: write layers that may be 1x1 convolutions as such, as the single file does.
     """
 
-    def __init__(self, source: Table, target: Table, model: Model) -> None:
-        self.source, self.target = source, target
+    def __init__(self, source: Table, target: Table, model: Model, *, convolve: bool) -> None:
+        self.source, self.target, self.convolve = source, target, convolve
         self.wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         self.shapes: dict[str, tuple[int, ...]] = {}
 
@@ -140,8 +141,8 @@ class Names:
             shape = self.wanted[ours]
             if part is not None:
                 shape = (shape[0] * self.target.parts(whole), *shape[1:])
-            convolved = self.target is not TABLES.get("AutoencoderKL") and self.target.is_reshaped(ours)
-            self.shapes[whole] = (*shape, 1, 1) if convolved and len(shape) == 2 else shape
+            convolved = self.convolve and len(shape) == 2 and self.target.is_reshaped(ours)
+            self.shapes[whole] = (*shape, 1, 1) if convolved else shape
         return {whole: [parts[i] for i in sorted(parts)] for whole, parts in stacks.items()}
 
 

@@ -126,7 +126,9 @@ def _refuse_paths(name: Name) -> None:
     """Tell a mistyped path, or a file, from a Hub id."""
     text = str(name)
     if Path(text).is_file():
-        raise CheckpointError(f"{text} is a file, expected a folder in the layout of diffusers or a Hub id")
+        raise CheckpointError(
+            f"{text} is a file, expected a folder in the layout of diffusers or a Hub id; from_single_file loads files"
+        )
     if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or "\\" in text or not text.strip():
         raise CheckpointError(f"{text!r} is no folder, and no Hub id either, which reads owner/name")
 

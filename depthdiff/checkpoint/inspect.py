@@ -1,0 +1,275 @@
+"""What a file or folder is, and whether it will load, found out from names, shapes and configs; no tensor is read."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.header import FLOATS, ITEM_SIZES, read_start
+from depthdiff.checkpoint.hub import BUNDLED, bundled
+from depthdiff.checkpoint.kinds import refuse_other_kinds
+from depthdiff.checkpoint.loading import SLOTS, build, check_class, component_class
+from depthdiff.checkpoint.pickles import ZIP
+from depthdiff.checkpoint.single_file import CLASSES, LDM, open_single_file
+from depthdiff.checkpoint.single_pipeline import refuse_other_unets
+from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.weights import Source, open_folder
+from depthdiff.config import CheckpointError
+from depthdiff.models.base import Model
+
+LAYOUTS = {LDM: "single file of Stability's own code (ldm)", "diffusers": "folder of diffusers"}
+Config = Mapping[str, Any]
+
+
+@dataclass
+class Component:
+    """One part of a checkpoint.
+
+    Attributes:
+        name: such as "unet".
+        kind: the class that loads it.
+        parameters: how many weights a network has, those that are ignored included.
+        nbytes: their size.
+        dtypes: type of numbers -> how many tensors.
+        config: the most telling sizes.
+        ignored: keys that no layer reads.
+        missing: keys that are not there.
+        unknown: keys that match no layer.
+        problems: why it will not load; empty where it will.
+    """
+
+    name: str
+    kind: str
+    parameters: int = 0
+    nbytes: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What `inspect` found.
+
+    Attributes:
+        path: of the file or folder.
+        layout: of its names, or "unknown".
+        form: "safetensors", "pickle", or both.
+        nbytes: of all its weight files.
+        components: its parts.
+        ignored: keys of a single file that belong to no network -> the reason.
+        problems: why it will not load as a whole.
+        remedies: what to do about parts that are not there.
+    """
+
+    path: Path
+    layout: str = "unknown"
+    form: str = ""
+    nbytes: int = 0
+    components: list[Component] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    remedies: list[str] = field(default_factory=list)
+
+    @property
+    def loads(self) -> bool:
+        """Whether it will load: a whole pipeline, or a part of one into a pipeline."""
+        return not self.problems and not any(component.problems for component in self.components)
+
+    def text(self) -> str:
+        """Say it all in lines."""
+        lines = [f"{self.path}: {self.layout}{f', {self.form}' if self.form else ''}, {self.nbytes:,} bytes"]
+        for part in self.components:
+            lines += _describe(part)
+        for reason, count in Counter(self.ignored.values()).items():
+            lines.append(f"  ignored: {count} keys, {reason}")
+        lines += [f"  problem: {problem}" for problem in self.problems]
+        lines += [f"  note: {remedy}" for remedy in self.remedies]
+        lines.append("will load" if self.loads else "will not load")
+        return "\n".join(lines)
+
+
+def _describe(part: Component) -> list[str]:
+    types = ", ".join(f"{count} {name}" for name, count in part.dtypes.items())
+    size = f": {part.parameters:,} parameters, {part.nbytes:,} bytes, tensors: {types}" if part.dtypes else ""
+    lines = [f"  {part.name} ({part.kind}){size}"]
+    if part.config:
+        lines.append("    " + ", ".join(f"{name} {value}" for name, value in part.config.items()))
+    for what in ("ignored", "missing", "unknown"):
+        keys: list[str] = getattr(part, what)
+        if keys:
+            lines.append(f"    {what}: {len(keys)} keys, first: {', '.join(sorted(keys)[:3])}")
+    return lines + [f"    problem: {problem}" for problem in part.problems]
+
+
+def inspect(path: str | os.PathLike[str]) -> Report:
+    """Find out what a file or folder is and whether it will load, without reading tensors.
+
+    A pickle's program is run by torch's interpreter, which knows nothing but tensors; those in files of torch before
+    version 1.6 cannot be mapped and are read.
+
+    Args:
+        path: a single file, a pipeline's folder, a network's folder, or "mini".
+
+    Returns:
+        A report; what is wrong with the checkpoint is in it and is not raised.
+    """
+    place = bundled() if path == BUNDLED else Path(path)
+    report = Report(place)
+    try:
+        if place.is_dir():
+            _inspect_folder(report)
+        elif place.is_file():
+            _inspect_file(report)
+        else:
+            report.problems.append("there is no such file or folder")
+    except CheckpointError as error:
+        report.problems.append(str(error))
+    return report
+
+
+SIZES = {
+    "unet": ("in_channels", "block_out_channels", "layers_per_block", "attention_head_dim", "cross_attention_dim"),
+    "vae": ("block_out_channels", "layers_per_block", "latent_channels", "scaling_factor"),
+    "text_encoder": ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+    "depth_estimator": ("hidden_size", "num_hidden_layers", "image_size", "is_hybrid"),
+}
+
+
+def _inspect_file(report: Report) -> None:
+    report.nbytes = report.path.stat().st_size
+    start, _ = read_start(report.path)
+    report.form = "pickle" if start.startswith((ZIP, b"\x80")) else "safetensors"
+    file = open_single_file(report.path)
+    report.layout = LAYOUTS[next(iter(file.parts.values())).layout]
+    report.ignored = file.ignored
+    if file.unknown:
+        first = ", ".join(sorted(file.unknown)[:3])
+        report.problems.append(f"{len(file.unknown)} keys belong to no network, first: {first}")
+    for component, part in file.parts.items():
+        needs_config = part.layout != LDM
+        found = Component(component, part.cls.__name__)
+        report.components.append(found)
+        _count(found, part.sources)
+        if needs_config:
+            report.remedies.append(f"{component} comes without a config; load it into a pipeline, or pass config=...")
+            continue
+
+        def config(part: Any = part) -> Config:
+            return part.infer(str(report.path))
+
+        _inspect_network(found, part.cls, config, part.sources, part.table)
+    try:
+        refuse_other_unets(file, "epsilon")
+    except CheckpointError as error:
+        report.problems.append(str(error))
+    missing = [component for component in CLASSES if component not in file.parts]
+    if missing:
+        report.remedies.append(f"it has no {', '.join(missing)}: load it into a pipeline with load_single_file")
+
+
+def _inspect_folder(report: Report) -> None:
+    folder = report.path
+    report.layout, report.form = LAYOUTS["diffusers"], ""
+    if not (folder / "model_index.json").is_file():
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        kind = str(config.get("_class_name") or (config.get("architectures") or [None])[0])
+        name = next((name for name, cls in CLASSES.items() if cls.__name__ == kind), None)
+        if name is None:
+            report.layout = "unknown"
+            report.problems.append("it has neither model_index.json nor the config.json of a network known here")
+            return
+        _inspect_part(report, name, folder)
+        report.remedies.append(f"it is a {name} alone; {kind}.from_pretrained loads it")
+        return
+    index = read_json(folder / "model_index.json")
+    for name in SLOTS:
+        try:
+            kind = component_class(name, index, folder)
+        except CheckpointError as error:
+            report.components.append(Component(name, "missing", problems=[str(error)]))
+            continue
+        if issubclass(kind, Model):
+            _inspect_part(report, name, folder / name)
+        else:
+            part = Component(name, kind.__name__)
+            report.components.append(part)
+            part.problems += _problems(partial(kind.from_pretrained, folder, subfolder=name))
+    where = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
+    report.problems += _problems(lambda: refuse_other_kinds(folder, index, *where))
+
+
+def _inspect_part(report: Report, name: str, folder: Path) -> None:
+    """Look at a network in its own folder."""
+    cls = CLASSES[name]
+    part = Component(name, cls.__name__)
+    report.components.append(part)
+    try:
+        _, sources = open_folder(cls, folder)
+    except CheckpointError as error:
+        part.problems.append(str(error))
+        return
+    paths = {source.path for source in sources.values()}
+    report.nbytes += sum(path.stat().st_size for path in paths)
+    forms = {report.form} if report.form else set()
+    forms |= {"safetensors" if path.suffix == ".safetensors" else "pickle" for path in paths}
+    report.form = " and ".join(sorted(forms))
+    _count(part, sources)
+
+    def config() -> Config:
+        values = read_json(folder / "config.json")
+        check_class(values, cls.__name__, folder)
+        return values
+
+    _inspect_network(part, cls, config, sources, lambda _: TABLES[cls.__name__])
+
+
+def _count(part: Component, sources: Mapping[str, Source]) -> None:
+    for source in sources.values():
+        count = 1
+        for size in source.shape:
+            count *= size
+        part.nbytes += count * ITEM_SIZES.get(source.dtype, 0)
+        part.parameters += count if source.dtype in FLOATS else 0
+    part.dtypes = dict(Counter(source.dtype for source in sources.values()).most_common())
+
+
+def _inspect_network(
+    part: Component,
+    cls: type[Model],
+    config: Callable[[], Config],
+    sources: Mapping[str, Source],
+    table: Callable[[Any], Any],
+) -> None:
+    """Compare a network's tensors with what its config promises."""
+    try:
+        model = build(cls, config(), part.name)
+    except CheckpointError as error:
+        part.problems.append(str(error))
+        return
+    part.config = {name: model.config[name] for name in SIZES[part.name]}
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    names = table(model)
+    published = names.cut({key: source.shape for key, source in sources.items()})
+    found = names.compare(published, wanted)
+    part.ignored, part.missing, part.unknown = found.ignored, found.missing, found.unknown
+    part.problems += found.faults(len(published), len(wanted))
+    strange = [key for key, source in sources.items() if source.dtype not in FLOATS and key in found.pairs.values()]
+    part.problems += [f"{key!r} holds no floating-point numbers" for key in strange[:1]]
+
+
+def _problems(check: Callable[[], object]) -> Iterable[str]:
+    try:
+        check()
+    except CheckpointError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,129 @@
+"""`depthdiff inspect`: what it says of good and bad files and folders, and that it reads no tensor."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from depthdiff.checkpoint.inspect import inspect
+from depthdiff.cli import main
+from tests.ldm import SMALL, random_twins
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A single file of random bfloat16 weights, and its tensors."""
+    path = tmp_path_factory.mktemp("inspect") / "single.safetensors"
+    tensors, _ = random_twins(SMALL, dtype=torch.bfloat16)
+    save_file(tensors, path)
+    return path, tensors
+
+
+def test_a_whole_file(single, capsys):
+    path, tensors = single
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[0] == f"{path}: single file of Stability's own code (ldm), safetensors, " + (
+        f"{path.stat().st_size:,} bytes"
+    )
+    assert text.splitlines()[-1] == "will load"
+    report = inspect(path)
+    for part, prefix in zip(report.components, ("model.", "first_stage_", "cond_", "depth_"), strict=False):
+        own = [tensor for key, tensor in tensors.items() if key.startswith(prefix)]
+        assert part.parameters == sum(tensor.numel() for tensor in own)
+        assert part.nbytes == sum(tensor.nbytes for tensor in own)
+        assert part.dtypes == {"BF16": len(own)}
+        assert not part.missing and not part.unknown and not part.problems
+    assert {len(report.ignored)} == {13}
+    assert report.components[0].config["block_out_channels"] == (64, 128, 192)
+
+
+def test_pickles_and_parts(single, tmp_path):
+    vae = {k.removeprefix("first_stage_model."): v for k, v in single[1].items() if k.startswith("first_stage_model.")}
+    torch.save({"state_dict": vae}, tmp_path / "x.vae.pt")
+    report = inspect(tmp_path / "x.vae.pt")
+    assert report.loads and report.form == "pickle" and [part.name for part in report.components] == ["vae"]
+    assert "load_single_file" in report.text()
+
+
+def test_folders(tiny_folder, tmp_path):
+    report = inspect(tiny_folder)
+    assert report.loads and report.layout == "folder of diffusers" and report.form == "safetensors"
+    assert len(report.components) == 7
+    weights = list(tiny_folder.rglob("*.safetensors"))
+    assert report.nbytes == sum(path.stat().st_size for path in weights)
+    assert inspect(tiny_folder / "unet").loads
+    shutil.copytree(tiny_folder, tmp_path / "x")
+    path = tmp_path / "x" / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    del state["quant_conv.bias"]
+    save_file({**state, "lid": torch.zeros(1)}, path)
+    (tmp_path / "x" / "tokenizer" / "merges.txt").unlink()
+    report = inspect(tmp_path / "x")
+    parts = {part.name: part for part in report.components}
+    assert not report.loads
+    assert (parts["vae"].missing, parts["vae"].unknown) == (["quant_conv.bias"], ["lid"])
+    assert "merges.txt cannot be read" in parts["tokenizer"].problems[0]
+    assert not parts["unet"].problems
+
+
+BAD = {
+    "four channels": "text-to-image.*takes 4 channels",
+    "missing": "missing: 1 keys, first: out.0.bias",
+    "lora": "is a LoRA",
+    "nothing": "there is no such file or folder",
+    "text": "is no safetensors file|has 5 bytes",
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_will_not_load(single, tmp_path, capsys, case):
+    path, tensors = tmp_path / "x.safetensors", dict(single[1])
+    if case == "four channels":
+        tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(64, 4, 3, 3)
+    elif case == "missing":
+        del tensors["model.diffusion_model.out.0.bias"]
+    elif case == "lora":
+        tensors = {"lora_unet_a.lora_up.weight": torch.zeros(1)}
+    if case == "text":
+        path.write_text("hello")
+    elif case != "nothing":
+        save_file(tensors, path)
+    assert main(["inspect", str(path)]) == 1
+    lines = capsys.readouterr().out
+    assert re.search(BAD[case], lines), lines
+    assert lines.splitlines()[-1] == "will not load"
+
+
+def test_inspect_may_also_be_a_prompt(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", "--help"])
+    assert "depthdiff -- inspect IMAGE" in capsys.readouterr().out
+    assert main(["--", "inspect", str(tmp_path / "no.png")]) == 1
+    assert "no.png is no file" in capsys.readouterr().err
+
+
+SIZE = """
+import sys
+from depthdiff.checkpoint.inspect import inspect
+def now():
+    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+base = now()
+assert inspect(sys.argv[1]).loads
+print(now() - base)
+"""
+
+
+@pytest.mark.parametrize("form", ["safetensors", "ckpt"])
+def test_no_tensor_is_read(single, tmp_path, form):
+    """A file with 160 MB of ignored weights besides takes less than 60 MB more memory to look at."""
+    path = tmp_path / f"big.{form}"
+    tensors = {**single[1], "model_ema.big": torch.rand(40, 2**20)}
+    save_file(tensors, path) if form == "safetensors" else torch.save(tensors, path)
+    done = subprocess.run([sys.executable, "-c", SIZE, str(path)], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 60e6
