@@ -107,10 +107,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     def fail():
         raise OSError("no space left")
 
-    entries = [
-        Entry("a", "F32", (2,), lambda: torch.zeros(2), lambda: None),
-        Entry("b", "F32", (2,), fail, lambda: None),
-    ]
+    def entry(key, read):
+        return Entry(key, "F32", (2,), read, lambda: None)
+
+    entries = [entry("a", lambda: torch.zeros(2)), entry("b", fail)]
     with pytest.raises(OSError, match="no space left"):
         write_safetensors(path, entries)
     assert torch.equal(load_file(path)["a"], torch.ones(2))

@@ -1,4 +1,4 @@
-"""600 damaged single files and pickles with code: refused by name, quickly, without running anything, or read rightly."""
+"""600 damaged single files, and pickles with code: refused by name, quickly and unrun, or read rightly."""
 
 import json
 import os
