@@ -100,7 +100,7 @@ def describe_folder(name_or_path: str | os.PathLike[str]) -> None:
     elif (folder / "config.json").is_file():
         remedy = "it holds one component; load that with from_pretrained of its own class"
     elif single:
-        remedy = f"it holds {single[0]}; is that a checkpoint in a single file?"
+        remedy = f"it holds {single[0]}; from_single_file loads files"
     else:
         remedy = "is it a checkpoint in the layout of diffusers?"
     raise CheckpointError(f"{folder} has no model_index.json: {remedy}")
