@@ -169,7 +169,7 @@ class Code:
 def attacks(mark):
     yield Code(os.system, f"touch {mark}")
     yield Code(exec, f"open({str(mark)!r}, 'w')")
-    yield Code(getattr, os, "remove")
+    yield Code(__import__, "webbrowser")
     yield {"state_dict": Code(open, str(mark), "w")}
     yield {"state_dict": {"first_stage_model.quant_conv.weight": Code(os.mkdir, str(mark))}}
     yield {"callbacks": [Code(print, "x")], "state_dict": {}}

@@ -155,7 +155,8 @@ def _inspect_file(report: Report) -> None:
     if file.unknown:
         first = ", ".join(sorted(file.unknown)[:3])
         report.problems.append(f"{len(file.unknown)} keys belong to no network, first: {first}")
-    for component, part in file.parts.items():
+    for component in (name for name in CLASSES if name in file.parts):
+        part = file.parts[component]
         needs_config = part.layout != LDM
         found = Component(component, part.cls.__name__)
         report.components.append(found)
