@@ -56,9 +56,7 @@ from depthdiff.tokenizer import CLIPTokenizer
 
 
 class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles):
-    """Text-guided image-to-image generation that keeps the depth of the input. Source: arXiv:2112.10752.
-
-    Names, arguments and numbers are those of diffusers' pipeline of the same name.
+    """Image-to-image that keeps the input's depth, as diffusers' class of that name. Source: arXiv:2112.10752.
 
     Args:
         vae: pixels to latents and back.
