@@ -517,7 +517,7 @@ REFUSED = {
     "shapes": (lambda s: {k: v[:, :-1] if "to_q.lora_down" in k else v for k, v in s.items()}, "do not fit"),
     "NaN": (lambda s: {k: v * float("nan") for k, v in s.items()}, "must hold finite numbers"),
     "rank 0": (
-        lambda s: {k: v[:0] if "down" in k else v[:, :0] if "up" in k else v for k, v in s.items()},
+        lambda s: {k: v[:0] if "lora_down" in k else v[:, :0] if "lora_up" in k else v for k, v in s.items()},
         "no known method",
     ),
     "no axes": (lambda s: {k: torch.tensor(1.0) if "lora_down" in k else v for k, v in s.items()}, "no known method"),
