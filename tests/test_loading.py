@@ -157,7 +157,7 @@ def wide(tmp_path_factory):
 def test_the_weights_are_in_memory_once(wide, form, dtype, smallest):
     """Peak memory after every weight was read, over the weights' bytes, also where float32 is read as half of it.
 
-    Observed: OBSERVED.
+    Observed for 0.76 GB, safetensors and pickle alike: 1.01 as float32, 1.03 as float16.
     """
     command = [sys.executable, "-c", PEAK, str(wide / form), dtype]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
