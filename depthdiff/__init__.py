@@ -15,7 +15,7 @@ Examples:
     >>> run = pipe.prepare("a red ball", scene, strength=0.5, num_inference_steps=8, generator=generator)
     >>> [(step.index, int(step.timestep), tuple(step.latents.shape)) for step in pipe.denoise(run)][-1]
     (3, 1, (1, 4, 32, 32))
-    >>> pipe.decode(run.latents).images[0].size
+    >>> pipe.decode(run.latents)[0].size
     (128, 128)
 """
 

@@ -34,12 +34,19 @@ def main(scene_path: str, sheet_path: str) -> None:
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     depth = pipe.estimate_depth(photo)
     results = [
-        pipe(prompt, photo, strength=1.0, num_inference_steps=20, generator=torch.Generator().manual_seed(0)).images[0]
+        pipe(
+            prompt,
+            photo,
+            strength=1.0,
+            num_inference_steps=20,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]
         for prompt in PROMPTS
     ]
     tiles = [photo, depth_image(depth[0], bits=8), *results]
     tiles = [tile.resize((SHOWN, SHOWN), Image.Resampling.BICUBIC) for tile in tiles]
-    contact_sheet(tiles, ["input", "its depth", *PROMPTS]).save(sheet_path)
+    contact_sheet(tiles, ["input", "its depth", "prompt 1", "prompt 2", "prompt 3"]).save(sheet_path)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def test_the_same_picture(scheduler, strength):
         scene = file.resize((160, 128))
     pictures = []
     for package in (depthdiff, diffusers):
-        pipe = package.StableDiffusionDepth2ImgPipeline.from_pretrained(bundled(), local_files_only=True)
+        pipe = package.StableDiffusionDepth2ImgPipeline.from_pretrained(
+            bundled(), torch_dtype=torch.float32, local_files_only=True
+        )
         pipe.scheduler = getattr(package, scheduler).from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         result = pipe(
