@@ -34,7 +34,9 @@ from depthdiff.schedulers.pndm import PNDMScheduler
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "lms": LMSDiscreteScheduler}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SIZE_HELP = "of the picture's shorter side (default: the photo's own, or the model's where that is 1.5 times too large)"
+SIZE_HELP = (
+    "of the picture's shorter side (default: the photo's own, or 128 for mini if 1.5 times too large)"
+)
 LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
 EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
 PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsilon)"
@@ -274,10 +276,14 @@ def lora_weight(text: str) -> float:
 
 
 def fit_photo(photo: Image.Image, size: int | None, pipe: StableDiffusionDepth2ImgPipeline) -> Image.Image:
-    """Bring the photo's shorter side to `size`; if absent, to what the model was trained for where it is far larger."""
+    """Bring the photo's shorter side to `size`; if absent and far too large for the bundled model, to what that knows.
+
+    Other models are left alone: the published one's config says 256 pixels, and was trained on 512.
+    """
     shorter, trained = min(photo.size), pipe.unet.config.sample_size
-    if size is None and isinstance(trained, int) and shorter > 1.5 * trained * pipe.vae_scale_factor:
-        size = trained * pipe.vae_scale_factor
+    if size is None and pipe.name_or_path == BUNDLED and isinstance(trained, int):
+        trained = trained * pipe.vae_scale_factor
+        size = trained if shorter > 1.5 * trained else None
     if size is None or size == shorter:
         return photo
     width, height = (round(side * size / shorter) for side in photo.size)

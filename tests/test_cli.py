@@ -164,6 +164,13 @@ def test_adapters(place, tiny_folder, pipe, small_photo):
         assert json.loads(picture.text["depthdiff"])["lora"] == ["one.safetensors:0.5", "two.safetensors"]
 
 
+def test_a_photo_keeps_its_size_whatever_the_config_says(place, tiny_folder, photo, capsys):
+    """The published UNet's config names half of the size that it was trained on, so that no size is read off it."""
+    photo.save("large.png")
+    assert main(["two tigers", "large.png", "--model", str(tiny_folder), "--steps", "2", "-o", "a.png"]) == 0
+    assert "resized" not in capsys.readouterr().err
+
+
 def test_size(place, tiny_folder, capsys):
     assert main(command(tiny_folder, "--size", 64, "-o", "a.png")) == 0
     assert "photo resized from 120x88 to 87x64" in capsys.readouterr().err
