@@ -3,7 +3,7 @@
     python scripts/train_lora.py PHOTOS OUT --prompt "a blueprint drawing"     # PHOTOS: a folder of pictures
 
 Of each picture `x.png` the words are those in `x.txt`, if there is such a file, with the prompt after them. On the
-bundled model and two cores 150 steps take about a minute and a half. Source: arXiv:2106.09685.
+bundled model and two cores 150 steps take about half a minute. Source: arXiv:2106.09685.
 """
 
 from __future__ import annotations
