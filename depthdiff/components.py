@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
+from depthdiff.cache import Cache
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.loading import load_components
 from depthdiff.checkpoint.saving import save_components
@@ -45,6 +46,7 @@ class Components:
         for name in self.NAMES:
             setattr(self, name, components[name])
         self.name_or_path: str | None = None
+        self.cache = Cache()
         self._progress_bar_config: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
         self._offload_whole = False

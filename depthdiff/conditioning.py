@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from depthdiff.cache import Cache, fingerprint, state_of
 from depthdiff.image import to_pixels
 from depthdiff.models.clip_text import CLIPTextModel
+from depthdiff.models.dpt import DPTForDepthEstimation
 from depthdiff.models.gaussian import DiagonalGaussianDistribution
 from depthdiff.models.vae import AutoencoderKL
 from depthdiff.precision import finite
@@ -29,6 +31,7 @@ def read_texts(
     tokenizer: CLIPTokenizer,
     encoder: CLIPTextModel,
     device: torch.device,
+    cache: Cache,
 ) -> Tensor:
     """Encode prompts and negative prompts in one batch, equal ones once.
 
@@ -39,6 +42,7 @@ def read_texts(
         tokenizer: text to tokens.
         encoder: tokens to context.
         device: where the encoder works.
+        cache: where the same texts may have been encoded before.
 
     Returns:
         (P + N, L, C), the prompts first.
@@ -63,11 +67,13 @@ def read_texts(
                 rows.append(encoder.final_layer_norm(output.hidden_states[-(skip + 1)][row]))
         return torch.stack(rows)
 
-    return finite("text_encoder", encoder, encode)
+    rows = tuple((tuple(ids[unique.index(text)]), skip) for text, skip in wanted)
+    state = state_of(encoder, "text", rows, str(device))
+    return cache.get(state, lambda: finite("text_encoder", encoder, encode))
 
 
 def encode_images(
-    images: list[Image.Image] | Tensor, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype
+    images: list[Image.Image] | Tensor, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype, cache: Cache
 ) -> DiagonalGaussianDistribution:
     """Describe the latents of images, as `dtype`.
 
@@ -76,10 +82,35 @@ def encode_images(
         vae: the autoencoder.
         device: where it works.
         dtype: of the latents.
+        cache: where the same images may have been encoded before.
     """
-    pixels = to_pixels(images, vae.factor).to(device)
-    moments = finite("vae", vae, lambda: vae.encode(pixels.to(vae.dtype)).latent_dist.parameters)  # type: ignore[union-attr]
+    pixels = to_pixels(images, vae.factor)
+
+    def encode() -> Tensor:
+        moments: Tensor = vae.encode(pixels.to(device, vae.dtype)).latent_dist.parameters  # type: ignore[union-attr]
+        return moments
+
+    state = state_of(vae, "latents", fingerprint(pixels), vae.use_slicing, vae.use_tiling, str(device))
+    moments = cache.get(state, lambda: finite("vae", vae, encode))
     return DiagonalGaussianDistribution(moments.to(dtype))
+
+
+def read_disparity(pixels: Tensor, net: DPTForDepthEstimation, device: torch.device, cache: Cache) -> Tensor:
+    """Estimate the disparity (B, H, W), near is large, of pixels (B, 3, H, W) as the depth net's processor makes them.
+
+    Args:
+        pixels: float, normalized.
+        net: the depth net.
+        device: where it works.
+        cache: where the depth of the same pixels may have been estimated before.
+    """
+
+    def estimate() -> Tensor:
+        disparity: Tensor = net(pixels.to(device, net.dtype)).predicted_depth
+        return disparity
+
+    state = state_of(net, "disparity", fingerprint(pixels), str(device))
+    return cache.get(state, lambda: finite("depth_estimator", net, estimate))
 
 
 def fit_depth(disparity: Tensor, height: int, width: int) -> Tensor:

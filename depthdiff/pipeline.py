@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from depthdiff import sampler
 from depthdiff.adapters.loaders import Adapters
 from depthdiff.components import nearest
-from depthdiff.conditioning import encode_images, fit_depth, read_texts
+from depthdiff.conditioning import encode_images, fit_depth, read_disparity, read_texts
 from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.inputs import (
@@ -47,8 +47,9 @@ from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
 from depthdiff.noise import randn
 from depthdiff.precision import check_finite, check_first_step, finite
+from depthdiff.predictor import noise_predictor
 from depthdiff.run import Run, StableDiffusionPipelineOutput, StepCallback, call_back
-from depthdiff.sampler import Step, guide
+from depthdiff.sampler import Step
 from depthdiff.schedulers.base import Scheduler
 from depthdiff.schedulers.plan import Plan
 from depthdiff.single_files import SingleFiles
@@ -290,15 +291,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles):
             the next step on. `run.latents` follows.
         """
         unet = self._at_work("unet")
-
-        def predict_noise(latents: Tensor, timestep: Tensor) -> Tensor:
-            if run.guidance_scale <= 1:
-                return unet(torch.cat([latents, run.depth], dim=1), timestep, run.context).sample
-            sample = torch.cat([torch.cat([latents] * 2), run.depth], dim=1)  # (2B, 5, h, w)
-            uncond, cond = unet(sample, timestep, run.context).sample.chunk(2)
-            return guide(uncond, cond, run.guidance_scale)
-
-        with self._scaled("unet", run.lora_scale):
+        with self._scaled("unet", run.lora_scale), noise_predictor(unet, run) as predict_noise:
             for step in sampler.denoise(predict_noise, run.plan, run.latents, run.generator):
                 check_first_step(step, run, unet.dtype)
                 run.latents = step.latents
@@ -367,7 +360,9 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles):
         if texts or negatives:
             encoder = self._at_work("text_encoder")
             with self._scaled("text_encoder", lora_scale):
-                read = read_texts(texts, negatives, clip_skip, self.tokenizer, encoder, self.execution_device)
+                read = read_texts(
+                    texts, negatives, clip_skip, self.tokenizer, encoder, self.execution_device, self.cache
+                )
             prompt_embeds = read[: len(texts)] if texts else prompt_embeds
             negative_prompt_embeds = read[len(texts) :] if negatives else negative_prompt_embeds
         kind = {"device": device or self.execution_device, "dtype": self.unet.dtype}
@@ -391,7 +386,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles):
         """Estimate the disparity (N, H', W') of images, near is large; H' and W' are the depth net's own."""
         net = self._at_work("depth_estimator")
         pixels = self.feature_extractor(read_images(image)).pixel_values
-        return finite("depth_estimator", net, lambda: net(pixels.to(self.execution_device, net.dtype)).predicted_depth)
+        return read_disparity(pixels, net, self.execution_device, self.cache)
 
     def _noisy_latents(
         self,
@@ -410,7 +405,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles):
         if is_latents(images):
             clean = expand(images.to(self.execution_device, dtype), pictures, per_prompt)  # type: ignore[union-attr]
         else:
-            posterior = encode_images(images, self._at_work("vae"), self.execution_device, dtype)
+            posterior = encode_images(images, self._at_work("vae"), self.execution_device, dtype, self.cache)
             if listed:
                 posterior = posterior.map(lambda moments: expand(moments, pictures, per_prompt))
             clean = self.vae.config.scaling_factor * posterior.sample(generator)

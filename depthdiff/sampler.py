@@ -71,7 +71,7 @@ def denoise(
         True
     """
     state = plan.init_state()
-    for index, timestep in enumerate(plan.timesteps):
+    for index, timestep in enumerate(plan.calls):
         noise_pred = predict_noise(plan.scale_model_input(latents, index), timestep)
         result = plan.step(noise_pred, index, latents, state, generator)
         step = Step(index, timestep, result.latents, result.denoised)

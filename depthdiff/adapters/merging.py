@@ -49,6 +49,7 @@ class Merging(Components):
             for key, original in self._originals[component].items():
                 parameter = self._merged_into[component].get_parameter(key)
                 parameter.data = original.to(parameter.device, parameter.dtype)
+            self._merged_into[component].mark = object()
             self._originals[component], self._merged[component] = {}, []
             self._merged_into[component] = network
 
@@ -63,6 +64,7 @@ class Merging(Components):
             return
         self._merged[component] = None  # unknown while at work
         network, originals = getattr(self, component), self._originals[component]
+        network.mark = object()
         touched = dict.fromkeys([*originals, *(key for lora, _ in wanted for key in lora.deltas[component])])
         for key in touched:
             parameter = network.get_parameter(key)

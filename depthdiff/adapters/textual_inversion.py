@@ -222,4 +222,5 @@ def set_table(encoder: CLIPTextModel, table: Tensor) -> None:
     """Give the encoder another table of tokens (V, C); the rest of it stays as it is."""
     encoder.token_embedding.weight = nn.Parameter(table, requires_grad=encoder.token_embedding.weight.requires_grad)
     encoder.token_embedding.num_embeddings = len(table)
+    encoder.mark = object()
     encoder.config = replace(encoder.config, vocab_size=len(table))

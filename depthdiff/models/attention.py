@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,13 @@ FORMS: dict[str, AttentionFn] = {
 }
 
 
+class KeysValues(NamedTuple):
+    """What a layer reads of its context: keys and values, each (B, H, Lk, D)."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class MultiHeadAttention(nn.Module):
     """Let every token of `x` look at the tokens of `context`, or at those of `x` itself.
 
@@ -109,12 +116,14 @@ class MultiHeadAttention(nn.Module):
         self.to_out = nn.Linear(inner_dim, dim)
         self.attn_fn: AttentionFn = sdpa_attention
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Attend from `x` (B, Lq, C) to `context` (B, Lk, context_dim), or to `x` where that is None; (B, Lq, C)."""
-        context = x if context is None else context
+    def read(self, context: Tensor) -> KeysValues:
+        """Compute keys and values of a context (B, Lk, context_dim), which may then serve many queries."""
+        return KeysValues(self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context)))
+
+    def forward(self, x: Tensor, context: KeysValues | None = None, mask: Tensor | None = None) -> Tensor:
+        """Attend from `x` (B, Lq, C) to a context as `read` returns it, or to `x` where that is None; (B, Lq, C)."""
         q = self._split_heads(self.to_q(x))
-        k = self._split_heads(self.to_k(context))
-        v = self._split_heads(self.to_v(context))
+        k, v = self.read(x) if context is None else context
         return self.to_out(self.attn_fn(q, k, v, mask=mask).transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:

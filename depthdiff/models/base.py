@@ -23,6 +23,7 @@ class Model(nn.Module):
         config: what the checkpoint fixes; the only argument of the constructor.
         config_class: its class.
         weights_name: stem of the weight file in the published layout.
+        mark: another object whenever weights are replaced rather than changed, as a cast or an adapter does.
     """
 
     config_class: ClassVar[type[Config]]
@@ -33,6 +34,14 @@ class Model(nn.Module):
         self.config = config
         self._slice_size: int | Literal["auto", "max"] | None = None
         self._efficient = False
+        self.mark = object()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = self.dtype if next(self.parameters(), None) is not None else None
+        super()._apply(fn, recurse)
+        if before is not None and self.dtype != before:
+            self.mark = object()
+        return self
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

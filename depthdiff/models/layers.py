@@ -6,12 +6,13 @@ Letters: B batch, C channels, H and W height and width of a feature map, L token
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from depthdiff.models.attention import MultiHeadAttention
+from depthdiff.models.attention import KeysValues, MultiHeadAttention
 
 
 class QuickGELU(nn.Module):
@@ -150,11 +151,13 @@ class TransformerBlock(nn.Module):
         self.cross_attn = MultiHeadAttention(dim, num_heads, context_dim=context_dim, qkv_bias=False)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
+        self.slot = 0
+        """Which of the network's readings of the prompt this block attends to."""
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, L, C) and (B, Lk, context_dim) -> (B, L, C)."""
+    def forward(self, x: Tensor, context: Sequence[KeysValues]) -> Tensor:
+        """(B, L, C) and the prompt as each block reads it -> (B, L, C)."""
         x = x + self.self_attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm2(x), context)
+        x = x + self.cross_attn(self.norm2(x), context[self.slot])
         return x + self.ff(self.norm3(x))
 
 
@@ -183,8 +186,8 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(inner, channels) if use_linear else nn.Conv2d(inner, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W) and (B, Lk, context_dim) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, context: Sequence[KeysValues]) -> Tensor:
+        """(B, C, H, W) and the prompt as each block reads it -> (B, C, H, W)."""
         size = x.shape[-2:]
         if self.use_linear:
             tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, HW, C)

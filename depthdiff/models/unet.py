@@ -9,24 +9,19 @@ T channels of the time embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from depthdiff.config import Config, Output
+from depthdiff.models.attention import KeysValues
 from depthdiff.models.base import Model
-from depthdiff.models.layers import (
-    ACTIVATIONS,
-    Downsample2D,
-    ResnetBlock2D,
-    SpatialTransformer,
-    TimestepEmbedding,
-    Upsample2D,
-    timestep_embedding,
-)
+from depthdiff.models.layers import ACTIVATIONS, TimestepEmbedding, TransformerBlock, timestep_embedding
+from depthdiff.models.unet_blocks import DownBlock, Level, MidBlock, UpBlock
 
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -126,101 +121,19 @@ class UNet2DConditionOutput(Output):
     sample: Tensor
 
 
-class PassThrough(nn.Module):
-    """Stands where a level has no attention."""
+@dataclass
+class Memory:
+    """What stays the same over the calls of a run.
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Return `x`."""
-        return x
+    Attributes:
+        times: identity of a timestep's tensor -> that tensor and its embedding (1, T).
+        source: what `context` was read from: the tensor, and the state of it and of the weights that read it.
+        context: the prompt as each block reads it.
+    """
 
-
-class Level:
-    """The sizes of one level of the UNet, from which its layers are made."""
-
-    def __init__(self, config: UNet2DConditionConfig, index: int, *, attention: bool) -> None:
-        self.config, self.attention = config, attention
-        self.channels = config.block_out_channels[index]
-        self.num_heads = config.per_level("attention_head_dim")[index]
-        self.num_resnets = config.per_level("layers_per_block")[index]
-        self.num_transformers = config.per_level("transformer_layers_per_block")[index]
-        self.context_dim = config.per_level("cross_attention_dim")[index]
-
-    def resnet(self, in_channels: int) -> ResnetBlock2D:
-        """Make a residual block that ends in this level's channels."""
-        config = self.config
-        time_dim, groups = 4 * config.block_out_channels[0], config.norm_num_groups
-        return ResnetBlock2D(
-            in_channels, self.channels, time_dim, groups=groups, eps=config.norm_eps, act_fn=config.act_fn
-        )
-
-    def transformer(self) -> nn.Module:
-        """Make the attention that follows a residual block, or a pass-through."""
-        if not self.attention:
-            return PassThrough()
-        return SpatialTransformer(
-            self.channels,
-            self.num_heads,
-            num_layers=self.num_transformers,
-            context_dim=self.context_dim,
-            groups=self.config.norm_num_groups,
-            use_linear=self.config.use_linear_projection,
-        )
-
-
-class DownBlock(nn.Module):
-    """One level on the way down; hands out what its counterpart on the way up will read."""
-
-    def __init__(self, level: Level, in_channels: int, *, downsample: bool) -> None:
-        super().__init__()
-        widths = [in_channels] + [level.channels] * (level.num_resnets - 1)
-        self.resnets = nn.ModuleList(level.resnet(width) for width in widths)
-        self.attentions = nn.ModuleList(level.transformer() for _ in widths)
-        self.downsample = Downsample2D(level.channels, level.config.downsample_padding) if downsample else None
-
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the block's result and every intermediate one, the result included."""
-        skips = []
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(x, time), context)
-            skips.append(x)
-        if self.downsample is not None:
-            x = self.downsample(x)
-            skips.append(x)
-        return x, skips
-
-
-class MidBlock(nn.Module):
-    """The coarsest level: residual block, attention, residual block; only the first of them without attention."""
-
-    def __init__(self, level: Level) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(level.resnet(level.channels) for _ in range(1 + level.attention))
-        self.attentions = nn.ModuleList(level.transformer() for _ in range(level.attention))
-
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
-        x = self.resnets[0](x, time)
-        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attention(x, context), time)
-        return x
-
-
-class UpBlock(nn.Module):
-    """One level on the way up: every residual block also reads a result of the way down."""
-
-    def __init__(self, level: Level, in_channels: int, skip_channels: int, *, upsample: bool) -> None:
-        super().__init__()
-        widths = [in_channels] + [level.channels] * level.num_resnets
-        skips = [level.channels] * level.num_resnets + [skip_channels]
-        self.resnets = nn.ModuleList(level.resnet(width + skip) for width, skip in zip(widths, skips, strict=True))
-        self.attentions = nn.ModuleList(level.transformer() for _ in widths)
-        self.upsample = Upsample2D(level.channels) if upsample else None
-
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
-        """Take what it needs off the end of `skips`, and come out at the size of the skip that is then last."""
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(torch.cat([x, skips.pop()], dim=1), time), context)
-        return x if self.upsample is None else self.upsample(x, skips[-1].shape[-2:])
+    times: dict[int, tuple[Tensor, Tensor]]
+    source: tuple[Any, ...] | None = None
+    context: list[KeysValues] = field(default_factory=list)
 
 
 class UNet2DConditionModel(Model):
@@ -258,6 +171,14 @@ class UNet2DConditionModel(Model):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
+        self._memory: Memory | None = None
+        for slot, block in enumerate(self._readers()):
+            block.slot = slot
+
+    def _readers(self) -> list[TransformerBlock]:
+        """List the blocks that attend to the prompt."""
+        return [module for module in self.modules() if isinstance(module, TransformerBlock)]
+
     def forward(
         self,
         sample: Tensor,
@@ -276,12 +197,12 @@ class UNet2DConditionModel(Model):
         Returns:
             A record with `sample` (B, out_channels, h, w).
         """
-        noise_pred = self.predict(sample, self.embed_time(timestep, sample), encoder_hidden_states)
+        time, context = self._embed_time(timestep, sample), self._read_context(encoder_hidden_states)
+        noise_pred = self.predict(sample, time, context)
         return UNet2DConditionOutput(noise_pred) if return_dict else (noise_pred,)
 
-    def embed_time(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
-        """Turn a timestep into what the residual blocks read: (B, T), after the activation they all apply to it."""
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Turn timesteps (N,) into what the residual blocks read: (N, T), after the activation they all apply to it."""
         config = self.config
         sinusoids = timestep_embedding(
             timesteps,
@@ -289,10 +210,23 @@ class UNet2DConditionModel(Model):
             flip_sin_to_cos=config.flip_sin_to_cos,
             freq_shift=config.freq_shift,
         )
-        return self.act(self.time_embedding(sinusoids.to(sample.dtype)))
+        return self.act(self.time_embedding(sinusoids.to(dtype)))
 
-    def predict(self, sample: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """Run the network proper: (B, in_channels, h, w), (B, T) and (B, L, D) -> (B, out_channels, h, w)."""
+    def read_context(self, context: Tensor) -> list[KeysValues]:
+        """Compute what each block attends to in the prompt (B, L, D)."""
+        return [block.cross_attn.read(context) for block in self._readers()]
+
+    def predict(self, sample: Tensor, time: Tensor, context: Sequence[KeysValues]) -> Tensor:
+        """Run the network proper.
+
+        Args:
+            sample: (B, in_channels, h, w).
+            time: (B, T), or (1, T) for all, of `embed_time`.
+            context: of `read_context`.
+
+        Returns:
+            (B, out_channels, h, w).
+        """
         x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
         skips = [x]
         for down_block in self.down_blocks:
@@ -303,3 +237,34 @@ class UNet2DConditionModel(Model):
         for up_block in self.up_blocks:
             x = up_block(x, skips, time, context)
         return self.conv_out(self.act(self.conv_norm_out(x)))
+
+    @contextmanager
+    def remembering(self, timesteps: Sequence[Tensor]) -> Iterator[None]:
+        """Within, embed these timesteps once, and read a prompt anew only when it or the weights that read it change.
+
+        Args:
+            timesteps: each a tensor of no dimension; calls are recognised by getting one of these very tensors.
+        """
+        dtype = self.dtype
+        times = self.embed_time(torch.stack([*timesteps]), dtype).split(1) if timesteps else ()
+        self._memory = Memory({id(t): (t, time) for t, time in zip(timesteps, times, strict=True)})
+        try:
+            yield
+        finally:
+            self._memory = None
+
+    def _embed_time(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
+        if self._memory is not None and not torch.compiler.is_compiling() and id(timestep) in self._memory.times:
+            return self._memory.times[id(timestep)][1]
+        timesteps = torch.as_tensor(timestep, device=sample.device)
+        return self.embed_time(timesteps.expand(sample.shape[0]), sample.dtype)
+
+    def _read_context(self, context: Tensor) -> list[KeysValues]:
+        memory = self._memory
+        if memory is None or torch.compiler.is_compiling():
+            return self.read_context(context)
+        weights = [weight for block in self._readers() for weight in block.cross_attn.parameters()]
+        source = (context, context._version, self.mark, [(weight.data_ptr(), weight._version) for weight in weights])
+        if memory.source is None or memory.source[0] is not context or memory.source[1:] != source[1:]:
+            memory.source, memory.context = source, self.read_context(context)
+        return memory.context

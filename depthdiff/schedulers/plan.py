@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -137,6 +138,11 @@ class Plan(ABC):
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @cached_property
+    def calls(self) -> tuple[Tensor, ...]:
+        """`timesteps`, one tensor a call."""
+        return self.timesteps.unbind()
 
     def init_state(self) -> Any:
         """Return what the first step's `state` is."""

@@ -173,14 +173,20 @@ def repaint(scene: Scene, seed: int) -> Scene:
 
 def caption(scene: Scene, seed: int, visible: Container[int] | None = None) -> str:
     """Describe a scene in words that vary and leave things out; of its objects, only those that are visible."""
+    return worded(scene, seed, visible)[0]
+
+
+def worded(scene: Scene, seed: int, visible: Container[int] | None = None) -> tuple[str, dict[int, str]]:
+    """Describe a scene as `caption` does, and say by which words each object is named: number -> part of the text."""
     rng = random.Random(f"words {seed}")
     seen = [k for k in range(len(scene.bodies)) if visible is None or k in visible]
-    names = [describe(scene, k, seen, rng) for k in seen]
-    if not names:
-        return "an empty room"
-    rng.shuffle(names)
+    parts = [(k, describe(scene, k, seen, rng)) for k in seen]
+    if not parts:
+        return "an empty room", {}
+    rng.shuffle(parts)
     if rng.random() < 0.25:
-        names = names[: rng.randint(1, len(names))]
+        parts = parts[: rng.randint(1, len(parts))]
+    names = [name for _, name in parts]
     text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     text = rng.choice(("", "", "", "a photo of ", "a picture of ", "there is ")) + text
     if rng.random() < 0.55:
@@ -190,8 +196,8 @@ def caption(scene: Scene, seed: int, visible: Container[int] | None = None) -> s
     if rng.random() < 0.6 and scene.light in LIGHT_WORDS:
         text += rng.choice(LIGHT_WORDS[scene.light])
     if rng.random() < 0.04 and scene.light in LIGHT_WORDS:
-        text = rng.choice(LIGHT_WORDS[scene.light]).lstrip(", ")
-    return text
+        return rng.choice(LIGHT_WORDS[scene.light]).lstrip(", "), {}
+    return text, dict(parts)
 
 
 LIGHT_WORDS: dict[str, tuple[str, ...]] = {
