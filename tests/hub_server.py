@@ -31,7 +31,7 @@ class Hub(ThreadingHTTPServer):
         after: file -> what to do when it was sent.
         log: names of the files that were sent, in order.
         ranges: file -> the `Range` of each request for it.
-        tokens: that came with requests.
+        tokens: that came with requests for repositories.
     """
 
     def __init__(self):
@@ -74,9 +74,10 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, send_body):
         hub = self.server
         hub.count += 1
-        hub.tokens.append(self.headers.get("Authorization"))
         path = unquote(urlparse(self.path).path).strip("/")
         api = path.startswith("api/models/")
+        if api or not path.startswith("api/"):  # else a question of huggingface_hub's own
+            hub.tokens.append(self.headers.get("Authorization"))
         repo = "/".join(path.removeprefix("api/models/").split("/")[:2])
         rest = path.removeprefix("api/models/").removeprefix(repo).strip("/")
         if hub.count > MAX_REQUESTS:

@@ -121,6 +121,41 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert {key: tensor.shape for key, tensor in load_file(path).items()} == {"a": (2,), "s": ()}
 
 
+def test_the_file_is_that_of_the_library(tmp_path):
+    """Byte for byte: metadata, the order of the tensors, and where they begin."""
+    kinds = {torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+    tensors = {f"{name}{size}": torch.randn(size).to(kind) for name in "ab" for size in (1, 3) for kind in kinds}
+    tensors |= {f"c{kind}": torch.randn(3, 5).to(kind) for kind in kinds} | {"d": torch.randn(2, 1).half()}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    entries = [
+        Entry(key, kinds[value.dtype], tuple(value.shape), lambda value=value: value, lambda: None)
+        for key, value in tensors.items()
+    ]
+    write_safetensors(tmp_path / "b.safetensors", entries)
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    wrong = Entry("a", "F32", (3,), lambda: torch.zeros(2), lambda: None)
+    with pytest.raises(CheckpointError, match=r"'a' is \(2,\), expected \(3,\)"):
+        write_safetensors(tmp_path / "c.safetensors", [wrong])
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_a_stack_of_two_types_loses_nothing(place, tmp_path):
+    shutil.copytree(place[0] / "folder", tmp_path / "mixed")
+    path, state = (
+        tmp_path / "mixed" / "text_encoder" / "model.safetensors",
+        weights(place[0] / "folder", "text_encoder"),
+    )
+    names = [f"text_model.encoder.layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
+    state[names[1]] = torch.rand(state[names[1]].shape)
+    save_file(state, path)
+    to_single_file(tmp_path / "mixed", tmp_path / "x.safetensors")
+    stacked = load_file(tmp_path / "x.safetensors")[
+        "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    ]
+    assert stacked.dtype == torch.float32
+    assert torch.equal(stacked, torch.cat([state[name].float() for name in names]))
+
+
 PEAK = """
 import resource, sys, torch
 from pathlib import Path

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save
 
 from depthdiff import CheckpointError, CLIPTextModel
+from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.header import read_header
 from depthdiff.checkpoint.tables import TABLES
 
 CONFIG = {
@@ -613,6 +615,8 @@ MESSAGES = {
     "empty": (lambda w: b"", "is empty; download it again"),
     "hole": (lambda w: bytes(len(w)), "begins with nothing but zeros"),
     "pickle": (lambda w: b"PK\x03\x04" + bytes(99), "is a pickle under the name of a safetensors file"),
+    "gzip": (lambda w: b"\x1f\x8b" + w, "is a gzip archive; unpack it"),
+    "GGUF": (lambda w: b"GGUF" + w, "is a GGUF file, which this package does not read"),
     "error": (lambda w: b'{"error":"Invalid credentials"}', "is an error message of a server"),
 }
 
@@ -630,3 +634,36 @@ def test_what_lies_there_instead_is_named(folder, state, case):
         (folder / "pytorch_model.bin").write_bytes(make(whole))
         with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
             CLIPTextModel.from_pretrained(folder)
+
+
+PLACES = {  # of two tensors of 8 bytes, bytes of data, message
+    "overlap": ([0, 8], [4, 12], 12, "'b' overlaps the tensor before it"),
+    "same place": ([0, 8], [0, 8], 8, "'b' overlaps the tensor before it"),
+    "gap": ([0, 8], [12, 20], 20, "'b' leaves a gap before it"),
+    "beyond the end": ([0, 8], [8, 16], 12, "promises 16 bytes of weights, there are 12"),
+    "more than promised": ([0, 8], [8, 16], 20, "has 4 bytes more than its header promises"),
+    "too small": ([0, 8], [8, 12], 12, "'b'.* needs 8 bytes, its place has 4"),
+    "backwards": ([0, 8], [16, 8], 16, "'b'.* needs 8 bytes, its place has -8"),
+    "before the data": ([-8, 0], [0, 8], 8, "'a'.* must be whole numbers from 0"),
+    "truth value": ([False, 8], [8, 16], 16, "'a'.* must be whole numbers from 0"),
+    "fraction": ([0.0, 8.0], [8, 16], 16, "'a'.* must be whole numbers from 0"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_places_are_checked_before_the_library_sees_the_file(tmp_path, case):
+    first, second, size, message = PLACES[case]
+    places = {"a": first, "b": second}
+    header = {key: {"dtype": "F32", "shape": [2], "data_offsets": place} for key, place in places.items()}
+    (tmp_path / "x.safetensors").write_bytes(pack(header, bytes(size)))
+    with pytest.raises(CheckpointError, match=message):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_what_is_too_long_is_not_read(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(pack(b'{"__metadata__":{}}' + b" " * 2**21, b""))
+    with pytest.raises(CheckpointError, match=r"claims a header of 2,097,171 bytes, at most 2,097,152 are read"):
+        read_header(tmp_path / "x.safetensors")
+    (tmp_path / "x.json").write_text("{}" + " " * 2**23)
+    with pytest.raises(CheckpointError, match=r"has 8,388,610 bytes, at most 8,388,608 of JSON are read"):
+        read_json(tmp_path / "x.json")

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import time
 import zipfile
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from depthdiff import AutoencoderKL, CheckpointError, StableDiffusionDepth2ImgPipeline
+from depthdiff.checkpoint import pickles
 from tests.ldm import Geometry, random_twins
 
 TINY = Geometry(channels=(32, 64), attended=(True, False), layers=1, context=64, vae=(32, 64), vae_layers=1,
@@ -188,6 +190,48 @@ def test_pickles_with_code_are_refused_and_not_run(tensors, tmp_path, form):
         with pytest.raises(CheckpointError, match=rf"{number}\.ckpt"):
             StableDiffusionDepth2ImgPipeline.from_single_file(path)
         assert not mark.exists()
+
+
+def test_torch_refuses_what_the_look_through_would_have_let_by(tensors, tmp_path, monkeypatch):
+    mark = tmp_path / "mark"
+    monkeypatch.setattr(pickles, "_refuse_code", lambda path, names: None)
+    for number, attack in enumerate(attacks(mark)):
+        torch.save({"state_dict": dict(tensors), "extra": attack}, tmp_path / f"{number}.ckpt")
+        with pytest.raises(CheckpointError, match="cannot be read as a pickle of tensors"):
+            pickles.read_pickle(tmp_path / f"{number}.ckpt")
+        assert not mark.exists()
+
+
+def programs(module, name):
+    """Name a global in every way that a pickle has; a name of the older ways may hold dots."""
+    texts = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
+    yield b"\x80\x02c" + f"{module}\n{name}\n.".encode()
+    yield b"\x80\x02(i" + f"{module}\n{name}\n.".encode()
+    yield b"\x80\x04" + texts + b"\x93."
+
+
+CALLS = (
+    "posix.system", "os.Storage", "builtins.eval", "builtins.getattr", "builtins.float32", "torch.hub.load",
+    "torch.serialization.load", "torch.storage._load_from_bytes", "torch._utils._rebuild_wrapper_subclass",
+    "collections.namedtuple", "torch.nn.parameter.Buffer",
+)  # fmt: skip
+
+
+def test_the_look_through_lets_by_what_makes_tensors_alone(tmp_path):
+    """Of all that torch has on its top level dtypes, storages and sizes; in each of the five programs of a file."""
+    path, nothing = tmp_path / "x.ckpt", pickle.dumps(None, protocol=2)
+    good = {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    good |= {f"torch.{name}" for name in vars(torch) if name.endswith("Storage")} | {"torch.Size"}
+    for full in {*CALLS, *(f"torch.{name}" for name in vars(torch))} - good:
+        module, _, name = full.rpartition(".")
+        for number, program in enumerate(programs(module, name)):
+            place = (number + len(full)) % 5
+            path.write_bytes(b"".join(program if i == place else nothing for i in range(5)))
+            with pytest.raises(CheckpointError, match=rf"it would use {re.escape(full)}\. Nothing of it was run"):
+                pickles.read_pickle(path)
+    path.write_bytes(b"\x80\x02\x82\x07." + nothing * 4)
+    with pytest.raises(CheckpointError, match=r"it would use extension\.7\. Nothing"):
+        pickles.read_pickle(path)
 
 
 def test_archives_that_unpack_to_more_or_elsewhere(tensors, tmp_path):

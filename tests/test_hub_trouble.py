@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from depthdiff import CheckpointError, StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
 from tests.hub_server import serve
+from tests.ldm import SMALL, random_twins
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SECRET = "hf_averysecrettoken"
@@ -83,6 +84,38 @@ def test_a_file_that_changed_between_two_calls(hub):
     assert torch.equal(bias(load(hub)), bias(new))
     assert hub.log == [UNET]
     assert torch.equal(bias(load(hub, local_files_only=True)), bias(new))
+
+
+def test_offline_nothing_is_asked(hub):
+    """Also where the network is there and has something newer."""
+    load(hub)
+    asked = hub.count
+    hub.publish("owner/depth", changed(hub, 1.0))
+    assert torch.equal(bias(load(hub, local_files_only=True)), bias(hub.folder))
+    assert hub.count == asked
+
+
+def test_a_single_file_on_the_hub(hub, tmp_path):
+    """Where to look is passed on: of the file all of it, of the configs all but the revision."""
+    (tmp_path / "single").mkdir()
+    name, where = "owner/single/x.safetensors", {"cache_dir": hub.cache, "token": SECRET, "revision": "old"}
+    save_file(random_twins(SMALL)[0], tmp_path / "single" / "x.safetensors")
+    local = StableDiffusionDepth2ImgPipeline.from_single_file(tmp_path / "single" / "x.safetensors", dtype=torch.half)
+    assert local.dtype == torch.float16
+    local.save_pretrained(tmp_path / "configs")
+    hub.publish("owner/single", tmp_path / "single", "old")
+    hub.publish("owner/configs", tmp_path / "configs")
+    pipe = StableDiffusionDepth2ImgPipeline.from_single_file(name, config="owner/configs", **where)
+    assert set(pipe.load_single_file(name, **where)) == set(pipe.networks)
+    assert torch.equal(bias(pipe).half(), bias(local))
+    assert set(hub.tokens) == {f"Bearer {SECRET}"}
+    assert [file for file in hub.log if file.endswith("safetensors")] == ["x.safetensors"]
+    asked = hub.count
+    StableDiffusionDepth2ImgPipeline.from_single_file(name, config="owner/configs", local_files_only=True, **where)
+    pipe.load_single_file(name, local_files_only=True, **where)
+    assert hub.count == asked
+    pipe.load_single_file(name, force_download=True, **where)
+    assert hub.log[-1] == "x.safetensors" and hub.count > asked
 
 
 def test_a_repository_that_changes_while_it_is_loaded(hub):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from depthdiff import StableDiffusionDepth2ImgPipeline
 from depthdiff.checkpoint.inspect import inspect
 from depthdiff.cli import main
-from tests.ldm import SMALL, random_twins
+from tests.ldm import SCHEDULE, SMALL, random_twins
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,30 @@ def test_a_whole_file(single, capsys):
         assert not part.missing and not part.unknown and not part.problems
     assert {len(report.ignored)} == {13}
     assert report.components[0].config["block_out_channels"] == (64, 128, 192)
+
+
+def test_what_no_network_reads(single, tmp_path):
+    """Averages, losses and constants of a training: each has its reason, and the weights that are loaded are others."""
+    path, tensors = single
+    unet = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    averaged = {f"model_ema.{key.replace('.', '')}": value + 1 for key, value in unet.items()}
+    averaged |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5, dtype=torch.int32)}
+    losses = ("logvar", "lvlb_weights", "loss.logvar", "first_stage_model.loss.discriminator.main.0.weight")
+    more = averaged | dict.fromkeys((*losses, "scale_factor", "cond_stage_model.model.attn_mask"), torch.ones(3))
+    save_file({**tensors, **{key: value.clone() for key, value in more.items()}}, tmp_path / "x.safetensors")
+    report = inspect(tmp_path / "x.safetensors")
+    assert report.loads
+    reasons = {"averaged": averaged, "loss": losses, "the scaling of the latents": ["scale_factor"]}
+    reasons["noise schedule"] = [key for key in SCHEDULE if key not in losses]
+    for reason, keys in reasons.items():
+        assert {key for key, why in report.ignored.items() if reason in why} == set(keys), reason
+    assert "attn_mask" in next(part.ignored for part in report.components if part.name == "text_encoder")
+    one, two = (
+        StableDiffusionDepth2ImgPipeline.from_single_file(p, dtype="auto") for p in (path, tmp_path / "x.safetensors")
+    )
+    for name, network in one.networks.items():
+        state = two.networks[name].state_dict()
+        assert all(torch.equal(state[key], value) for key, value in network.state_dict().items()), name
 
 
 def test_pickles_and_parts(single, tmp_path):

@@ -33,6 +33,9 @@ def test_a_convolution_may_stand_for_a_linear_layer():
     assert TOY.assign("file", published, WANTED)
     with pytest.raises(CheckpointError, match=r"'token' is \(1, 3, 1, 1\) instead of \(1, 3\)"):
         TOY.assign("file", {**FILE, "token": (1, 3, 1, 1)}, WANTED)
+    for shape in ((3, 3, 3, 3), (3, 3, 1), (1, 1, 3, 3), (9,)):
+        with pytest.raises(CheckpointError, match="1 weights have a wrong shape"):
+            TOY.assign("file", {**FILE, "blocks.0.attn.to_out.0.weight": shape}, WANTED)
 
 
 def without(mapping, key):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from depthdiff import (
     AutoencoderKL,
@@ -18,6 +18,7 @@ from depthdiff import (
     UNet2DConditionModel,
 )
 from depthdiff.checkpoint.geometry import INFER, Shapes
+from depthdiff.checkpoint.inspect import inspect
 from depthdiff.checkpoint.loading import build
 from depthdiff.checkpoint.single_file import CLASSES, find_single_file, open_single_file
 from depthdiff.checkpoint.tables import TABLES
@@ -183,6 +184,20 @@ def test_dtypes(twins, dtype):
     assert text_encoder.dtype == {None: torch.float32, "auto": torch.float32}.get(dtype, dtype)
     wide = CLIPTextModel.from_single_file(twins[0]).layers[1].self_attn.to_k.weight
     assert torch.equal(text_encoder.layers[1].self_attn.to_k.weight, wide.to(text_encoder.dtype))
+
+
+@pytest.mark.parametrize("start", [b"\x80", b"\x80\x02"])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path, start):
+    """One header in 32 has a length that begins with the byte of a pickle; its file is read like the others."""
+    tensors = part_of(random_twins(SMALL)[0], "vae")
+    data = save(tensors)
+    length = int.from_bytes(data[:8], "little")
+    longer = next(n for n in range(length, length + 2**17) if n.to_bytes(8, "little").startswith(start))
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(longer.to_bytes(8, "little") + data[8 : 8 + length].ljust(longer) + data[8 + length :])
+    assert inspect(path).form == "safetensors"
+    vae = AutoencoderKL.from_single_file(path)
+    assert torch.equal(vae.quant_conv.bias, tensors["first_stage_model.quant_conv.bias"])
 
 
 def test_each_network_alone(twins):

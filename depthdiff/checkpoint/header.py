@@ -31,6 +31,9 @@ MAX_HEADER = 2**21
 """Bytes; the header of all four networks of Stable Diffusion 2 together has 0.3 million."""
 
 MAX_RANK = 64
+ZIP = b"PK\x03\x04"
+"""What archives begin with, those of torch among them."""
+
 START = 512
 
 
@@ -79,6 +82,15 @@ def what_is(start: bytes, size: int) -> str | None:
     return "is a GGUF file, which this package does not read" if start.startswith(b"GGUF") else None
 
 
+def is_pickle(start: bytes) -> bool:
+    """Tell a pickle from safetensors, whose length of the header may begin with the bytes that a pickle begins with.
+
+    Args:
+        start: the first bytes of the file, 9 or more.
+    """
+    return start.startswith((ZIP, b"\x80")) and start[8:9] != b"{"
+
+
 def read_start(path: Path) -> tuple[bytes, int]:
     """Read the first bytes of a file, and its size.
 
@@ -106,7 +118,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         CheckpointError: no safetensors file, a damaged one, or one that is cut off.
     """
     start, size = read_start(path)
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+    if is_pickle(start):
         raise CheckpointError(f"{path} is a pickle under the name of a safetensors file; name it .bin")
     if size < 10:
         raise CheckpointError(f"{path} has {size} bytes, which is no safetensors file; download it again")

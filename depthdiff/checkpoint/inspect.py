@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.header import FLOATS, ITEM_SIZES, read_start
+from depthdiff.checkpoint.header import FLOATS, ITEM_SIZES, is_pickle, read_start
 from depthdiff.checkpoint.hub import BUNDLED, bundled
 from depthdiff.checkpoint.kinds import refuse_other_kinds
 from depthdiff.checkpoint.loading import SLOTS, build, check_class, component_class
-from depthdiff.checkpoint.pickles import ZIP
 from depthdiff.checkpoint.single_file import CLASSES, LDM, open_single_file
 from depthdiff.checkpoint.single_pipeline import refuse_other_unets
 from depthdiff.checkpoint.tables import TABLES
@@ -148,7 +147,7 @@ SIZES = {
 def _inspect_file(report: Report) -> None:
     report.nbytes = report.path.stat().st_size
     start, _ = read_start(report.path)
-    report.form = "pickle" if start.startswith((ZIP, b"\x80")) else "safetensors"
+    report.form = "pickle" if is_pickle(start) else "safetensors"
     file = open_single_file(report.path)
     report.layout = LAYOUTS[next(iter(file.parts.values())).layout]
     report.ignored = file.ignored

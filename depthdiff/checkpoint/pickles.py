@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthdiff.checkpoint.header import read_start
+from depthdiff.checkpoint.header import ZIP, read_start
 from depthdiff.config import CheckpointError
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -31,7 +31,6 @@ HARMLESS = (
 )
 """What files of weights call, beside names of types."""
 
-ZIP = b"PK\x03\x04"
 MAX_PROGRAM = 2**21
 """Bytes of a pickle without its tensors; that of Stable Diffusion 2's UNet has 0.1 million."""
 

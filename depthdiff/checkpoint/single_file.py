@@ -19,10 +19,9 @@ from huggingface_hub import constants
 
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.geometry import INFER, Shapes
-from depthdiff.checkpoint.header import read_start
+from depthdiff.checkpoint.header import is_pickle, read_start
 from depthdiff.checkpoint.hub import fetch
 from depthdiff.checkpoint.loading import AnyModel, build, check_dtype
-from depthdiff.checkpoint.pickles import ZIP
 from depthdiff.checkpoint.remap import Table
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES_LDM
@@ -176,9 +175,8 @@ def open_single_file(path: Path) -> SingleFile:
         CheckpointError: the file is damaged, holds more than tensors, or is of a kind that this package cannot use.
     """
     start, _ = read_start(path)
-    is_pickle = start.startswith((ZIP, b"\x80"))
     try:
-        sources = open_pickle(path) if is_pickle else open_safetensors(path)
+        sources = open_pickle(path) if is_pickle(start) else open_safetensors(path)
     except CheckpointError:
         raise
     except (ValueError, TypeError, RuntimeError) as error:
