@@ -38,6 +38,7 @@ SIZE_HELP = "of the picture's shorter side (default: the photo's own, or 128 for
 LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
 EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
 PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsilon)"
+TF32_HELP = "multiply float32 matrices in TF32, faster and with 3 digits; of effect on cuda alone"
 SETTINGS = "depthdiff"
 """The key of the PNG text that holds, as JSON, how a picture was made."""
 
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--device", help="such as cpu, cuda, cuda:1, mps (default: the best at hand)")
     machine.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float16 on cuda, else float32)")
     machine.add_argument("--attention", choices=FORMS, default="sdpa", help="form of attention (%(default)s)")
+    machine.add_argument("--tf32", action="store_true", help=TF32_HELP)
     machine.add_argument("--offline", action="store_true", help="use only what was downloaded before")
     return parser
 
@@ -183,6 +185,8 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
         with Image.open(options.depth) as file:
             depth_map = read_depth(file.copy(), "--depth")
 
+    if options.tf32 and device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # a switch of the whole process, which is the command's own
     pipe = load(options, dtype)
     pipe.to(device)
     pipe.set_attention(options.attention)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from depthdiff import sampler
+from depthdiff.acceleration import Acceleration
 from depthdiff.adapters.loaders import Adapters
 from depthdiff.components import nearest
 from depthdiff.conditioning import encode_images, fit_depth, read_disparity, read_texts
@@ -56,7 +57,7 @@ from depthdiff.single_files import SingleFiles
 from depthdiff.tokenizer import CLIPTokenizer
 
 
-class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles):
+class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
     """Image-to-image that keeps the input's depth, as diffusers' class of that name. Source: arXiv:2112.10752.
 
     Args:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from depthdiff import StableDiffusionDepth2ImgPipeline
@@ -52,8 +53,6 @@ def test_default_name_and_new_seed(place, tiny_folder, capsys):
 
 
 def test_the_picture_is_that_of_the_library(place, tiny_folder, small_photo):
-    import torch
-
     assert main(command(tiny_folder, "--seed", 5, "-o", "a.png", "--scheduler", "ddim", "--eta", "0.5")) == 0
     pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder)
     from depthdiff import DDIMScheduler
@@ -185,3 +184,15 @@ def test_example_script(place, tiny_folder):
     example(str(tiny_folder), "photo.png", "two tigers", "result.png")
     with Image.open("result.png") as picture:
         assert picture.size == (120, 88)
+
+
+def test_tf32_is_for_cuda_alone(tmp_path, monkeypatch):
+    """It is a switch of the whole process, which only the command may turn."""
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr("depthdiff.cli.load", lambda options, dtype: 1 / 0)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    for device, expected in (("cpu", []), ("cuda", ["high"])):
+        with pytest.raises(ZeroDivisionError):
+            main(["a cup", str(tmp_path / "photo.png"), "--tf32", "--device", device])
+        assert asked == expected

@@ -43,7 +43,12 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = Non
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Attend with torch's fused kernel, which picks its own back end. Shapes as in `math_attention`."""
+    """Attend with torch's fused kernel, which picks its own back end. Shapes as in `math_attention`.
+
+    On CUDA in half precision that is flash attention, torch's or cuDNN's, for the UNet's 64 channels a head. What that
+    cannot do goes to the memory-efficient kernel: the autoencoder's one head of 512 channels (flash ends at 256), the
+    text encoder's mask, and float32. None of them holds the (Lq, Lk) matrix.
+    """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+class Body:
+    """Base of what stands in the place of a method of one network; a copy of the network does without.
+
+    Attributes:
+        body: the method, or what stood in its place before.
+    """
+
+    body: Callable[..., Any]
+
+
 class Model(nn.Module):
     """Base of the networks.
 
@@ -23,11 +33,13 @@ class Model(nn.Module):
         config: what the checkpoint fixes; the only argument of the constructor.
         config_class: its class.
         weights_name: stem of the weight file in the published layout.
+        bodies: the methods that do the work, in whose place a `Body` may stand.
         mark: another object whenever weights are replaced rather than changed, as a cast or an adapter does.
     """
 
     config_class: ClassVar[type[Config]]
     weights_name: ClassVar[str]
+    bodies: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -35,6 +47,9 @@ class Model(nn.Module):
         self._slice_size: int | Literal["auto", "max"] | None = None
         self._efficient = False
         self.mark = object()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not isinstance(value, Body)}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         before = self.dtype if next(self.parameters(), None) is not None else None

@@ -101,6 +101,7 @@ class CLIPTextModel(Model):
 
     config_class = CLIPTextConfig
     weights_name = "model"
+    bodies = ("forward",)
     config: CLIPTextConfig
 
     def __init__(self, config: CLIPTextConfig) -> None:

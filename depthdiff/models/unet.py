@@ -145,6 +145,7 @@ class UNet2DConditionModel(Model):
 
     config_class = UNet2DConditionConfig
     weights_name = "diffusion_pytorch_model"
+    bodies = ("predict",)
     config: UNet2DConditionConfig
 
     def __init__(self, config: UNet2DConditionConfig) -> None:

@@ -209,6 +209,7 @@ class AutoencoderKL(Model):
 
     config_class = AutoencoderKLConfig
     weights_name = "diffusion_pytorch_model"
+    bodies = ("_encode", "_decode")
     config: AutoencoderKLConfig
 
     def __init__(self, config: AutoencoderKLConfig) -> None:

@@ -1,0 +1,191 @@
+"""A step of the UNet as a CUDA graph: recorded once, replayed for every step, so that launching kernels costs nothing.
+
+What is recorded is the network proper, `UNet2DConditionModel.predict`. Guidance stays outside: it is three kernels, its
+scale remains a number that may change from step to step, and half precision rounds as it does without a graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from depthdiff.models.attention import KeysValues, MultiHeadAttention
+from depthdiff.models.base import Body, Model
+
+logger = logging.getLogger(__name__)
+
+WARM_UPS = 3
+"""Runs before recording, in which libraries choose their kernels and take their memory."""
+
+
+class Backend(Protocol):
+    """What records."""
+
+    def reason_against(self, device: torch.device) -> str | None:
+        """Say why nothing can be recorded on a device; None if it can."""
+
+    def record(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+        """Record work on fixed tensors; returns what repeats it, and the tensor that each repetition writes."""
+
+
+class CudaGraphs:
+    """Records by torch's CUDA graphs, after warming up on a stream of its own. Source: torch's notes on CUDA graphs."""
+
+    def reason_against(self, device: torch.device) -> str | None:
+        """Only CUDA devices have graphs."""
+        return None if device.type == "cuda" else f"it is on {device}, and only CUDA devices have graphs"
+
+    def record(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+        """Each graph has memory of its own: no replay can write where another's result lies."""
+        with torch.cuda.device(device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    work()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = work()
+        return graph.replay, output
+
+
+class Recording:
+    """One graph and the tensors that it reads and writes.
+
+    Args:
+        backend: records.
+        body: `UNet2DConditionModel.predict`, plain or compiled.
+        inputs: of the call that is recorded; copied.
+    """
+
+    def __init__(self, backend: Backend, body: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could not be written later
+            self.inputs = [tensor.clone() for tensor in inputs]
+            sample, time, *rest = self.inputs
+            context = [KeysValues(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
+            self.replay, self.output = backend.record(lambda: body(sample, time, context), sample.device)
+
+    def run(self, inputs: list[Tensor]) -> Tensor:
+        """Replay it on inputs; the result is the caller's."""
+        torch._foreach_copy_(self.inputs, inputs)
+        self.replay()
+        return self.output.clone()
+
+
+class StepGraph(Body):
+    """Stands in the place of a UNet's `predict`: records it for each kind of input, and replays it.
+
+    A recording reads the weights where they lie. So it holds as long as every weight stays at its address (what is
+    written into it there is seen) and modules and forms of attention stay the same; all this is compared before each
+    replay, and what has changed is recorded anew. Where recording is impossible, the UNet runs as without it, and the
+    reason is logged once.
+
+    Args:
+        network: the UNet.
+        body: its `predict`, plain or compiled.
+        blocked: says why the pipeline does not allow recording, or None.
+        size: how many recordings are kept, the latest used ones; each holds the memory of one step.
+
+    Attributes:
+        backend: records; CUDA graphs.
+        recordings: kind of input -> recording.
+        reason: why the latest call was not replayed; None if it was.
+    """
+
+    backend: ClassVar[Backend] = CudaGraphs()
+
+    def __init__(
+        self, network: Model, body: Callable[..., Tensor], blocked: Callable[[], str | None], size: int
+    ) -> None:
+        self.network, self.body, self.blocked, self.size = network, body, blocked, size
+        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self.reason: str | None = None
+        self._failed: set[Hashable] = set()
+        self._state: tuple[Any, ...] = ()
+
+    def __call__(self, sample: Tensor, time: Tensor, context: Sequence[KeysValues], *more: Any, **named: Any) -> Tensor:
+        """Do what `UNet2DConditionModel.predict` does."""
+        if torch.compiler.is_compiling():
+            return self.body(sample, time, context, *more, **named)
+        inputs = [sample, time, *(tensor for pair in context for tensor in pair)]
+        reason = "it has arguments that no recording knows" if more or named else self._reason_against(inputs)
+        recording = self._recording(inputs) if reason is None else None
+        if recording is None:
+            self._note(reason)
+            return self.body(sample, time, context, *more, **named)
+        self.reason = None
+        return recording.run(inputs)
+
+    def _reason_against(self, inputs: list[Tensor]) -> str | None:
+        if torch.is_grad_enabled():
+            return "gradients are on"
+        if torch.is_autocast_enabled(inputs[0].device.type):
+            return "autocast is on"
+        if hooked(self.network):
+            return "it has hooks, and nobody knows what they do"
+        if any(tensor.device != self.network.device for tensor in inputs):
+            return "its weights and its inputs are on different devices"
+        return self.blocked() or self.backend.reason_against(inputs[0].device)
+
+    def _recording(self, inputs: list[Tensor]) -> Recording | None:
+        """Find the recording for inputs of this kind, or make it; None where that fails."""
+        state = state_of_graph(self.network)
+        if state != self._state:
+            self.recordings.clear()
+            self._failed.clear()
+            self._state = state
+        kind = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in inputs)
+        if kind in self._failed:
+            return None
+        if kind not in self.recordings:
+            while len(self.recordings) >= self.size:
+                self.recordings.popitem(last=False)
+            try:
+                self.recordings[kind] = Recording(self.backend, self.body, inputs)
+            except RuntimeError as error:  # out of memory, or an operation that cannot be recorded
+                self._failed.add(kind)
+                self.reason = None
+                self._note(f"recording fails: {' '.join(str(error).split())}")
+                return None
+            logger.info("recorded a step of the unet for %s in %s", tuple(inputs[0].shape), inputs[0].dtype)
+        self.recordings.move_to_end(kind)
+        return self.recordings[kind]
+
+    def _note(self, reason: str | None) -> None:
+        """Keep and log why the UNet runs without a recording; None repeats that of a recording that failed before."""
+        reason = reason or self.reason or "recording failed before"
+        if reason != self.reason:
+            logger.warning("the unet runs without a CUDA graph: %s", reason)
+        self.reason = reason
+
+
+def layers_of(network: nn.Module) -> list[nn.Module]:
+    """List a network and all that is in it; several times faster than `modules()`, as it is done at every step."""
+    layers = [network]
+    for layer in layers:
+        layers.extend(child for child in layer._modules.values() if child is not None)
+    return layers
+
+
+def hooked(network: nn.Module) -> bool:
+    """Tell whether any layer has a hook on its way forward."""
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers_of(network))
+
+
+def state_of_graph(network: nn.Module) -> tuple[Any, ...]:
+    """List what a recording has taken for granted: layers, forms of attention, and where the weights lie."""
+    layers = layers_of(network)
+    forms = [layer.attn_fn for layer in layers if isinstance(layer, MultiHeadAttention)]
+    weights = [
+        (weight.data_ptr(), weight.stride(), weight.dtype)
+        for layer in layers
+        for weight in (*layer._parameters.values(), *layer._buffers.values())
+        if weight is not None
+    ]
+    return layers, forms, weights, torch.are_deterministic_algorithms_enabled()
