@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import logging
 import math
 import random
@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
 import depthdiff
 from depthdiff.adapters.files import PICKLES
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.inspect import inspect
 from depthdiff.checkpoint.single_file import SUFFIXES
-from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
+from depthdiff.image import contact_sheet, depth_image, read_depth, read_images, save_image
 from depthdiff.models.attention import FORMS
 from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
 from depthdiff.schedulers.base import Scheduler
 from depthdiff.schedulers.ddim import DDIMScheduler
 from depthdiff.schedulers.lms import LMSDiscreteScheduler
 from depthdiff.schedulers.pndm import PNDMScheduler
+from depthdiff.shortcuts import PRESETS, Shortcuts, choose
 
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "lms": LMSDiscreteScheduler}
@@ -41,6 +41,11 @@ PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsi
 TF32_HELP = "multiply float32 matrices in TF32, faster and with 3 digits; of effect on cuda alone"
 SETTINGS = "depthdiff"
 """The key of the PNG text that holds, as JSON, how a picture was made."""
+SHORTCUT_HELP = {
+    "guidance_interval": "guide only where the noise is between these shares of all steps, 0..1 (default: 0 1)",
+    "deep_cache": "run the UNet's deeper part at every N-th step only (default: 1)",
+    "token_merging": "0..0.75, share of tokens to merge in the finest self-attention (default: 0)",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
     look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
     look.add_argument("--scheduler", choices=SCHEDULERS, help="the solver (default: the checkpoint's)")
+
+    speed = parser.add_argument_group("speed", "Each makes another picture, close to the full computation's, sooner.")
+    speed.add_argument("--preset", choices=PRESETS, help="a good choice of the others, which count where given as well")
+    speed.add_argument(
+        "--guidance-interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help=SHORTCUT_HELP["guidance_interval"]
+    )
+    speed.add_argument("--deep-cache", type=int, metavar="N", help=SHORTCUT_HELP["deep_cache"])
+    speed.add_argument("--token-merging", type=float, metavar="R", help=SHORTCUT_HELP["token_merging"])
 
     depth = parser.add_argument_group("depth")
     depth.add_argument("--depth", metavar="FILE", type=Path, help="use this depth map (8 or 16 bit, white is near)")
@@ -156,6 +169,7 @@ def check_files(options: argparse.Namespace) -> list[Path]:
                 raise FileNotFoundError(f"{name} {file} is no file")
     if options.size is not None and options.size < 8:
         raise ValueError(f"--size must be at least 8 pixels, got {options.size}")
+    shortcuts(options)
     outputs = [output]
     if options.num_images > 1:
         outputs = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, options.num_images + 1)]
@@ -206,11 +220,12 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
         num_images_per_prompt=options.num_images,
         eta=options.eta,
         clip_skip=options.clip_skip,
+        **dataclasses.asdict(shortcuts(options)),
         generator=[torch.Generator().manual_seed(seed + i) for i in range(options.num_images)],
     )
     pictures: list[Image.Image] = result[0]
     for i, (picture, path) in enumerate(zip(pictures, outputs, strict=True)):
-        save(picture, path, settings(options, picture, seed + i, pipe, dtype))
+        save_image(picture, path, settings(options, picture, seed + i, pipe, dtype))
         print(path)
     if options.save_depth is not None:
         depth_image(depth_map[0], bits=8 if options.save_depth.suffix.lower() in (".jpg", ".jpeg") else 16).save(
@@ -251,6 +266,11 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> StableDiffusionDept
     if options.scheduler is not None:
         pipe.scheduler = SCHEDULERS[options.scheduler].from_config(pipe.scheduler.config)
     return pipe
+
+
+def shortcuts(options: argparse.Namespace) -> Shortcuts:
+    """Read what is to be left out for speed."""
+    return choose(options.preset, **{name: getattr(options, name) for name in SHORTCUT_HELP})
 
 
 def split_option(text: str) -> tuple[str, str | None]:
@@ -318,6 +338,7 @@ def settings(
         "guidance": options.guidance,
         "eta": options.eta,
         "clip_skip": options.clip_skip,
+        **dataclasses.asdict(shortcuts(options)),
         "size": picture.size,
         "seed": seed,
         "scheduler": type(pipe.scheduler).__name__,
@@ -327,18 +348,3 @@ def settings(
         "dtype": str(dtype).removeprefix("torch."),
         "version": depthdiff.__version__,
     }
-
-
-def save(picture: Image.Image, path: Path, how: dict[str, Any]) -> None:
-    """Write a picture whole or not at all; a PNG carries how it was made in its text."""
-    text = PngInfo()
-    text.add_itxt(SETTINGS, json.dumps(how, ensure_ascii=False))
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        if path.suffix.lower() == ".png":
-            picture.save(partial, pnginfo=text)
-        else:
-            picture.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,19 +6,23 @@ Letters: B batch, P prompts, N negative prompts, L tokens, C their channels, h a
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
 from depthdiff.cache import Cache, fingerprint, state_of
 from depthdiff.image import to_pixels
+from depthdiff.inputs import expand
 from depthdiff.models.clip_text import CLIPTextModel
 from depthdiff.models.dpt import DPTForDepthEstimation
 from depthdiff.models.gaussian import DiagonalGaussianDistribution
 from depthdiff.models.vae import AutoencoderKL
+from depthdiff.noise import randn
 from depthdiff.precision import finite
+from depthdiff.schedulers.plan import Plan
 from depthdiff.tokenizer import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
@@ -93,6 +97,37 @@ def encode_images(
     state = state_of(vae, "latents", fingerprint(pixels), vae.use_slicing, vae.use_tiling, str(device))
     moments = cache.get(state, lambda: finite("vae", vae, encode))
     return DiagonalGaussianDistribution(moments.to(dtype))
+
+
+def noisy_latents(
+    clean: Tensor | DiagonalGaussianDistribution,
+    plan: Plan,
+    pictures: int,
+    per_prompt: int,
+    scaling_factor: float,
+    generator: Generator | Sequence[Generator] | None,
+) -> Tensor:
+    """Give every picture its latents, and add the noise of the first step: (pictures * per_prompt, 4, h, w).
+
+    One generator draws for every image encoded and then the noise; of several, each draws for its own picture.
+
+    Args:
+        clean: the latents (N, 4, h, w), or what `encode_images` says of them.
+        plan: knows the noise level.
+        pictures: before `per_prompt`; a multiple of N.
+        per_prompt: pictures of each prompt.
+        scaling_factor: of the autoencoder, for what is drawn.
+        generator: one, or one a picture.
+    """
+    if isinstance(clean, Tensor):
+        latents = expand(clean, pictures, per_prompt)
+    elif isinstance(generator, Sequence) and len(generator) > 1:
+        posterior = clean.map(lambda moments: expand(moments, pictures, per_prompt))
+        latents = scaling_factor * posterior.sample(generator)
+    else:
+        latents = expand(scaling_factor * clean.sample(generator), pictures, per_prompt)
+    noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
+    return plan.add_noise(latents, noise)
 
 
 def read_disparity(pixels: Tensor, net: DPTForDepthEstimation, device: torch.device, cache: Cache) -> Tensor:

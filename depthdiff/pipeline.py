@@ -24,7 +24,7 @@ from depthdiff import sampler
 from depthdiff.acceleration import Acceleration
 from depthdiff.adapters.loaders import Adapters
 from depthdiff.components import nearest
-from depthdiff.conditioning import encode_images, fit_depth, read_disparity, read_texts
+from depthdiff.conditioning import encode_images, fit_depth, noisy_latents, read_disparity, read_texts
 from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.inputs import (
@@ -44,15 +44,15 @@ from depthdiff.inputs import (
 )
 from depthdiff.models.clip_text import CLIPTextModel
 from depthdiff.models.dpt import DPTForDepthEstimation
+from depthdiff.models.gaussian import DiagonalGaussianDistribution
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
-from depthdiff.noise import randn
 from depthdiff.precision import check_finite, check_first_step, finite
 from depthdiff.predictor import noise_predictor
 from depthdiff.run import Run, StableDiffusionPipelineOutput, StepCallback, call_back
 from depthdiff.sampler import Step
 from depthdiff.schedulers.base import Scheduler
-from depthdiff.schedulers.plan import Plan
+from depthdiff.shortcuts import choose
 from depthdiff.single_files import SingleFiles
 from depthdiff.tokenizer import CLIPTokenizer
 
@@ -144,6 +144,10 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         clip_skip: int | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
+        deep_cache: int | None = None,
+        token_merging: float | None = None,
+        preset: str | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any]:
         """Repaint images.
@@ -172,6 +176,12 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             callback_on_step_end: called after each step with the pipeline, the step's index, the timestep and a dict
                 of tensors; may return a dict of those it replaces.
             callback_on_step_end_tensor_inputs: which tensors that dict holds.
+            guidance_interval: (low, high), shares of the training timesteps, 1 being pure noise, between which guidance
+                is on. This and the next two trade quality for speed, are off by default, and are explained in
+                `depthdiff.shortcuts.Shortcuts`.
+            deep_cache: run the deeper part of the UNet at every so manieth step only.
+            token_merging: in [0, 0.75], the share of tokens that self-attention of the finest level merges.
+            preset: "fast" sets what of these is left out (see `depthdiff.shortcuts.PRESETS`).
             **kwargs: `callback` and `callback_steps` in diffusers' older form.
 
         Raises:
@@ -203,6 +213,10 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             negative_prompt_embeds=negative_prompt_embeds,
             clip_skip=clip_skip,
             lora_scale=lora_scale,
+            guidance_interval=guidance_interval,
+            deep_cache=deep_cache,
+            token_merging=token_merging,
+            preset=preset,
         )
         self._guidance_scale, self._clip_skip, self._num_timesteps = guidance_scale, clip_skip, len(run)
         repeated = len(run) - int(num_inference_steps * strength)  # PNDM's second call for one step is none of its own
@@ -233,11 +247,18 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
         lora_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        deep_cache: int | None = None,
+        token_merging: float | None = None,
+        preset: str | None = None,
     ) -> Run:
         """Do everything that comes before the first step. Arguments and errors as in `__call__`.
 
         `lora_scale` is what is called `scale` in `cross_attention_kwargs` there.
         """
+        shortcuts = choose(
+            preset, guidance_interval=guidance_interval, deep_cache=deep_cache, token_merging=token_merging
+        )
         check_number("strength", strength, 0.0, 1.0)
         check_number("guidance_scale", guidance_scale, 0.0)
         check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
@@ -278,10 +299,10 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         context = positive if negative is None else torch.cat([negative, positive])
 
         depth = self._depth(images, depths)
-        depth = expand(depth, pictures, num_images_per_prompt).to(context.dtype)
-        latents = self._noisy_latents(images, plan, pictures, num_images_per_prompt, context.dtype, generator)
-        depth = torch.cat([depth] * 2) if guided else depth
-        return Run(plan, latents, context, depth, guidance_scale, generator, lora_scale)
+        depth = torch.cat([expand(depth, pictures, num_images_per_prompt).to(context.dtype)] * (1 + guided))
+        clean = self._encode(images, context.dtype)
+        latents = noisy_latents(clean, plan, pictures, num_images_per_prompt, self.vae.config.scaling_factor, generator)
+        return Run(plan, latents, context, depth, guidance_scale, generator, lora_scale, shortcuts)
 
     @torch.no_grad()
     def denoise(self, run: Run) -> Iterator[Step]:
@@ -372,6 +393,12 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             return positive, None
         return positive, negative_prompt_embeds.to(**kind).repeat_interleave(num_images_per_prompt, dim=0)  # type: ignore[union-attr, call-overload]
 
+    def _encode(self, images: list[Image.Image] | Tensor, dtype: torch.dtype) -> Tensor | DiagonalGaussianDistribution:
+        """Describe the latents of images; latents themselves are only brought to device and `dtype`."""
+        if is_latents(images):
+            return images.to(self.execution_device, dtype)  # type: ignore[union-attr]
+        return encode_images(images, self._at_work("vae"), self.execution_device, dtype, self.cache)
+
     def _depth(self, images: list[Image.Image] | Tensor, disparity: Tensor | None) -> Tensor:
         """Estimate the depth where it is not given, and bring it to the latents' size: (N, 1, h, w) in [-1, 1]."""
         if is_latents(images):
@@ -388,28 +415,3 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         net = self._at_work("depth_estimator")
         pixels = self.feature_extractor(read_images(image)).pixel_values
         return read_disparity(pixels, net, self.execution_device, self.cache)
-
-    def _noisy_latents(
-        self,
-        images: list[Image.Image] | Tensor,
-        plan: Plan,
-        pictures: int,
-        per_prompt: int,
-        dtype: torch.dtype,
-        generator: Generator | Sequence[Generator] | None,
-    ) -> Tensor:
-        """Encode the images and add the noise of the first step: (B, 4, h, w).
-
-        One generator draws for every image encoded and then the noise; of several, each draws for its own picture.
-        """
-        listed = isinstance(generator, Sequence) and len(generator) > 1
-        if is_latents(images):
-            clean = expand(images.to(self.execution_device, dtype), pictures, per_prompt)  # type: ignore[union-attr]
-        else:
-            posterior = encode_images(images, self._at_work("vae"), self.execution_device, dtype, self.cache)
-            if listed:
-                posterior = posterior.map(lambda moments: expand(moments, pictures, per_prompt))
-            clean = self.vae.config.scaling_factor * posterior.sample(generator)
-            clean = clean if listed else expand(clean, pictures, per_prompt)
-        noise = randn(clean.shape, generator, device=clean.device, dtype=dtype)
-        return plan.add_noise(clean, noise)

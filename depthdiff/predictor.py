@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from depthdiff.models.shortcuts import DeepFeatures
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.run import Run
 from depthdiff.sampler import guide
@@ -22,18 +23,60 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 @contextmanager
 def noise_predictor(unet: UNet2DConditionModel, run: Run) -> Iterator[Predict]:
     """Make the function that a run's loop calls; within, the UNet embeds timesteps and reads prompts once."""
-    sample = UNetInput(unet.conv_in.weight)
+    sample, told = UNetInput(unet.conv_in.weight), Told()
+    deep, merging = run.shortcuts.deep_features(), run.shortcuts.merging()
+    steps = zip(run.plan.calls, run.plan.numbers, strict=True)
+    outside = {id(t) for t, number in steps if not run.shortcuts.guides(number / run.plan.config.num_train_timesteps)}
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         guided = run.guidance_scale > 1
-        noise = unet(sample.filled(latents, run.depth, 2 if guided else 1), timestep, run.context).sample
-        if not guided:
+        whole = not guided or id(timestep) not in outside
+        context, depth = told.look_up(run, deep, whole)
+        copies = 2 if guided and whole else 1
+        inputs = sample.filled(latents, depth, copies)
+        noise = unet(inputs, timestep, context, deep=deep, merging=merging).sample
+        if copies == 1:
             return noise
         uncond, cond = noise.chunk(2)
         return guide(uncond, cond, run.guidance_scale)
 
     with unet.remembering(run.plan.calls):
         yield predict
+
+
+class Told:
+    """What the UNet is told of a run: context and depth, whole or, where guidance pauses, their half for the prompt.
+
+    The halves stay the same tensors while the run's do, by which the UNet recognises a prompt that it has read.
+    """
+
+    def __init__(self) -> None:
+        self.source: tuple[Tensor, int, Tensor, int] | None = None
+        self.half: tuple[Tensor, Tensor] | None = None
+        self.whole = True
+
+    def look_up(self, run: Run, deep: DeepFeatures | None, whole: bool) -> tuple[Tensor, Tensor]:
+        """Return context and depth for the next call, and make `deep` fit them.
+
+        Args:
+            run: whose context and depth may have been replaced or changed since the last call.
+            deep: forgets where they were; goes on with the prompt's half where guidance has stopped.
+            whole: whether all rows are wanted.
+        """
+        source = (run.context, run.context._version, run.depth, run.depth._version)
+        known = self.source
+        if known is None or known[0] is not source[0] or known[2] is not source[2] or known[1::2] != source[1::2]:
+            self.source, self.half = source, None
+            if deep is not None:
+                deep.forget()
+        if deep is not None and self.whole and not whole:
+            deep.keep_second_half()
+        self.whole = whole
+        if whole:
+            return run.context, run.depth
+        if self.half is None:
+            self.half = run.context.chunk(2)[1], run.depth.chunk(2)[1]
+        return self.half
 
 
 class UNetInput:

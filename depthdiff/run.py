@@ -6,7 +6,7 @@ Letters: B pictures, L tokens, C their channels, H and W height and width in pix
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from depthdiff.config import Output
 from depthdiff.sampler import Step
 from depthdiff.schedulers.plan import Plan
+from depthdiff.shortcuts import Shortcuts
 
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 """(pipeline, index, timestep, tensors by name) -> the tensors to replace; diffusers' `callback_on_step_end`."""
@@ -46,6 +47,7 @@ class Run:
         guidance_scale: guidance is on above 1.
         generator: for schedulers that add noise on the way.
         lora_scale: times the weights of the active adapters.
+        shortcuts: what is left out for speed, as it stands when the run starts.
     """
 
     plan: Plan
@@ -55,6 +57,7 @@ class Run:
     guidance_scale: float
     generator: Generator | Sequence[Generator] | None
     lora_scale: float = 1.0
+    shortcuts: Shortcuts = field(default_factory=Shortcuts)
 
     def __len__(self) -> int:
         return len(self.plan)

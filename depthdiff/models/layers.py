@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models.attention import KeysValues, MultiHeadAttention
+from depthdiff.models.shortcuts import TokenMerging
 
 
 class QuickGELU(nn.Module):
@@ -154,9 +155,20 @@ class TransformerBlock(nn.Module):
         self.slot = 0
         """Which of the network's readings of the prompt this block attends to."""
 
-    def forward(self, x: Tensor, context: Sequence[KeysValues]) -> Tensor:
-        """(B, L, C) and the prompt as each block reads it -> (B, L, C)."""
-        x = x + self.self_attn(self.norm1(x))
+    def forward(
+        self,
+        x: Tensor,
+        context: Sequence[KeysValues],
+        merging: TokenMerging | None = None,
+        size: torch.Size | None = None,
+    ) -> Tensor:
+        """(B, L, C) and the prompt as each block reads it -> (B, L, C); `size` is that of the tokens' map."""
+        tokens = self.norm1(x)
+        groups = None if merging is None or size is None else merging.group(tokens, size)
+        if groups is None:
+            x = x + self.self_attn(tokens)
+        else:
+            x = x + groups.unmerge(self.self_attn(groups.merge(tokens)))
         x = x + self.cross_attn(self.norm2(x), context[self.slot])
         return x + self.ff(self.norm3(x))
 
@@ -186,7 +198,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(inner, channels) if use_linear else nn.Conv2d(inner, channels, 1)
 
-    def forward(self, x: Tensor, context: Sequence[KeysValues]) -> Tensor:
+    def forward(self, x: Tensor, context: Sequence[KeysValues], merging: TokenMerging | None = None) -> Tensor:
         """(B, C, H, W) and the prompt as each block reads it -> (B, C, H, W)."""
         size = x.shape[-2:]
         if self.use_linear:
@@ -194,7 +206,7 @@ class SpatialTransformer(nn.Module):
         else:
             tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, context, merging, size)
         if self.use_linear:
             return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
         return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, size))

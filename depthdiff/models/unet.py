@@ -21,10 +21,13 @@ from depthdiff.config import Config, Output
 from depthdiff.models.attention import KeysValues
 from depthdiff.models.base import Model
 from depthdiff.models.layers import ACTIVATIONS, TimestepEmbedding, TransformerBlock, timestep_embedding
+from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
 from depthdiff.models.unet_blocks import DownBlock, Level, MidBlock, UpBlock
 
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+READINGS = 2
+"""How many prompts a run's memory holds: with guidance and without."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +130,12 @@ class Memory:
 
     Attributes:
         times: identity of a timestep's tensor -> that tensor and its embedding (1, T).
-        source: what `context` was read from: the tensor, and the state of it and of the weights that read it.
-        context: the prompt as each block reads it.
+        contexts: the prompts read last, at most `READINGS`, the latest at the end. Of each, what it was read from (the
+            tensor, and the state of it and of the weights that read it) and the prompt as each block reads it.
     """
 
     times: dict[int, tuple[Tensor, Tensor]]
-    source: tuple[Any, ...] | None = None
-    context: list[KeysValues] = field(default_factory=list)
+    contexts: list[tuple[tuple[Any, ...], list[KeysValues]]] = field(default_factory=list)
 
 
 class UNet2DConditionModel(Model):
@@ -186,6 +188,9 @@ class UNet2DConditionModel(Model):
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
         return_dict: bool = True,
+        *,
+        deep: DeepFeatures | None = None,
+        merging: TokenMerging | None = None,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict the noise.
 
@@ -194,12 +199,15 @@ class UNet2DConditionModel(Model):
             timestep: how noisy the latents are, 0..999: a number, or a tensor of no dimension or (B,).
             encoder_hidden_states: (B, L, D), the prompt as the text encoder reads it.
             return_dict: return a record, else a tuple of its one field.
+            deep: what earlier calls of the same run computed in the deeper part, to reuse it.
+            merging: of tokens, in the finest level that attends.
 
         Returns:
             A record with `sample` (B, out_channels, h, w).
         """
         time, context = self._embed_time(timestep, sample), self._read_context(encoder_hidden_states)
-        noise_pred = self.predict(sample, time, context)
+        shortcuts = {name: one for name, one in (("deep", deep), ("merging", merging)) if one is not None}
+        noise_pred = self.predict(sample, time, context, **shortcuts)
         return UNet2DConditionOutput(noise_pred) if return_dict else (noise_pred,)
 
     def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,27 +225,52 @@ class UNet2DConditionModel(Model):
         """Compute what each block attends to in the prompt (B, L, D)."""
         return [block.cross_attn.read(context) for block in self._readers()]
 
-    def predict(self, sample: Tensor, time: Tensor, context: Sequence[KeysValues]) -> Tensor:
+    def predict(
+        self,
+        sample: Tensor,
+        time: Tensor,
+        context: Sequence[KeysValues],
+        deep: DeepFeatures | None = None,
+        merging: TokenMerging | None = None,
+    ) -> Tensor:
         """Run the network proper.
 
         Args:
             sample: (B, in_channels, h, w).
             time: (B, T), or (1, T) for all, of `embed_time`.
             context: of `read_context`.
+            deep: see `forward`.
+            merging: see `forward`.
 
         Returns:
             (B, out_channels, h, w).
         """
         x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
+        features = None if deep is None else deep.recall(x)
+        if features is None:
+            features = self._go_deep(x, time, context, merging)
+            features = features if deep is None else deep.keep(features)
+        x = self.up_blocks[-1](features, [x], time, context, self._merging(merging, 0), slice(-1, None))
+        return self.conv_out(self.act(self.conv_norm_out(x)))
+
+    def _go_deep(self, x: Tensor, time: Tensor, context: Sequence[KeysValues], merging: TokenMerging | None) -> Tensor:
+        """Run everything between the first convolution, whose result `x` is, and the last residual block."""
         skips = [x]
-        for down_block in self.down_blocks:
-            x, more = down_block(x, time, context)
+        for level, down_block in enumerate(self.down_blocks):
+            x, more = down_block(x, time, context, self._merging(merging, level))
             skips.extend(more)
         if self.mid_block is not None:
             x = self.mid_block(x, time, context)
-        for up_block in self.up_blocks:
-            x = up_block(x, skips, time, context)
-        return self.conv_out(self.act(self.conv_norm_out(x)))
+        for level, up_block in zip(range(len(self.up_blocks) - 1, -1, -1), self.up_blocks, strict=True):
+            part = slice(None) if level else slice(-1)
+            x = up_block(x, skips, time, context, self._merging(merging, level), part)
+        return x
+
+    def _merging(self, merging: TokenMerging | None, level: int) -> TokenMerging | None:
+        """Return what merges the tokens of a level, 0 being the finest: None but in the finest that attends."""
+        kinds = zip(self.config.down_block_types, reversed(self.config.up_block_types), strict=True)
+        attending = [i for i, pair in enumerate(kinds) if any(kind.startswith("CrossAttn") for kind in pair)]
+        return merging if attending[:1] == [level] else None
 
     @contextmanager
     def remembering(self, timesteps: Sequence[Tensor]) -> Iterator[None]:
@@ -266,6 +299,10 @@ class UNet2DConditionModel(Model):
             return self.read_context(context)
         weights = [weight for block in self._readers() for weight in block.cross_attn.parameters()]
         source = (context, context._version, self.mark, [(weight.data_ptr(), weight._version) for weight in weights])
-        if memory.source is None or memory.source[0] is not context or memory.source[1:] != source[1:]:
-            memory.source, memory.context = source, self.read_context(context)
-        return memory.context
+        for i, (known, reading) in enumerate(memory.contexts):
+            if known[0] is context and known[1:] == source[1:]:
+                memory.contexts.append(memory.contexts.pop(i))
+                return reading
+        reading = self.read_context(context)
+        memory.contexts = [*(one for one in memory.contexts if one[0][0] is not context), (source, reading)][-READINGS:]
+        return reading

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from depthdiff.models.attention import KeysValues
 from depthdiff.models.layers import Downsample2D, ResnetBlock2D, SpatialTransformer, Upsample2D
+from depthdiff.models.shortcuts import TokenMerging
 
 if TYPE_CHECKING:
     from depthdiff.models.unet import UNet2DConditionConfig
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class PassThrough(nn.Module):
     """Stands where a level has no attention."""
 
-    def forward(self, x: Tensor, context: Sequence[KeysValues]) -> Tensor:
+    def forward(self, x: Tensor, context: Sequence[KeysValues], merging: TokenMerging | None = None) -> Tensor:
         """Return `x`."""
         return x
 
@@ -69,11 +70,13 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(level.transformer() for _ in widths)
         self.downsample = Downsample2D(level.channels, level.config.downsample_padding) if downsample else None
 
-    def forward(self, x: Tensor, time: Tensor, context: Sequence[KeysValues]) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, time: Tensor, context: Sequence[KeysValues], merging: TokenMerging | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the block's result and every intermediate one, the result included."""
         skips = []
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(x, time), context)
+            x = attention(resnet(x, time), context, merging)
             skips.append(x)
         if self.downsample is not None:
             x = self.downsample(x)
@@ -108,8 +111,19 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(level.transformer() for _ in widths)
         self.upsample = Upsample2D(level.channels) if upsample else None
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Sequence[KeysValues]) -> Tensor:
-        """Take what it needs off the end of `skips`, and come out at the size of the skip that is then last."""
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(torch.cat([x, skips.pop()], dim=1), time), context)
+    def forward(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        time: Tensor,
+        context: Sequence[KeysValues],
+        merging: TokenMerging | None = None,
+        part: slice = slice(None),
+    ) -> Tensor:
+        """Take what it needs off the end of `skips`, and come out at the size of the skip that is then last.
+
+        `part` names the residual blocks to run, of a level that does not upsample.
+        """
+        for resnet, attention in list(zip(self.resnets, self.attentions, strict=True))[part]:
+            x = attention(resnet(torch.cat([x, skips.pop()], dim=1), time), context, merging)
         return x if self.upsample is None else self.upsample(x, skips[-1].shape[-2:])

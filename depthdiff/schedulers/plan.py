@@ -130,11 +130,13 @@ class Plan(ABC):
         timesteps: (steps,), what the network sees, in the order of the calls, repeated ones included.
         init_noise_sigma: deviation of the noise from which a run without an image starts.
         numbers: `timesteps` as numbers.
+        config: of the scheduler.
     """
 
     timesteps: Tensor
     init_noise_sigma: float
     numbers: tuple[float, ...]
+    config: SchedulerConfig
 
     def __len__(self) -> int:
         return len(self.numbers)
