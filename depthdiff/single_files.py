@@ -42,7 +42,8 @@ class SingleFiles(Components):
         Args:
             pretrained_model_link_or_path: a file, the address of one on the Hub, or "owner/name/file.safetensors".
             config: folder or Hub id whose configs, tokenizer, scheduler and preprocessor are used instead.
-            torch_dtype: of all weights; float32 if absent, the file's own for "auto".
+            torch_dtype: of all weights; float32 if absent; "auto" is the files' own where there is a CUDA device,
+                else bfloat16 if the processor has it, with a float32 depth net, else float32.
             dtype: another name of `torch_dtype`.
             prediction_type: what the UNet predicts, which no weight tells; "epsilon" if absent.
             revision: branch, tag or commit on the Hub, of the file.

@@ -140,6 +140,19 @@ def check_dtype(dtype: object) -> None:
         raise ValueError(f'torch_dtype must be a floating-point torch dtype, "auto" or None, got {dtype!r}')
 
 
+def computing_dtype(component: str, dtype: DType) -> DType:
+    """Say what "auto" means for a component of a pipeline; any other dtype is what it is.
+
+    Where there is a CUDA device, the file's own. On a processor, bfloat16 if that has it in hardware, else float32;
+    never float16, which is several times slower there. The depth net stays in float32: it works once, and bfloat16
+    has too few digits for depth.
+    """
+    if dtype != "auto" or torch.cuda.is_available():
+        return dtype
+    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if has_bfloat16 and component != "depth_estimator" else torch.float32
+
+
 def check_names(variant: object, use_safetensors: object) -> None:
     """Refuse what cannot be part of a file's name, and a choice of form that is none.
 
@@ -177,7 +190,7 @@ def load_components(
     Args:
         name_or_path: a folder with a `model_index.json`, or a Hub id.
         overrides: ready components by name, returned as they are.
-        torch_dtype: of the weights; float32 if absent, the file's own for "auto".
+        torch_dtype: of the weights; float32 if absent; for "auto" see `computing_dtype`.
         variant: of the weight files, such as "fp16".
         use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
         **where: as in `depthdiff.checkpoint.hub.fetch`.
@@ -202,7 +215,7 @@ def load_components(
             raise CheckpointError(f"{name_or_path} has no folder {name}, which its model_index.json names")
         if issubclass(kind, Model):
             chosen: dict[str, Any] = {
-                "torch_dtype": torch_dtype,
+                "torch_dtype": computing_dtype(name, torch_dtype),
                 "variant": variant,
                 "use_safetensors": use_safetensors,
             }

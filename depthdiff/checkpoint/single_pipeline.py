@@ -10,7 +10,7 @@ from depthdiff.checkpoint.clip_vocabulary import clip_tokenizer
 from depthdiff.checkpoint.geometry import SCHEDULER
 from depthdiff.checkpoint.hub import fetch_config
 from depthdiff.checkpoint.kinds import CHANNELS, DEPTH_MODEL, name_kind
-from depthdiff.checkpoint.loading import SLOTS, check_dtype, component_class
+from depthdiff.checkpoint.loading import SLOTS, check_dtype, component_class, computing_dtype
 from depthdiff.checkpoint.single_file import (
     CLASSES,
     LDM,
@@ -47,7 +47,7 @@ def load_single_components(
         overrides: ready components by name, returned as they are.
         config: folder or Hub id whose configs, tokenizer, scheduler and preprocessor are used; if None, configs are
             inferred from shapes, and the others are the published ones.
-        torch_dtype: of the weights; float32 if None, the file's own for "auto".
+        torch_dtype: of the weights; float32 if None; for "auto" see `loading.computing_dtype`.
         prediction_type: what the UNet predicts; "epsilon" if None.
         **where: as in `depthdiff.checkpoint.hub.fetch`.
 
@@ -75,7 +75,7 @@ def load_single_components(
     for component in CLASSES:
         if component not in parts:
             values = None if config is None else read_config(config, component, **from_where)
-            parts[component] = load_part(file, component, values, torch_dtype, config)
+            parts[component] = load_part(file, component, values, computing_dtype(component, torch_dtype), config)
     if config is not None:
         if prediction_type is None and "scheduler" not in overrides:
             del parts["scheduler"]

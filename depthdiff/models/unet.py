@@ -206,7 +206,9 @@ class UNet2DConditionModel(Model):
             A record with `sample` (B, out_channels, h, w).
         """
         time, context = self._embed_time(timestep, sample), self._read_context(encoder_hidden_states)
-        shortcuts = {name: one for name, one in (("deep", deep), ("merging", merging)) if one is not None}
+        shortcuts: dict[str, Any] = {
+            name: one for name, one in (("deep", deep), ("merging", merging)) if one is not None
+        }
         noise_pred = self.predict(sample, time, context, **shortcuts)
         return UNet2DConditionOutput(noise_pred) if return_dict else (noise_pred,)
 
