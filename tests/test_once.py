@@ -1,0 +1,156 @@
+"""What does not change is computed once: within a run the prompt's keys and the timesteps, between calls encodings."""
+
+import pytest
+import torch
+from torch import nn
+
+from depthdiff.cache import Cache, fingerprint, state_of
+from depthdiff.predictor import UNetInput
+
+
+def counted(monkeypatch, network, name):
+    """Count the calls of a network's method."""
+    calls, method = [], getattr(network, name)
+
+    def count(*args, **kwargs):
+        calls.append(args)
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(network, name, count)
+    return calls
+
+
+@pytest.fixture
+def call(pipe, small_photo):
+    """Make a picture as a tensor."""
+    pipe.set_progress_bar_config(disable=True)
+
+    def make(prompt="two tigers", image=small_photo, **options):
+        options = {"num_inference_steps": 4, "strength": 1.0, "output_type": "pt", **options}
+        return pipe(prompt, image, generator=torch.Generator().manual_seed(0), **options).images
+
+    return make
+
+
+def test_a_run_reads_the_prompt_and_the_timesteps_once(pipe, call, monkeypatch):
+    reads, times = (counted(monkeypatch, pipe.unet, name) for name in ("read_context", "embed_time"))
+    predicts = counted(monkeypatch, pipe.unet, "predict")
+    call()
+    assert (len(reads), len(times)) == (1, 1)
+    assert len(predicts) >= 4
+
+
+def test_the_unet_remembers_nothing_that_has_changed(pipe):
+    """Another prompt, a prompt changed in place and changed weights: each is read anew, and right."""
+    unet, generator = pipe.unet, torch.Generator().manual_seed(1)
+    sample = torch.randn(2, 5, 8, 12, generator=generator)
+    first, second = (torch.randn(2, 7, unet.config.cross_attention_dim, generator=generator) for _ in range(2))
+    timesteps = torch.tensor([501, 301]).unbind()
+
+    def agree(context, timestep):
+        torch.testing.assert_close(
+            unet(sample, timestep, context).sample, unet(sample, timestep.clone(), context.clone()).sample
+        )
+
+    with torch.no_grad(), unet.remembering(timesteps):
+        agree(first, timesteps[0])
+        agree(second, timesteps[1])
+        before = unet(sample, timesteps[0], first).sample
+        first.mul_(-1)
+        agree(first, timesteps[0])
+        assert not torch.allclose(unet(sample, timesteps[0], first).sample, before)
+        weight = next(weight for key, weight in unet.named_parameters() if "cross_attn.to_v" in key)
+        before = unet(sample, timesteps[0], first).sample
+        weight.mul_(3)
+        agree(first, timesteps[0])
+        assert not torch.equal(unet(sample, timesteps[0], first).sample, before)
+        weight.div_(3)
+    assert unet._memory is None
+
+
+def test_a_callback_may_replace_the_prompt(pipe, call):
+    """From the step on at which it does: the run with the other prompt's context equals one that always had it."""
+    other = torch.cat(list(reversed(pipe.encode_prompt("a house", "cpu", 1, True, ""))))
+
+    def replace(pipeline, index, timestep, tensors):
+        return {"prompt_embeds": other}
+
+    changed = call(callback_on_step_end=replace, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert not torch.allclose(changed, call(), atol=1e-3)
+
+
+def test_the_guidance_batch_is_written_in_place():
+    latents, depth = torch.randn(3, 4, 6, 8), torch.randn(6, 1, 6, 8)
+    filler = UNetInput(nn.Conv2d(5, 8, 3).weight)
+    first = filler.filled(latents, depth, 2)
+    torch.testing.assert_close(first, torch.cat([torch.cat([latents, latents]), depth], 1))
+    again = filler.filled(latents + 1, depth, 2)
+    assert again is first
+    torch.testing.assert_close(again, torch.cat([torch.cat([latents + 1, latents + 1]), depth], 1))
+    half = filler.filled(latents, depth[:3], 1)
+    torch.testing.assert_close(half, torch.cat([latents, depth[:3]], 1))
+
+
+@pytest.mark.parametrize("network", ["text_encoder", "vae", "depth_estimator"])
+def test_a_second_call_encodes_nothing_and_is_the_same(pipe, call, monkeypatch, network):
+    first = call()
+    calls = counted(monkeypatch, getattr(pipe, network), "encode" if network == "vae" else "forward")
+    assert torch.equal(call(), first)
+    assert not calls
+    pipe.cache.clear()
+    assert torch.equal(call(), first)
+    assert calls
+
+
+def test_another_prompt_image_or_weight_is_encoded(pipe, call, small_photo):
+    first = call()
+    assert not torch.equal(call("a house"), first)
+    assert not torch.equal(call(image=small_photo.transpose(0)), first)
+    weight = pipe.text_encoder.token_embedding.weight
+    with torch.no_grad():
+        weight.mul_(-2)
+    changed = call()
+    assert not torch.equal(changed, first)
+    with torch.no_grad():
+        weight.div_(-2)
+    torch.testing.assert_close(call(), first)
+
+
+def test_what_replaces_weights_is_seen(pipe):
+    """A cast and back rounds the weights, though they may come to lie where they were."""
+    before = state_of(pipe.text_encoder, "key")
+    assert state_of(pipe.text_encoder, "key") == before
+    pipe.text_encoder.to(torch.bfloat16).to(torch.float32)
+    assert state_of(pipe.text_encoder, "key") != before
+    before = state_of(pipe.vae)
+    pipe.vae.set_attention("math")
+    assert state_of(pipe.vae) != before
+    pipe.vae.register_forward_hook(lambda *args: None)
+    assert state_of(pipe.vae) is None
+
+
+def test_what_the_caller_gets_is_the_caller_s(pipe, small_photo):
+    first = pipe.estimate_depth(small_photo)
+    kept = first.clone()
+    first.zero_()
+    second = pipe.estimate_depth(small_photo)
+    assert torch.equal(second, kept)
+    second.zero_()
+    assert torch.equal(pipe.estimate_depth(small_photo), kept)
+
+
+def test_the_cache_keeps_the_latest_used():
+    cache, made = Cache(size=2), []
+
+    def make(key):
+        return cache.get((key,), lambda: made.append(key) or torch.tensor(ord(key)))
+
+    for key in "abacab":
+        assert make(key).item() == ord(key)
+    assert made == list("abcb")
+    assert "2 of 2 results" in repr(cache)
+    cache.size = 0
+    make("a")
+    assert made[-1] == "a"
+    assert fingerprint(torch.zeros(2, 3)) != fingerprint(torch.zeros(3, 2))
+    assert fingerprint(torch.zeros(2)) != fingerprint(torch.zeros(1, dtype=torch.float64))
