@@ -1,295 +1,140 @@
-"""Time every stage beside diffusers, in one run, in turns; print medians and ratios as a Markdown table.
+"""Time every stage beside diffusers, in one run, in turns; print it as Markdown.
 
     python scripts/benchmark.py --geometry full --size 512 --dtype float32 --repeats 5 --stage unet decode
+    python scripts/benchmark.py --stage unet call --dtype bfloat16 --compile --keep-freed
+    python scripts/benchmark.py --stage peak --sizes 512 1024
+    python scripts/benchmark.py --stage cold
 
-The weights are random, of the published geometry; both packages read the same files. A ratio above 1 means that
-depthdiff is faster. Only ratios inside one run mean something.
+The weights are random, of the published geometry; both packages read the same files, at the same dtype. A ratio above
+1 means that depthdiff is faster. Only ratios inside one run mean something.
+
+Stages: import, load and lora run in fresh processes, and so does cold: the command `depthdiff` against a script for
+diffusers. text, depth, encode, unet, decode and call run in this process after a warm-up; again is a call whose prompt
+and photo are known from the one before. For these the table also has the peak of memory beyond what was in use before,
+the operations (matrix products, convolutions, attention), and the rate of operations as a share of the machine's best
+square matrix product. peak is a table of its own, and runs only where it is named.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
+from bench import fresh, peak, warm
+from bench.meters import MATMUL_SIZES, PACKAGES, Row, keep_freed, machine, matmul_rate
 from random_checkpoint import GEOMETRIES, build_pipeline
-from safetensors.torch import load_file, save_file
 
-from depthdiff import CLIPTextModel, UNet2DConditionModel
-from depthdiff import StableDiffusionDepth2ImgPipeline as Pipeline
-from depthdiff.checkpoint.tables import TABLES
+from depthdiff.cli import build_parser
 
-PHOTO = Path(__file__).parent.parent / "tests" / "data" / "coffee.png"
-STAGES = ("import", "load", "lora", "text", "depth", "encode", "unet", "decode", "call")
-PACKAGES = ("depthdiff", "diffusers")
-
-IMPORT = "import time; s = time.perf_counter(); from {package} import StableDiffusionDepth2ImgPipeline; {end}"
-LOAD = """
-import time, torch
-from {package} import StableDiffusionDepth2ImgPipeline as Pipeline
-def peak():  # of this process alone; ru_maxrss would begin with that of the process that started it
-    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-base = peak()
-s = time.perf_counter()
-pipe = Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype}, local_files_only=True)
-seconds = time.perf_counter() - s
-networks = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.depth_estimator]
-size = sum(p.numel() * p.element_size() for n in networks for p in n.parameters())
-for network in networks:
-    for p in network.parameters():
-        p.detach().sum()
-print(seconds, time.perf_counter() - s, (peak() - base) / size)
-"""
-FLOOR = """
-import time
-buffer = bytearray(2**24)
-s = time.perf_counter()
-for path in {paths!r}:
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
-print(time.perf_counter() - s)
-"""
-LORA = """
-import statistics, time, torch
-from {package} import StableDiffusionDepth2ImgPipeline as Pipeline
-def memory(name):
-    [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
-    return int(line.split()[1]) * 1024
-pipe = Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype}, local_files_only=True)
-sample = torch.randn(2, 5, {latent}, {latent}, dtype=pipe.unet.dtype)
-context = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, dtype=pipe.unet.dtype)
-def step():
-    times = []
-    for _ in range(4):
-        s = time.perf_counter()
-        with torch.no_grad():
-            pipe.unet(sample, 501, encoder_hidden_states=context)
-        times.append(time.perf_counter() - s)
-    return statistics.median(times[1:])
-for p in pipe.text_encoder.parameters():
-    p.detach().sum()
-without = step()
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-base = memory("VmRSS")
-s = time.perf_counter()
-pipe.load_lora_weights({file!r})
-seconds = time.perf_counter() - s
-extra = (memory("VmHWM") - base) / 2**20
-print(seconds, extra, step() / without)
-"""
+STAGES = (*fresh.STAGES, *warm.STAGES, "peak")
+COLUMNS = ("stage", "depthdiff, s", "diffusers, s", "ratio", "peak, MiB", "GFLOP", "TFLOP/s", "of best", "")
 
 
-def write_lora(folder: Path, path: Path, rank: int = 16) -> None:
-    """Write a random LoRA for all attention layers of UNet and text encoder, in the layout of diffusers."""
-    generator, state = torch.Generator().manual_seed(0), {}
-    for component, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
-        with torch.device("meta"):
-            network = kind.from_config(json.loads((folder / component / "config.json").read_text()))
-        for key, weight in network.named_parameters():
-            if key.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.weight")):
-                stem = f"{component}." + TABLES[kind.__name__].published(key).removesuffix(".weight")
-                o, i = weight.shape
-                state[f"{stem}.lora_A.weight"] = torch.randn(rank, i, generator=generator) * 0.01
-                state[f"{stem}.lora_B.weight"] = torch.randn(o, rank, generator=generator) * 0.01
-    save_file(state, path)
-
-
-def fresh(code: str) -> list[float]:
-    """Run code in a new process; return the numbers of its last line."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
-    return [float(number) for number in done.stdout.split("\n")[-2].split()]
-
-
-def in_turns(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Run each action `repeats` times, the packages taking turns and the first of a turn alternating."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(repeats):
-        for name in list(actions) if turn % 2 == 0 else list(reversed(actions)):
-            seconds[name].append(actions[name]())
-    return seconds
-
-
-def timed(action: Callable[[], Any]) -> Callable[[], float]:
-    """Make an action that runs `action` and returns its seconds."""
-
-    def run() -> float:
-        start = time.perf_counter()
-        with torch.no_grad():
-            action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return run
-
-
-def stage_actions(pipe: Any, size: int, steps: int) -> dict[str, Callable[[], Any]]:
-    """List what each stage does, with the interface that both packages share."""
-    device, dtype = pipe.device, pipe.unet.dtype
-    latent = size // pipe.vae_scale_factor
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    sample, context = random(2, 5, latent, latent), random(2, 77, pipe.unet.config.cross_attention_dim)
-    pixels, latents = random(1, 3, size, size).clamp(-1, 1), random(1, 4, latent, latent)
-    side = pipe.depth_estimator.config.image_size
-    values = random(1, 3, side, side).clamp(-1, 1)
-    with Image.open(PHOTO) as file:
-        photo = file.convert("RGB").resize((size, size))
-    pipe.set_progress_bar_config(disable=True)
-    return {
-        "text": lambda: pipe.encode_prompt("two tigers", device, 1, True, "bad anatomy"),
-        "depth": lambda: pipe.depth_estimator(values),
-        "encode": lambda: pipe.vae.encode(pixels),
-        "unet": lambda: pipe.unet(sample, 501, encoder_hidden_states=context),
-        "decode": lambda: pipe.vae.decode(latents),
-        "call": lambda: pipe(
-            "two tigers", photo, num_inference_steps=steps, strength=1.0, generator=torch.Generator().manual_seed(0)
-        ),
-    }
-
-
-def load_forms(folder: Path, dtype: str) -> dict[str, tuple[Path, str]]:
-    """Write the same weights in other forms beside `folder`, once; name -> folder, dtype to load as."""
-    half, pickles = (folder.with_name(f"{folder.name}-{form}") for form in ("half", "pickles"))
-    if not half.exists():
-        Pipeline.from_pretrained(folder, torch_dtype=torch.float16).save_pretrained(half)
-    if not pickles.exists():
-        shutil.copytree(folder, pickles, ignore=shutil.ignore_patterns("*.safetensors"))
-        for path in folder.glob("*/*.safetensors"):
-            stem = {"model": "pytorch_model"}.get(path.stem, path.stem)
-            torch.save(load_file(path), pickles / path.parent.name / f"{stem}.bin")
-    return {
-        f"{dtype} safetensors": (folder, dtype),
-        f"{dtype} safetensors as float16": (folder, "float16"),
-        "float16 safetensors": (half, "float16"),
-        f"{dtype} pickles": (pickles, dtype),
-        f"{dtype} pickles as float16": (pickles, "float16"),
-    }
-
-
-def measure_load(options: argparse.Namespace, folder: Path) -> list[tuple[str, dict[str, list[float]], str]]:
-    """Measure loading in each form, beside the time of reading the files' bytes and nothing else."""
-    rows = []
-    for form, (place, dtype) in load_forms(folder, options.dtype).items():
-        results: dict[str, list[list[float]]] = {package: [] for package in PACKAGES}
-
-        def load(package: str, place: Path = place, dtype: str = dtype, results: Any = results) -> float:
-            results[package].append(fresh(LOAD.format(package=package, folder=str(place), dtype=dtype)))
-            return results[package][-1][0]
-
-        paths = [str(path) for path in sorted(place.glob("*/*")) if path.suffix in (".safetensors", ".bin")]
-        floor = statistics.median(fresh(FLOOR.format(paths=paths))[0] for _ in range(options.repeats))
-        actions = {package: (lambda package=package, load=load: load(package)) for package in PACKAGES}
-        seconds = in_turns(actions, options.repeats)
-        remark = "; ".join(
-            f"{package}: {statistics.median(row[1] for row in results[package]):.3g} s until every weight was read, "
-            f"peak memory / weights {max(row[2] for row in results[package]):.2f}"
-            for package in PACKAGES
-        )
-        rows.append((f"load, warm cache, {form}", seconds, f"{remark}; reading the bytes alone {floor:.3g} s"))
-    return rows
-
-
-def measure(options: argparse.Namespace, folder: Path) -> list[tuple[str, dict[str, list[float]], str]]:
-    """Measure the chosen stages: name, seconds of each package, a remark."""
-    rows = []
-    if "import" in options.stage:
-        code = {package: IMPORT.format(package=package, end="print(time.perf_counter() - s)") for package in PACKAGES}
-        actions = {package: (lambda package=package: fresh(code[package])[0]) for package in PACKAGES}
-        rows.append(("import, fresh process, torch included", in_turns(actions, options.repeats), ""))
-    if "load" in options.stage:
-        rows += measure_load(options, folder)
-    if "lora" in options.stage:
-        file = folder.with_name(folder.name + "-lora.safetensors")
-        write_lora(folder, file)
-        results: dict[str, list[list[float]]] = {package: [] for package in PACKAGES}
-
-        def load_lora(package: str) -> float:
-            names = {"folder": str(folder), "file": str(file), "dtype": options.dtype, "latent": options.size // 8}
-            results[package].append(fresh(LORA.format(package=package, **names)))
-            return results[package][-1][0]
-
-        actions = {package: (lambda package=package: load_lora(package)) for package in PACKAGES}
-        seconds = in_turns(actions, options.repeats)
-        remark = "; ".join(
-            "{}: {:.0f} MiB more, a UNet call {:.2f} times as long".format(
-                package, *(statistics.median(row[i] for row in results[package]) for i in (1, 2))
-            )
-            for package in PACKAGES
-        )
-        rows.append(("load a LoRA of rank 16", seconds, remark))
-    warm = [stage for stage in STAGES[3:] if stage in options.stage]
-    if not warm:
-        return rows
-    stages = {}
-    for package in PACKAGES:
-        pipeline = __import__(package).StableDiffusionDepth2ImgPipeline
-        pipe = pipeline.from_pretrained(folder, torch_dtype=getattr(torch, options.dtype), local_files_only=True)
-        stages[package] = stage_actions(pipe.to(options.device), options.size, options.steps)
-    for stage in warm:
-        actions = {package: timed(stages[package][stage]) for package in PACKAGES}
-        for action in actions.values():
-            action()  # warm up
-        gc.collect()
-        label = {"unet": "UNet, batch 2 (guidance)", "call": f"whole call, {options.steps} steps"}.get(stage, stage)
-        rows.append((label, in_turns(actions, options.repeats), ""))
-    return rows
-
-
-def machine(options: argparse.Namespace) -> str:
-    """Describe where this ran."""
-    import diffusers
-
-    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine()
+def describe(options: argparse.Namespace, best: float) -> str:
+    """Say where and how this ran."""
+    kind = f"both compiled ({options.compile})" if options.compile else "eager"
+    kind += ", a step of depthdiff's captured" if options.capture else ""
+    kept = ", freed memory kept by the allocator" if options.keep_freed else ""
+    sizes = " and ".join(map(str, MATMUL_SIZES))
+    rate = f" Best matrix product of {sizes}: {best / 1e12:.3g} TFLOP/s." if best else ""
     return (
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__}, "
-        f"{options.geometry} geometry, {options.size}x{options.size}, {options.dtype}, medians of {options.repeats}"
+        f"{machine()}.\n\n{options.geometry} geometry, random weights, {options.size}x{options.size}, "
+        f"{options.exact_dtype} on {options.device}, {torch.get_num_threads()} threads, {kind}{kept}; medians of "
+        f"{options.repeats} (lowest to highest); pairs are depthdiff / diffusers.{rate}"
     )
 
 
-def main() -> None:
+def cells(row: Row, best: float) -> list[str]:
+    """Write a row of the table."""
+    medians = [statistics.median(row.seconds[package]) for package in PACKAGES]
+    spreads = [row.seconds[package] for package in PACKAGES]
+    times = [f"{m:.3g} ({min(s):.3g} to {max(s):.3g})" for m, s in zip(medians, spreads, strict=True)]
+    rest = ["", "", "", ""]
+    if row.flops:
+        rates = [row.flops[package] / median for package, median in zip(PACKAGES, medians, strict=True)]
+        rest = [
+            " / ".join(f"{row.peak[package] / 2**20:.0f}" for package in PACKAGES),
+            f"{row.flops['depthdiff'] / 1e9:.4g}",
+            " / ".join(f"{rate / 1e12:.3g}" for rate in rates),
+            " / ".join(f"{rate / best:.0%}" for rate in rates),
+        ]
+    return [row.label, *times, f"{medians[1] / medians[0]:.2f}", *rest, row.remark]
+
+
+def line(parts: Sequence[str]) -> str:
+    """Join cells to a line of Markdown."""
+    return f"| {' | '.join(parts)} |"
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line, and fill in what depends on other things."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--geometry", choices=GEOMETRIES, default="small")
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES)
+    parser.add_argument("--size", type=int, default=512, help="pixels of a side (%(default)s)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=(512, 768, 1024, 2048), help="for peak (%(default)s)")
+    parser.add_argument("--switches", choices=peak.SWITCHES, nargs="+", metavar="SWITCH", help="for peak (all)")
+    parser.add_argument("--steps", type=int, help="of a whole call (5; cold: the command's default)")
+    parser.add_argument("--strength", type=float, help="of a whole call (1; cold: the command's default)")
+    parser.add_argument("--guidance", type=float, help="of a whole call (the command's default)")
     parser.add_argument(
-        "--checkpoint", type=Path, help="where to keep the random weights (default: a temporary folder)"
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="float32",
+        help="of both packages; auto is what depthdiff chooses by itself (%(default)s)",
     )
-    options = parser.parse_args()
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
+    parser.add_argument("--repeats", type=int, default=5, help="%(default)s")
+    parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES[:-1], help="all but peak")
+    parser.add_argument(
+        "--compile", nargs="?", const="reduce-overhead", metavar="MODE", help="compile both, each in its own way"
+    )
+    parser.add_argument("--capture", action="store_true", help="capture a step of depthdiff's (GPU)")
+    parser.add_argument("--keep-freed", action="store_true", help="glibc's allocator keeps what is freed")
+    parser.add_argument("--checkpoint", type=Path, help="where to keep the random weights (a temporary folder)")
+    options = parser.parse_args(arguments)
+    if options.capture and not options.device.startswith("cuda"):
+        parser.error("--capture needs a GPU")
+    command = build_parser().parse_args(["prompt", "image"])
+    wanted = {name: getattr(options, name) for name in ("steps", "strength", "guidance")}
+    options.cold = [getattr(command, name) if value is None else value for name, value in wanted.items()]
+    for name, value in {"steps": 5, "strength": 1.0, "guidance": command.guidance}.items():
+        if wanted[name] is None:
+            setattr(options, name, value)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = read_options(arguments)
+    if options.keep_freed:
+        keep_freed()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.checkpoint or Path(temporary) / "checkpoint"
         if not (folder / "model_index.json").exists():
-            pipeline = build_pipeline(options.geometry).to(getattr(torch, options.dtype))
-            pipeline.save_pretrained(folder)
-            del pipeline
+            dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+            build_pipeline(options.geometry).to(dtype).save_pretrained(folder)
             gc.collect()
-        rows = measure(options, folder)
-    print(machine(options), "\n", sep="\n")
-    print("| stage | depthdiff, s | diffusers, s | ratio | |\n|---|---|---|---|---|")
-    for label, seconds, remark in rows:
-        ours, theirs = (statistics.median(seconds[package]) for package in PACKAGES)
-        print(f"| {label} | {ours:.3g} | {theirs:.3g} | {theirs / ours:.2f} | {remark} |")
+        options.exact_dtype = options.dtype
+        if options.dtype == "auto":
+            dtype = warm.load("depthdiff", folder, "auto", options.device).unet.dtype
+            options.exact_dtype = str(dtype).removeprefix("torch.")
+        timed = [stage for stage in options.stage if stage != "peak"]
+        counted = any(stage in warm.STAGES for stage in timed)
+        best = matmul_rate(getattr(torch, options.exact_dtype), options.device) if counted else 0.0
+        print(describe(options, best), end="\n\n", flush=True)
+        if timed:
+            print(line(COLUMNS), line(["---"] * len(COLUMNS)), sep="\n")
+            for measure in (fresh.measure_fresh, warm.measure_warm):
+                for row in measure(options, folder):
+                    print(line(cells(row, best)), flush=True)
+            print()
+        if "peak" in options.stage:
+            for text in peak.measure_peak(options, folder):
+                print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Sourced by scripts/demo and scripts/test: use the active virtual environment, or make one in .venv, and install into it.
-# Usage: prepare EXTRAS, for instance: prepare "[test,parity]"
+# Usage: prepare EXTRAS [CONSTRAINTS], for instance: prepare "[test,parity]"
 prepare() {
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
     if [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -12,5 +12,5 @@ prepare() {
         # shellcheck disable=SC1091
         source .venv/bin/activate
     fi
-    python -m pip install -q -c constraints.txt -e ".$1"
+    python -m pip install -q -c "${2:-constraints.txt}" -e ".$1"
 }

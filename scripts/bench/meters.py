@@ -1,0 +1,145 @@
+"""Seconds, bytes, operations, and what the machine could do at best."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+PACKAGES = ("depthdiff", "diffusers")
+ROOT = Path(__file__).parents[2]
+PHOTO = ROOT / "tests" / "data" / "coffee.png"
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt`. Source: malloc.h of glibc."""
+MATMUL_SIZES = (2048, 4096)
+
+
+@dataclass
+class Row:
+    """What was measured of a stage, by package.
+
+    Attributes:
+        label: of the stage.
+        seconds: one number a repeat.
+        remark: what else is to be said.
+        peak: bytes that the stage needs at once beyond what was there before it.
+        flops: floating-point operations.
+    """
+
+    label: str
+    seconds: dict[str, list[float]]
+    remark: str = ""
+    peak: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+
+
+def in_turns(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Run each action `repeats` times, the packages taking turns and the first of a turn alternating."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(repeats):
+        for name in list(actions) if turn % 2 == 0 else list(reversed(actions)):
+            seconds[name].append(actions[name]())
+    return seconds
+
+
+def synchronize() -> None:
+    """Wait until a GPU has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_of(action: Callable[[], Any]) -> float:
+    """Time one run of `action`."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        action()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def memory(name: str) -> int:
+    """Return a line of this process's status, such as VmRSS (now) or VmHWM (the peak), in bytes."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
+
+
+def begin_peak(device: str) -> int:
+    """Let the peak begin anew, with nothing freed held back; return the bytes that are in use."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def end_peak(device: str) -> int:
+    """Return the peak since `begin_peak`: bytes."""
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else memory("VmHWM")
+
+
+def peak_of(action: Callable[[], Any], device: str) -> int:
+    """Return how many bytes `action` needs at once, beyond what is in use before it."""
+    before = begin_peak(device)
+    seconds_of(action)
+    return max(0, end_peak(device) - before)
+
+
+def flops_of(action: Callable[[], Any]) -> int:
+    """Count the floating-point operations of matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter:
+        seconds_of(action)
+    return counter.get_total_flops()
+
+
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
+    """Return the best rate of a square matrix product here, in operations a second."""
+    best = 0.0
+    for size in MATMUL_SIZES:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        deadline, runs = time.perf_counter() + 2, 0
+        while runs < 2 or (runs < 20 and time.perf_counter() < deadline):
+            best = max(best, 2 * size**3 / seconds_of(lambda a=a, b=b: a @ b))
+            runs += 1
+    return best
+
+
+def keep_freed() -> None:
+    """Make glibc's allocator keep what is freed in this process, so that no buffer's pages are made twice."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(M_MMAP_THRESHOLD, 2**30) and mallopt(M_TRIM_THRESHOLD, -1)):
+        raise OSError("--keep-freed needs glibc's allocator")
+
+
+def machine() -> str:
+    """Describe the machine and the versions."""
+    import diffusers
+    import transformers
+
+    info = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
+    facts = {name.strip(): value.strip() for name, _, value in lines}
+    flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in facts.get("flags", "").split()]
+    gpu = "no GPU"
+    if torch.cuda.is_available():
+        gpu = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    parts = [
+        f"{facts.get('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        ", ".join(flags) or "neither amx_bf16 nor avx512_bf16",
+        gpu,
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}",
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,64 @@
+"""The benchmark runs, and its table has what it promises; numbers themselves are those of the machine."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from bench import meters, peak, warm
+
+pytest.importorskip("diffusers")
+import benchmark
+
+ROOT = Path(__file__).parent.parent
+COST = {"text": "text, two prompts", "unet": "UNet, batch 2 (guidance)", "call": "whole call, "}
+STAGES = [stage for stage in warm.STAGES if stage != "again"]
+
+
+def rows_of(text):
+    """Cells of each line of the table, without its head."""
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines[2:]]
+
+
+def test_every_stage_has_a_row(monkeypatch, capsys):
+    monkeypatch.setattr(meters, "MATMUL_SIZES", (256,))
+    arguments = ["--geometry", "tiny", "--size", "64", "--steps", "1", "--repeats", "1", "--device", "cpu"]
+    benchmark.main([*arguments, "--stage", *STAGES])
+    text = capsys.readouterr().out
+    assert text.startswith(meters.machine())
+    assert f"torch {torch.__version__}, diffusers " in text
+    rows = rows_of(text)
+    for stage, row in zip(STAGES, rows, strict=True):
+        label, ours, theirs, ratio, memory, flops, rates, shares, remark = row
+        assert label.startswith(COST.get(stage, stage))
+        assert all(float(seconds.partition(" ")[0]) > 0 for seconds in (ours, theirs))
+        assert float(ratio) > 0
+        assert all(float(bytes_) >= 0 for bytes_ in memory.split(" / "))
+        assert float(flops) > 0
+        assert all(float(rate) > 0 for rate in rates.split(" / "))
+        assert shares.count("%") == 2
+        assert stage == "call" or not remark, "both packages do the same operations"
+
+
+def test_meters():
+    assert 64e6 < meters.peak_of(lambda: torch.ones(2**24), "cpu") < 80e6
+    assert meters.flops_of(lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == 2 * 3 * 5 * 7
+    times = iter(range(8))
+    actions = {name: (lambda: next(times)) for name in meters.PACKAGES}
+    assert meters.in_turns(actions, 2) == {"depthdiff": [0, 3], "diffusers": [1, 2]}
+
+
+def test_peak_of_a_step(tiny_folder):
+    """In a fresh process."""
+    assert peak.run("depthdiff", tiny_folder, "float32", "cpu", 64, "VAE tiling") > 1e6
+
+
+def test_capturing_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--device", "cpu", "--capture"])
+    assert "--capture needs a GPU" in capsys.readouterr().err
+
+
+def test_gpu_check_is_a_script():
+    subprocess.run(["bash", "-n", ROOT / "scripts" / "gpu_check.sh"], check=True)
