@@ -25,10 +25,10 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         revisions: repository -> branch or commit -> folder.
-        refused: repository -> status and the Hub's code for the reason.
+        refused: repository -> status, the Hub's code for the reason and, where it has one, its message.
         moved: old name -> new name, answered by a redirection.
         breaks: file -> how many bytes of it are sent before the connection is cut, once for each item.
-        after: file -> what to do when it was sent.
+        after: file -> what to do when it is about to be sent.
         log: names of the files that were sent, in order.
         ranges: file -> the `Range` of each request for it.
         tokens: that came with requests for repositories.
@@ -85,8 +85,9 @@ class Handler(BaseHTTPRequestHandler):
         if repo in hub.moved:
             return self.reply(307, b"", send_body, {"Location": self.path.replace(repo, hub.moved[repo], 1)})
         if repo in hub.refused:
-            status, code = hub.refused[repo]
-            return self.reply(status, b"{}", send_body, {"X-Error-Code": code} if code else {})
+            status, *reasons = hub.refused[repo]
+            names = zip(("X-Error-Code", "X-Error-Message"), reasons, strict=False)
+            return self.reply(status, b"{}", send_body, {name: reason for name, reason in names if reason})
         if repo not in hub.revisions:
             return self.reply(404, b"{}", send_body, {"X-Error-Code": "RepoNotFound"})
         revision = rest.split("/")[1] if "/" in rest else "main"
@@ -127,9 +128,9 @@ class Handler(BaseHTTPRequestHandler):
             status, first = 206, int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
         cut = hub.breaks[name].pop(0) if hub.breaks.get(name) else None
-        self.reply(status, content[first:], send_body, headers, cut)
-        if name in hub.after:
+        if name in hub.after:  # before the client has it and can ask for more
             hub.after.pop(name)()
+        self.reply(status, content[first:], send_body, headers, cut)
 
     def reply(self, status, body, send_body, headers=None, cut=None):
         self.send_response(status)

@@ -493,6 +493,15 @@ def test_archives_that_swell(folder, state):
         for name, content in (parts | {"b/data.pkl": parts[program]}).items():
             archive.writestr(name, content)
     assert "2 programs" in str(watched(folder, ["pytorch_model.bin"]))
+    torch.save({**state, "epoch": 3}, path)
+    assert "'epoch' is no tensor but int" in str(watched(folder, ["pytorch_model.bin"]))
+    torch.save(state, path)
+    content, part = path.read_bytes(), f"{program[:-8]}data/0".encode()
+    end = content.index(b"PK\x01\x02")  # the list of parts, where each says its size: one says a hundred million
+    place = end + content[end:].index(part) - 46
+    assert content[place : place + 4] == b"PK\x01\x02"
+    path.write_bytes(content[: place + 20] + struct.pack("<II", 10**8, 10**8) + content[place + 28 :])
+    assert "larger than the file" in str(watched(folder, ["pytorch_model.bin"]))
 
 
 # JSON files
@@ -660,10 +669,17 @@ def test_places_are_checked_before_the_library_sees_the_file(tmp_path, case):
         read_header(tmp_path / "x.safetensors")
 
 
-def test_what_is_too_long_is_not_read(tmp_path):
+def test_what_is_too_long_or_no_json_is_not_read(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(pack(b'{"__metadata__":{}}' + b" " * 2**21, b""))
     with pytest.raises(CheckpointError, match=r"claims a header of 2,097,171 bytes, at most 2,097,152 are read"):
         read_header(tmp_path / "x.safetensors")
+    for content, message in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n", "is a Git-LFS pointer"),
+        ("\n<!DOCTYPE html>", "it is a web page saved under this name"),
+    ):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(CheckpointError, match=rf"x\.json .*{message}"):
+            read_json(tmp_path / "x.json")
     (tmp_path / "x.json").write_text("{}" + " " * 2**23)
     with pytest.raises(CheckpointError, match=r"has 8,388,610 bytes, at most 8,388,608 of JSON are read"):
         read_json(tmp_path / "x.json")

@@ -139,6 +139,12 @@ REFUSALS = {
     "gated, without a token": (401, "GatedRepo", "owner/depth is gated: accept its conditions"),
     "gated, not accepted": (403, "GatedRepo", "owner/depth is gated: accept its conditions"),
     "private": (401, "RepoNotFound", "no such repository, or none that your token may read"),
+    "with a wrong token": (
+        401,
+        "",
+        "the Hub answered 401; log in with `hf auth login`",
+        "Invalid credentials in Authorization header",
+    ),
     "gone": (404, "RepoNotFound", "no such repository"),
     "forbidden": (403, "", "the Hub answered 403; your token may not read it"),
     "too often": (429, "", "the Hub answered 429; that was too often"),
@@ -149,8 +155,8 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals(hub, case, caplog):
-    status, code, message = REFUSALS[case]
-    hub.refused["owner/depth"] = (status, code)
+    status, code, message, *told = REFUSALS[case]
+    hub.refused["owner/depth"] = (status, code, *told)
     with caplog.at_level(logging.DEBUG), pytest.raises(CheckpointError, match=message) as caught:
         load(hub, token=SECRET)
     assert f"Bearer {SECRET}" in hub.tokens
@@ -183,6 +189,8 @@ def test_the_branch_of_half_weights(hub):
     """Plain names, half the bytes; where there is no such branch the variant is named."""
     with pytest.raises(CheckpointError, match=r"has no revision 'fp16'.*variant=\"fp16\""):
         load(hub, revision="fp16")
+    with pytest.raises(CheckpointError, match=r"has no revision 'v9'$"):
+        load(hub, revision="v9")
     folder = hub.folder.with_name("half")
     StableDiffusionDepth2ImgPipeline.from_pretrained(hub.folder, torch_dtype=torch.float16).save_pretrained(folder)
     hub.publish("owner/depth", folder, "fp16")

@@ -274,9 +274,16 @@ def test_nothing_changes_where_a_partial_file_is_refused(twins, tmp_path):
     with pytest.raises(CheckpointError, match=r"1 of \d+ weights missing, first: 'decoder.conv_out.bias'"):
         pipe.load_single_file(tmp_path / "broken.safetensors")
     assert pipe.components == before
-    pipe._loras = {"style": None}
-    with pytest.raises(ValueError, match="unload or unfuse them first"):
-        pipe.load_single_file(file)
+    for name, value, message in (
+        ("_loras", {"style": None}, "unload or unfuse them first"),
+        ("_fused", {"unet": {"style": 1.0}}, "unload or unfuse them first"),
+        ("_offload_device", torch.device("cpu"), r"call remove_all_hooks\(\) first"),
+    ):
+        pipe = StableDiffusionDepth2ImgPipeline(**before)
+        setattr(pipe, name, value)
+        with pytest.raises(ValueError, match=message):
+            pipe.load_single_file(file)
+        assert pipe.components == before
 
 
 def with_channels(tensors, channels):
@@ -356,6 +363,14 @@ def test_names_on_the_hub(monkeypatch, tmp_path, name):
     monkeypatch.setattr("depthdiff.checkpoint.single_file.fetch", fetch)
     assert find_single_file(name, token="t") == tmp_path / files[0]
     assert seen == {"name": repo_id, "filenames": files, "revision": revision, "token": "t"}
+
+
+def test_an_address_and_a_revision_must_agree(monkeypatch, tmp_path):
+    monkeypatch.setattr("depthdiff.checkpoint.single_file.fetch", lambda name, filenames, **where: tmp_path)
+    address = "https://huggingface.co/owner/name/resolve/fp16/a.ckpt"
+    assert find_single_file(address, revision="fp16") == tmp_path / "a.ckpt"
+    with pytest.raises(ValueError, match="revision is 'main', but the address names 'fp16'"):
+        find_single_file(address, revision="main")
 
 
 BAD_NAMES = {
