@@ -1,0 +1,126 @@
+"""Measure what the shortcuts of a call save and what they cost, and print it as a Markdown table.
+
+    python scripts/mini/shortcuts.py MODEL [--scenes 16] [--only deep_cache]
+
+Saved are FLOPs of the UNet over a whole run, of the model's geometry and of the full one at 512x512, counted without
+computing anything. The cost is the distance of the latents from the default's, relative to their norm, and what
+`evaluate.py` measures of the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluate import BATCH, STEPS, Evaluation
+from random_checkpoint import GEOMETRIES
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from depthdiff import DDIMScheduler, UNet2DConditionModel
+from depthdiff.predictor import noise_predictor
+from depthdiff.run import Run
+from depthdiff.shortcuts import choose
+
+CHOICES: tuple[dict[str, Any], ...] = (
+    {},
+    {"guidance_interval": (0.0, 0.8)},
+    {"guidance_interval": (0.2, 1.0)},
+    {"guidance_interval": (0.4, 1.0)},
+    {"guidance_interval": (0.2, 0.8)},
+    {"deep_cache": 2},
+    {"deep_cache": 3},
+    {"deep_cache": 4},
+    {"deep_cache": 5},
+    {"token_merging": 0.25},
+    {"token_merging": 0.5},
+    {"token_merging": 0.75},
+    {"deep_cache": 3, "guidance_interval": (0.2, 1.0)},
+    {"deep_cache": 3, "guidance_interval": (0.4, 1.0)},
+    {"deep_cache": 3, "guidance_interval": (0.2, 1.0), "token_merging": 0.5},
+    {"deep_cache": 4, "guidance_interval": (0.2, 1.0)},
+    {"preset": "fast"},
+)
+
+
+def unet_flops(unet: UNet2DConditionModel, side: int, options: dict[str, Any], guidance: float) -> float:
+    """Count the UNet's operations over a run of one picture at strength 1.
+
+    Args:
+        unet: on the meta device, where nothing is computed.
+        side: height and width of the latents.
+        options: of `pipe(...)`.
+        guidance: guidance is on above 1.
+    """
+    meta, copies = torch.device("meta"), 1 + (guidance > 1)
+    plan = DDIMScheduler().plan(STEPS, 1.0, device=meta)
+    width = max(unet.config.per_level("cross_attention_dim"))
+    latents, depth = torch.empty(1, 4, side, side, device=meta), torch.empty(copies, 1, side, side, device=meta)
+    context = torch.empty(copies, 77, width, device=meta)
+    run = Run(plan, latents, context, depth, guidance, None, shortcuts=choose(**{"preset": None, **options}))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, noise_predictor(unet, run) as predict_noise:
+        for timestep in plan.calls:
+            predict_noise(latents, timestep)
+    return counter.get_total_flops()
+
+
+def paint(evaluation: Evaluation, guidance: float, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Repaint every scene: latents (S, 4, h, w) and pictures (S, 3, H, W)."""
+    photos, pipe, latents = evaluation.photos(evaluation.shown), evaluation.pipe, []
+    for i in range(0, len(photos), BATCH):
+        part = slice(i, i + BATCH)
+        result = pipe(
+            evaluation.captions[part],
+            photos[part],
+            strength=1.0,
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(i),
+            output_type="latent",
+            **options,
+        )
+        latents.append(result.images)
+    return torch.cat(latents), torch.cat([pipe.decode(some, "pt") for some in latents])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--scenes", type=int, default=16)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--only", metavar="TEXT", default="", help="only choices whose row holds this")
+    parser.add_argument("--no-pictures", action="store_true", help="count operations alone")
+    arguments = parser.parse_args()
+    evaluation = Evaluation(arguments.model, arguments.scenes)
+    own = deepcopy(evaluation.pipe.unet).to("meta")
+    with torch.device("meta"):
+        full = UNet2DConditionModel.from_config(GEOMETRIES["full"]["unet"])
+    sides = (evaluation.shown.image.shape[-1] // evaluation.pipe.vae_scale_factor, 64)
+
+    print("| options | saved here | saved in full | error | geometry | outline | colours |")
+    print("|---|---|---|---|---|---|---|")
+    expected: Tensor | None = None
+    whole: dict[UNet2DConditionModel, float] = {}
+    for options in CHOICES:
+        name = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "default"
+        if options and arguments.only not in name:
+            continue
+        cells = [name]
+        for unet, side in zip((own, full), sides, strict=True):
+            if unet not in whole:
+                whole[unet] = unet_flops(unet, side, {}, arguments.guidance)
+            cells.append(f"{1 - unet_flops(unet, side, options, arguments.guidance) / whole[unet]:.0%}")
+        if not arguments.no_pictures:
+            latents, pictures = paint(evaluation, arguments.guidance, options)
+            expected = latents if expected is None else expected
+            scores = evaluation.scores(pictures)
+            cells.append(f"{((latents - expected).norm() / expected.norm()).item():.3f}")
+            cells += [f"{scores['geometry']:.3f}", f"{scores['outline']:.3f}", f"{scores['colours']:.1%}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

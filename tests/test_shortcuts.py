@@ -1,0 +1,346 @@
+"""Shortcuts: off they change nothing, on they compute what they promise, and what they leave out fits together."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from evaluate import Evaluation
+from PIL import Image
+
+from depthdiff import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from depthdiff.checkpoint.hub import bundled
+from depthdiff.cli import main
+from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
+from depthdiff.shortcuts import PRESETS, Shortcuts, choose
+
+STEPS = 6
+
+
+@pytest.fixture
+def ddim(pipe):
+    """A tiny pipeline whose call for step i is at share (5 - i) / 6 of the timesteps."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def paint(pipe, photo, **options):
+    """Run the whole course and return the latents."""
+    how = {"strength": 1.0, "num_inference_steps": STEPS, "output_type": "latent", "guidance_scale": 5.0, **options}
+    how.setdefault("generator", torch.Generator().manual_seed(1))
+    return pipe("two tigers", photo, **how).images
+
+
+@contextmanager
+def counted(unet):
+    """List (rows, whether the deeper part ran) of every call of the UNet."""
+    calls, down = [], []
+
+    def note(_, args, out):
+        calls.append((len(out.sample), bool(down)))
+        down.clear()
+
+    handles = [
+        unet.down_blocks[0].register_forward_hook(lambda *_: down.append(True)),
+        unet.register_forward_hook(note),
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, LMSDiscreteScheduler])
+def test_what_is_off_changes_no_bit(pipe, small_photo, scheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    expected = paint(pipe, small_photo)
+    for off in (
+        {"deep_cache": 1},
+        {"token_merging": 0.0},
+        {"guidance_interval": (0, 1)},
+        {"preset": "fast", "deep_cache": 1, "guidance_interval": (0.0, 1.0), "token_merging": 0},
+    ):
+        assert torch.equal(paint(pipe, small_photo, **off), expected), off
+
+
+def test_the_split_network_is_the_whole_one(pipe):
+    """Features that are used in the call that made them change nothing."""
+    x, context = torch.randn(2, 5, 11, 15), torch.randn(2, 77, 40)
+    with torch.no_grad():
+        expected, deep = pipe.unet(x, 500, context).sample, DeepFeatures(2)
+        assert torch.equal(pipe.unet(x, 500, context, deep=deep).sample, expected)
+        assert torch.equal(pipe.unet(x, 500, context, deep=deep).sample, expected)  # of the same input they are exact
+        assert not torch.allclose(pipe.unet(x, 500, context + 1, deep=DeepFeatures(2)).sample, expected)
+
+
+def test_rows_with_an_interval(ddim, small_photo):
+    with counted(ddim.unet) as calls:
+        paint(ddim, small_photo, guidance_interval=(0.3, 0.7), num_images_per_prompt=2)
+    run = ddim.prepare("two tigers", small_photo, strength=1.0, num_inference_steps=STEPS)
+    shares = [number / 1000 for number in run.plan.numbers]
+    assert [rows for rows, _ in calls] == [4 if 0.3 <= share <= 0.7 else 2 for share in shares]
+    assert {rows for rows, _ in calls} == {2, 4}
+
+
+def test_outside_the_interval_is_the_prompt_alone(ddim, small_photo):
+    """A whole run outside is a run without guidance, which knows no negative prompt."""
+    expected = paint(ddim, small_photo, guidance_scale=1.0)
+    result = paint(ddim, small_photo, guidance_interval=(1.0, 1.0), negative_prompt="dogs")
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(paint(ddim, small_photo), expected, atol=1e-2)
+
+
+def test_a_prompt_is_read_once_in_each_form(ddim, small_photo):
+    reads, reader = [], ddim.unet.read_context
+    ddim.unet.read_context = lambda context: reads.append(len(context)) or reader(context)
+    paint(ddim, small_photo, guidance_interval=(0.3, 0.6))
+    assert reads == [1, 2]
+
+
+def test_a_replaced_prompt_is_read_again(ddim, small_photo):
+    """Outside the interval too, and with deep features, which are then computed anew."""
+    run = ddim.prepare("a", small_photo, strength=1.0, num_inference_steps=4, guidance_interval=(0.4, 1), deep_cache=9)
+    with counted(ddim.unet) as calls:
+        for step in ddim.denoise(run):
+            if step.index == 2:
+                run.context = run.context.clone()
+    assert calls == [(2, True), (2, False), (1, False), (1, True)]
+    run = ddim.prepare("a", small_photo, strength=1.0, num_inference_steps=4, guidance_interval=(0.4, 1), deep_cache=9)
+    with counted(ddim.unet) as calls:
+        for step in ddim.denoise(run):
+            if step.index == 2:
+                run.depth.mul_(0.5)
+    assert calls[-1] == (1, True)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])
+@pytest.mark.parametrize("every", [2, 3])
+def test_deep_features_are_computed_every_nth_step(pipe, small_photo, scheduler, every):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    for _ in range(2):  # a second run starts anew
+        with counted(pipe.unet) as calls:
+            result = paint(pipe, small_photo, deep_cache=every)
+        assert calls == [(2, i % every == 0) for i in range(len(calls))]
+    assert len(calls) == STEPS + (scheduler is PNDMScheduler)
+    assert not torch.allclose(result, paint(pipe, small_photo), atol=1e-3)
+    assert torch.isfinite(result).all()
+
+
+def test_deep_features_where_guidance_switches(ddim, small_photo):
+    """Stopping guidance goes on with half of them; starting it needs the other half, so all are computed."""
+    with counted(ddim.unet) as calls:
+        paint(ddim, small_photo, deep_cache=3, guidance_interval=(0.4, 0.7))
+    assert calls == [(1, True), (2, True), (2, False), (1, False), (1, True), (1, False)]
+
+
+def test_the_kept_half_is_the_prompts(pipe):
+    deep = DeepFeatures(2)
+    deep.keep(torch.arange(4.0)[:, None, None, None])
+    deep.keep_second_half()
+    assert deep.recall(torch.zeros(2, 3, 1, 1)).flatten().tolist() == [2, 3]
+    assert deep.recall(torch.zeros(2, 3, 1, 1)) is None, "they are too old"
+    deep.keep(torch.zeros(2, 1, 4, 4))
+    assert deep.recall(torch.zeros(3, 1, 4, 4)) is None, "another batch"
+    assert deep.recall(torch.zeros(2, 1, 4, 5)) is None, "another size"
+    deep.forget()
+    assert deep.recall(torch.zeros(2, 1, 4, 4)) is None
+
+
+def test_runs_do_not_disturb_each_other(ddim, small_photo):
+    """Two runs in turns on one pipeline, of different shortcuts, end where each ends alone."""
+    all_options = ({"preset": "fast", "token_merging": 0.5}, {"deep_cache": 2}, {})
+
+    def prepare(options):
+        how = {"strength": 1.0, "num_inference_steps": 4, "generator": torch.Generator().manual_seed(3)}
+        return ddim.prepare("a", small_photo, **how, **options)
+
+    alone = []
+    for options in all_options:
+        run = prepare(options)
+        list(ddim.denoise(run))
+        alone.append(run.latents)
+    runs = [prepare(options) for options in all_options]
+    for _ in zip(*(ddim.denoise(run) for run in runs), strict=True):
+        pass
+    for run, expected in zip(runs, alone, strict=True):
+        torch.testing.assert_close(run.latents, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 9), (2, 3), (64, 2)])
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75])
+def test_merging_makes_groups(size, ratio):
+    """Every group has a token; as many tokens go as asked for, if each 2x2 and the remainder leave so many."""
+    height, width = size
+    total, cells = height * width, (height // 2) * (width // 2)
+    groups = TokenMerging(ratio).group(torch.randn(3, total, 6), torch.Size(size))
+    if int(ratio * total) == 0:
+        assert groups is None
+        return
+    assert groups.total == total - min(int(ratio * total), total - cells)
+    assert all(row.unique().tolist() == list(range(groups.total)) for row in groups.home)
+
+
+def test_a_merged_token_is_the_mean_of_its_group():
+    tokens = torch.randn(2, 48, 5, dtype=torch.double)
+    groups = TokenMerging(0.6).group(tokens, torch.Size((6, 8)))
+    merged, back = groups.merge(tokens), groups.unmerge(groups.merge(tokens))
+    for b in range(2):
+        for number in range(groups.total):
+            torch.testing.assert_close(merged[b, number], tokens[b, groups.home[b] == number].mean(0))
+    torch.testing.assert_close(back.mean(1), tokens.mean(1))  # what is replaced by means keeps the mean
+    torch.testing.assert_close(groups.merge(back), merged)  # and merges to the same again
+
+
+def test_equal_tokens_come_back():
+    tokens = torch.randn(2, 1, 5, dtype=torch.double).expand(2, 30, 5)
+    groups = TokenMerging(0.75).group(tokens, torch.Size((5, 6)))
+    torch.testing.assert_close(groups.unmerge(groups.merge(tokens)), tokens)
+
+
+def test_the_most_alike_merge():
+    """Each 2x2 is of its own direction but for one token that is of none: all but these go, and nothing is lost."""
+    tokens = torch.eye(16, dtype=torch.double).view(4, 4, 16).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    tokens = tokens.reshape(1, 64, 16)
+    groups = TokenMerging(0.75).group(tokens, torch.Size((8, 8)))
+    assert groups.total == 16
+    torch.testing.assert_close(groups.unmerge(groups.merge(tokens)), tokens)
+    torch.testing.assert_close(groups.merge(tokens).sum(1), torch.ones(1, 16, dtype=torch.double))
+
+
+def test_tokens_that_cannot_merge():
+    for ratio, size in ((0.75, (1, 9)), (0.75, (9, 1)), (0.01, (4, 4)), (0.0, (8, 8))):
+        assert TokenMerging(ratio).group(torch.randn(1, size[0] * size[1], 3), torch.Size(size)) is None
+
+
+def test_merging_draws_alike_for_a_batch_and_in_every_run():
+    one, size = torch.randn(1, 64, 4), torch.Size((8, 8))
+    first, second = TokenMerging(0.5), TokenMerging(0.5)
+    both = first.group(one.expand(2, -1, -1), size)
+    assert torch.equal(both.home[0], both.home[1])
+    assert torch.equal(both.home[:1], second.group(one, size).home)
+    assert not torch.equal(first.group(one, size).home, both.home[:1]), "every call draws anew"
+
+
+def test_merging_is_in_the_finest_level_that_attends(pipe):
+    """Self-attention there has fewer tokens, elsewhere all of them."""
+    x, context, seen = torch.randn(1, 5, 12, 16), torch.randn(1, 77, 40), {}
+    for name, module in pipe.unet.named_modules():
+        if name.endswith("self_attn"):
+            module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0].shape[1]}))
+    with torch.no_grad():
+        pipe.unet(x, 500, context, merging=TokenMerging(0.5))
+    finest = {name for name in seen if name.startswith(("down_blocks.0", "up_blocks.2"))}
+    assert len(finest) == 3
+    assert {seen[name] for name in finest} == {96}
+    assert {seen[name] for name in seen.keys() - finest} == {48, 12}
+
+
+@pytest.mark.parametrize("form", ["sdpa", "efficient", "sliced", "math"])
+def test_merging_with_every_form_of_attention(ddim, small_photo, form):
+    expected = paint(ddim, small_photo, token_merging=0.5, num_inference_steps=2)
+    ddim.set_attention(form)
+    result = paint(ddim, small_photo, token_merging=0.5, num_inference_steps=2)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (88, 120), (72, 40), (8, 24)])
+def test_all_three_at_any_size(ddim, photo, size):
+    """The same picture twice, the batch's picture alone, and another one than without."""
+    image = photo.resize(size[::-1])
+    options = {"guidance_interval": (0.3, 0.8), "deep_cache": 2, "token_merging": 0.6}
+    first = paint(ddim, image, **options)
+    assert first.shape[2:] == (size[0] // 8, size[1] // 8)
+    assert torch.equal(paint(ddim, image, **options), first)
+    batch = paint(
+        ddim,
+        [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)],
+        generator=[torch.Generator().manual_seed(i) for i in (1, 2)],
+        **options,
+    )
+    alone = paint(ddim, image, generator=[torch.Generator().manual_seed(1)], **options)
+    torch.testing.assert_close(batch[:1], alone, rtol=0, atol=1e-3)
+    assert not torch.allclose(first, paint(ddim, image), atol=1e-3)
+
+
+def test_a_callback_may_end_guidance(ddim, small_photo):
+    """As diffusers' guide shows: scale 0 and the prompt's half from a step on; deep features follow."""
+
+    def callback(pipeline, index, timestep, tensors):
+        if index == 2:
+            pipeline._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+            tensors["depth_mask"] = tensors["depth_mask"].chunk(2)[-1]
+        return tensors
+
+    names = ["latents", "prompt_embeds", "depth_mask"]
+    with counted(ddim.unet) as calls:
+        paint(
+            ddim,
+            small_photo,
+            deep_cache=4,
+            guidance_interval=(0.2, 1.0),
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=names,
+        )
+    assert calls == [(2, True), (2, False), (2, False), (1, True), (1, False), (1, False)]
+
+
+def test_presets():
+    assert choose(None) == Shortcuts()
+    assert choose("fast") == PRESETS["fast"] != Shortcuts()
+    assert choose("fast", deep_cache=7) == Shortcuts(
+        PRESETS["fast"].guidance_interval, 7, PRESETS["fast"].token_merging
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"guidance_interval": 0.5}, ValueError, "guidance_interval must be two numbers, low and high, got 0.5"),
+        ({"guidance_interval": (0.1, 0.2, 0.3)}, ValueError, "must be two numbers"),
+        ({"guidance_interval": (0.8, 0.2)}, ValueError, r"low <= high, got \(0.8, 0.2\)"),
+        ({"guidance_interval": (-0.1, 1)}, ValueError, r"guidance_interval must be in \[0, 1\], got -0.1"),
+        ({"guidance_interval": (0, 981)}, ValueError, r"guidance_interval must be in \[0, 1\], got 981"),
+        ({"guidance_interval": ("a", 1)}, TypeError, "guidance_interval must be a number, got str 'a'"),
+        ({"deep_cache": 0}, ValueError, "deep_cache must be at least 1, got 0"),
+        ({"deep_cache": 2.5}, TypeError, "deep_cache must be an int, got float 2.5"),
+        ({"deep_cache": True}, TypeError, "deep_cache must be an int, got bool True"),
+        ({"token_merging": 0.8}, ValueError, r"token_merging must be in \[0, 0.75\], got 0.8"),
+        ({"token_merging": float("nan")}, ValueError, "token_merging must be in"),
+        ({"preset": "faster"}, ValueError, "preset must be one of fast, or None, got 'faster'"),
+    ],
+)
+def test_wrong_values_are_named_before_any_work(pipe, small_photo, options, error, message):
+    pipe.text_encoder = pipe.vae = pipe.depth_estimator = None
+    for call in (pipe, pipe.prepare):
+        with pytest.raises(error, match=message):
+            call("two tigers", small_photo, **options)
+
+
+def test_the_command(tmp_path, tiny_folder, small_photo, capsys):
+    small_photo.save(tmp_path / "photo.png")
+    words = ["two tigers", str(tmp_path / "photo.png"), "--model", str(tiny_folder), "--steps", "3", "--seed", "1"]
+    assert main([*words, "--preset", "fast", "--guidance-interval", "0.1", "0.9", "--token-merging", "0.5"]) == 0
+    with Image.open(tmp_path / "photo-depthdiff.png") as picture:
+        how = json.loads(picture.text["depthdiff"])
+    assert how["guidance_interval"] == [0.1, 0.9]
+    assert (how["deep_cache"], how["token_merging"]) == (PRESETS["fast"].deep_cache, 0.5)
+    assert main([*words, "--deep-cache", "0"]) == 1
+    assert "deep_cache must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_bundled_model_paints_nearly_the_same():
+    """Fast pictures differ from the default's far less than pictures of another seed do."""
+    evaluation = Evaluation(bundled(), 2)
+
+    def painted(seed, **options):
+        how = {"strength": 1.0, "num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "pt", **options}
+        generator = torch.Generator().manual_seed(seed)
+        photos = evaluation.photos(evaluation.shown)
+        return evaluation.pipe(evaluation.captions, photos, generator=generator, **how).images
+
+    expected, fast, other = painted(0), painted(0, preset="fast"), painted(1)
+    assert (fast - expected).norm() < 0.6 * (other - expected).norm()
+    difference = evaluation.scores(expected)["geometry"] - evaluation.scores(fast)["geometry"]
+    assert difference < 0.05
