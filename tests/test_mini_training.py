@@ -114,3 +114,40 @@ def test_data_goes_on_where_it_stopped(finished, tmp_path):
     images.flush()
     train.make_data(tmp_path, replace(SMALL, geometries=3))
     assert (train.Data(tmp_path).images == before[0].images).all()
+
+
+def test_the_words_that_name_an_object_are_found(finished):
+    """Decoded, the marked tokens are the name; of a mirror image too."""
+    tokenizer = train.make_tokenizer(finished)
+    data = train.Data(finished)
+    texts = [data.words(i, seed, flip=bool(seed % 2)) for i in range(len(data)) for seed in range(8)]
+    ids = tokenizer([text for text, _ in texts], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    marks, found = train.name_tokens(tokenizer, texts), 0
+    for n, (_, names) in enumerate(texts):
+        for k in range(train.MAX_OBJECTS):
+            marked = tokenizer.decode(ids[n][marks[n, k]].tolist()).split()
+            assert "".join(marked) == names.get(k, "").replace(" ", "")
+            found += k in names
+    assert found > 20
+
+
+def test_a_mirror_image_exchanges_left_and_right():
+    text = "a red cube on the left and a blue cube on the right"
+    assert train.mirrored(text) == "a red cube on the right and a blue cube on the left"
+    assert train.mirrored(train.mirrored(text)) == text
+
+
+def test_the_binding_loss_by_hand():
+    """Uniform attention gives -log(words of the name / all words); attention on the name alone gives 0."""
+    places = torch.zeros(2, 32, 32, dtype=torch.int64)
+    places[:, 8:24, 8:24] = 1
+    tokens = torch.zeros(2, train.MAX_OBJECTS, train.TOKENS, dtype=torch.bool)
+    tokens[:, 0, 3:6] = True
+    uniform = torch.full((2, 4, 256, train.TOKENS), 1 / train.TOKENS)
+    expected = -torch.tensor(3 / train.TOKENS + 1e-4).log()
+    torch.testing.assert_close(train.binding_loss([uniform], places, tokens), expected)
+    right = torch.zeros_like(uniform)
+    right[..., 4] = 1
+    assert train.binding_loss([right, right[:, :, :64]], places, tokens).abs() < 2e-4
+    nameless = train.binding_loss([uniform], places, torch.zeros_like(tokens))
+    assert nameless == 0
