@@ -202,7 +202,7 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
             depth_map = read_depth(file.copy(), "--depth")
 
     keep_freed_buffers()
-    if options.tf32:
+    if options.tf32 and device.startswith("cuda"):
         allow_tf32()
     pipe = load(options, dtype)
     pipe.to(device)

@@ -53,7 +53,14 @@ def test_default_name_and_new_seed(place, tiny_folder, capsys):
 
 
 def test_the_picture_is_that_of_the_library(place, tiny_folder, small_photo):
-    assert main(command(tiny_folder, "--seed", 5, "-o", "a.png", "--scheduler", "ddim", "--eta", "0.5")) == 0
+    assert (
+        main(
+            command(
+                tiny_folder, "--seed", 5, "-o", "a.png", "--scheduler", "ddim", "--eta", "0.5", "--dtype", "float32"
+            )
+        )
+        == 0
+    )
     pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder)
     from depthdiff import DDIMScheduler
 
@@ -76,8 +83,9 @@ def test_several_pictures_depth_and_sheet(place, tiny_folder):
     with Image.open("sheet.png") as sheet:
         assert sheet.width > 4 * 100
     # the depth map that was saved, used again, gives the same picture but for its 16 bits
-    assert main(command(tiny_folder, "--seed", 1, "-o", "b.png", "--depth", "depth.png")) == 0
-    assert main(command(tiny_folder, "--seed", 1, "-o", "c.png")) == 0
+    exact = ("--seed", 1, "--dtype", "float32")
+    assert main(command(tiny_folder, *exact, "-o", "b.png", "--depth", "depth.png")) == 0
+    assert main(command(tiny_folder, *exact, "-o", "c.png")) == 0
     with Image.open("b.png") as b, Image.open("c.png") as c:
         assert np.abs(np.asarray(b).astype(int) - np.asarray(c)).max() <= 2
 
@@ -149,7 +157,7 @@ def test_adapters(place, tiny_folder, pipe, small_photo):
     save_file({"emb_params": torch.rand(2, width, generator=generator)}, "style.safetensors")
     more = ["--lora", "one.safetensors:0.5", "--lora", "two.safetensors", "--embedding", "style.safetensors:<word>"]
     arguments = ["a <word>", "photo.png", "--model", str(tiny_folder), "--steps", "3", "--seed", "3", "-o", "a.png"]
-    assert main([*arguments, *more]) == 0
+    assert main([*arguments, *more, "--dtype", "float32"]) == 0
     pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder)
     pipe.load_lora_weights("one.safetensors", "one")
     pipe.load_lora_weights("two.safetensors", "two")
@@ -196,3 +204,13 @@ def test_tf32_is_for_cuda_alone(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             main(["a cup", str(tmp_path / "photo.png"), "--tf32", "--device", device])
         assert asked == expected
+
+
+def test_the_processor_works_in_what_it_has_in_hardware(place, tiny_folder):
+    """By default bfloat16 or float32, never float16; the picture says which."""
+    assert main(command(tiny_folder, "--seed", 5, "-o", "a.png")) == 0
+    assert main(command(tiny_folder, "--seed", 5, "-o", "b.png", "--dtype", "auto")) == 0
+    fast = torch.cpu._is_avx512_bf16_supported()
+    with Image.open("a.png") as a, Image.open("b.png") as b:
+        assert json.loads(a.text["depthdiff"])["dtype"] == ("bfloat16" if fast else "float32")
+        assert np.array_equal(np.asarray(a), np.asarray(b))
