@@ -94,7 +94,7 @@ def test_words_repaint_and_geometry_stays(evaluation, painted):
     figures = evaluation.scores(painted)
     assert figures["geometry"] > 0.80
     assert figures["outline"] > 0.75
-    assert figures["colours"] > 0.25  # observed 0.40 of these few; chance is 0.11
+    assert figures["colours"] > 0.54  # that is what the caption's colours on any of the objects would give
 
 
 def test_controls_are_much_worse(evaluation, painted):

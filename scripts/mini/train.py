@@ -468,7 +468,7 @@ class Trainer:
                 feature_extractor=DPTImageProcessor.from_config({"size": {"height": SIZE, "width": SIZE}}),
             ).save_pretrained(self.run / "model")
 
-        steps, rate = self.settings.unet_steps, 8e-4 if self.start is None else 6e-4
+        steps, rate = self.settings.unet_steps, 8e-4 if self.start is None else 4e-4
         fit(self.run, "unet", model, loss_of, self.settings, steps=steps, rate=rate, on_save=export)
         export(model)
         small = StableDiffusionDepth2ImgPipeline.from_pretrained(self.run / "model", torch_dtype=torch.float16)
