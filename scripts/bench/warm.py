@@ -23,6 +23,9 @@ def load(package: str, folder: Path, dtype: torch.dtype | str, device: str) -> A
     pipeline = __import__(package).StableDiffusionDepth2ImgPipeline
     pipe = pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
+    if package == "depthdiff":
+        for network in pipe.networks.values():
+            network.use_fast_layout()  # as the pipeline does before a network's first work; here they work alone as well
     return pipe
 
 
