@@ -25,7 +25,7 @@ def load(package: str, folder: Path, dtype: torch.dtype | str, device: str) -> A
     pipe.set_progress_bar_config(disable=True)
     if package == "depthdiff":
         for network in pipe.networks.values():
-            network.use_fast_layout()  # as the pipeline does before a network's first work; here they work alone as well
+            network.use_fast_layout()  # as the pipeline does before a network's first work
     return pipe
 
 
