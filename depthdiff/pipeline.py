@@ -179,7 +179,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             guidance_interval: (low, high), shares of the training timesteps, 1 being pure noise, between which guidance
                 is on. This and the next two trade quality for speed, are off by default, and are explained in
                 `depthdiff.shortcuts.Shortcuts`.
-            deep_cache: run the deeper part of the UNet at every so manieth step only.
+            deep_cache: run the deeper part of the UNet at every N-th step only.
             token_merging: in [0, 0.75], the share of tokens that self-attention of the finest level merges.
             preset: "fast" sets what of these is left out (see `depthdiff.shortcuts.PRESETS`).
             **kwargs: `callback` and `callback_steps` in diffusers' older form.

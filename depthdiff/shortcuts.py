@@ -25,10 +25,10 @@ class Shortcuts:
     Attributes:
         guidance_interval: guidance is on while the share of the training timesteps, t / 1000 for Stable Diffusion, is
             in [low, high], of which 0 is a clean picture and 1 pure noise; elsewhere the prompt alone is run, as with a
-            guidance scale of 1. The paper states noise levels sigma, which are other numbers: 0.28 and 5.4, its best
-            for Stable Diffusion XL, are shares of 0.06 and 0.84 in Stable Diffusion's noise schedule.
+            guidance scale of 1. The paper states noise levels sigma, which are other numbers: 0.28 and 5.42, which it
+            uses for Stable Diffusion XL, are shares of 0.07 and 0.81 in Stable Diffusion's noise schedule.
             Source: arXiv:2404.07724, eq. 6.
-        deep_cache: run the deeper part of the UNet at every so manieth step. Source: arXiv:2312.00858.
+        deep_cache: run the deeper part of the UNet at every N-th step. Source: arXiv:2312.00858.
         token_merging: share of tokens that self-attention of the finest level merges away, in [0, 0.75].
             Source: arXiv:2303.17604.
     """

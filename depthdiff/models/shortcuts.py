@@ -23,7 +23,7 @@ class DeepFeatures:
     """What the UNet's deeper part returned last, for the calls that only run its shallow part.
 
     The shallow part is the first convolution and the last residual block with its attention: branch 0 of the paper's
-    code. All else is run in every `every`-th call. Source: arXiv:2312.00858 (DeepCache), sec. 3.2.
+    code. All else is run in every `every`-th call. Source: arXiv:2312.00858 (DeepCache), sec. 3.3.
 
     Attributes:
         every: 1 runs everything in every call.
