@@ -14,6 +14,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -107,8 +108,16 @@ class Evaluation:
         """Return pictures as photographs of 8 bits."""
         return [Image.fromarray(picture) for picture in to_pictures(rendered.image)]
 
-    def paint(self, strength: float, guidance: float, captions: list[str], depth: Tensor | None = None) -> Tensor:
-        """Repaint every scene: (S, 3, H, W) in 0..1."""
+    def paint(
+        self,
+        strength: float,
+        guidance: float,
+        captions: list[str],
+        depth: Tensor | None = None,
+        output_type: Literal["pt", "latent"] = "pt",
+        **options: Any,
+    ) -> Tensor:
+        """Repaint every scene, with more options of a call: (S, 3, H, W) in 0..1, or latents (S, 4, h, w)."""
         photos, results = self.photos(self.shown), []
         for i in range(0, len(photos), BATCH):
             part = slice(i, i + BATCH)
@@ -120,7 +129,8 @@ class Evaluation:
                 num_inference_steps=STEPS,
                 guidance_scale=guidance,
                 generator=torch.Generator().manual_seed(i),
-                output_type="pt",
+                output_type=output_type,
+                **options,
             ).images
             results.append(images)
         return torch.cat(results)

@@ -10,13 +10,13 @@ computing anything. The cost is the distance of the latents from the default's, 
 from __future__ import annotations
 
 import argparse
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from evaluate import BATCH, STEPS, Evaluation
-from random_checkpoint import GEOMETRIES
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +24,9 @@ from depthdiff import DDIMScheduler, UNet2DConditionModel
 from depthdiff.predictor import noise_predictor
 from depthdiff.run import Run
 from depthdiff.shortcuts import choose
+
+sys.path.append(str(Path(__file__).parents[1]))
+from random_checkpoint import GEOMETRIES
 
 CHOICES: tuple[dict[str, Any], ...] = (
     {},
@@ -67,25 +70,6 @@ def unet_flops(unet: UNet2DConditionModel, side: int, options: dict[str, Any], g
     return counter.get_total_flops()
 
 
-def paint(evaluation: Evaluation, guidance: float, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Repaint every scene: latents (S, 4, h, w) and pictures (S, 3, H, W)."""
-    photos, pipe, latents = evaluation.photos(evaluation.shown), evaluation.pipe, []
-    for i in range(0, len(photos), BATCH):
-        part = slice(i, i + BATCH)
-        result = pipe(
-            evaluation.captions[part],
-            photos[part],
-            strength=1.0,
-            num_inference_steps=STEPS,
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(i),
-            output_type="latent",
-            **options,
-        )
-        latents.append(result.images)
-    return torch.cat(latents), torch.cat([pipe.decode(some, "pt") for some in latents])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -114,8 +98,9 @@ def main() -> None:
                 whole[unet] = unet_flops(unet, side, {}, arguments.guidance)
             cells.append(f"{1 - unet_flops(unet, side, options, arguments.guidance) / whole[unet]:.0%}")
         if not arguments.no_pictures:
-            latents, pictures = paint(evaluation, arguments.guidance, options)
+            latents = evaluation.paint(1.0, arguments.guidance, evaluation.captions, output_type="latent", **options)
             expected = latents if expected is None else expected
+            pictures = torch.cat([evaluation.pipe.decode(some, "pt") for some in latents.split(BATCH)])
             scores = evaluation.scores(pictures)
             cells.append(f"{((latents - expected).norm() / expected.norm()).item():.3f}")
             cells += [f"{scores['geometry']:.3f}", f"{scores['outline']:.3f}", f"{scores['colours']:.1%}"]
