@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from depthdiff.capture import StepGraph, hooked
+from depthdiff.capture import StepGraph
 from depthdiff.components import Components
-from depthdiff.models.base import Body, Model
+from depthdiff.models.base import Body, Model, hooked
 
 logger = logging.getLogger(__name__)
 

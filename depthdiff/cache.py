@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from depthdiff.models.attention import MultiHeadAttention
-from depthdiff.models.base import Model
+from depthdiff.models.base import Model, hooked, layers_of
 
 
 class Cache:
@@ -75,11 +75,8 @@ def state_of(network: Model, *more: Hashable) -> tuple[Hashable, ...] | None:
 
     A network with hooks has none, None: nobody knows what they do.
     """
+    if hooked(network):
+        return None
     weights = tuple((weight.data_ptr(), weight._version) for weight in network.state_dict(keep_vars=True).values())
-    forms = []
-    for module in network.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return None
-        if isinstance(module, MultiHeadAttention):
-            forms.append(repr(module.attn_fn))
-    return network.mark, weights, tuple(forms), str(network.device), str(network.dtype), *more
+    forms = tuple(repr(layer.attn_fn) for layer in layers_of(network) if isinstance(layer, MultiHeadAttention))
+    return network.mark, weights, forms, str(network.device), str(network.dtype), *more

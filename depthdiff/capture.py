@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from depthdiff.models.attention import KeysValues, MultiHeadAttention
-from depthdiff.models.base import Body, Model
+from depthdiff.models.base import Body, Model, hooked, layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,8 @@ class StepGraph(Body):
         if torch.compiler.is_compiling():
             return self.body(sample, time, context, *more, **named)
         inputs = [sample, time, *(tensor for pair in context for tensor in pair)]
-        reason = "it has arguments that no recording knows" if more or named else self._reason_against(inputs)
+        unknown = any(argument is not None for argument in (*more, *named.values()))
+        reason = "it has arguments that no recording knows" if unknown else self._reason_against(inputs)
         recording = self._recording(inputs) if reason is None else None
         if recording is None:
             self._note(reason)
@@ -163,19 +164,6 @@ class StepGraph(Body):
         if reason != self.reason:
             logger.warning("the unet runs without a CUDA graph: %s", reason)
         self.reason = reason
-
-
-def layers_of(network: nn.Module) -> list[nn.Module]:
-    """List a network and all that is in it; several times faster than `modules()`, as it is done at every step."""
-    layers = [network]
-    for layer in layers:
-        layers.extend(child for child in layer._modules.values() if child is not None)
-    return layers
-
-
-def hooked(network: nn.Module) -> bool:
-    """Tell whether any layer has a hook on its way forward."""
-    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers_of(network))
 
 
 def state_of_graph(network: nn.Module) -> tuple[Any, ...]:

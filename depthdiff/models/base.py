@@ -236,3 +236,16 @@ class Model(nn.Module):
             use_attention(self, "sliced", self._slice_size)
         else:
             use_attention(self, "sdpa")
+
+
+def layers_of(network: nn.Module) -> list[nn.Module]:
+    """List a network and all that is in it; several times faster than `modules()`, as it is done at every step."""
+    layers = [network]
+    for layer in layers:
+        layers.extend(child for child in layer._modules.values() if child is not None)
+    return layers
+
+
+def hooked(network: nn.Module) -> bool:
+    """Tell whether any layer has a hook on its way forward."""
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers_of(network))

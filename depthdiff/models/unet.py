@@ -129,11 +129,13 @@ class Memory:
     """What stays the same over the calls of a run.
 
     Attributes:
+        readers: the blocks that attend to the prompt.
         times: identity of a timestep's tensor -> that tensor and its embedding (1, T).
         contexts: the prompts read last, at most `READINGS`, the latest at the end. Of each, what it was read from (the
             tensor, and the state of it and of the weights that read it) and the prompt as each block reads it.
     """
 
+    readers: list[TransformerBlock]
     times: dict[int, tuple[Tensor, Tensor]]
     contexts: list[tuple[tuple[Any, ...], list[KeysValues]]] = field(default_factory=list)
 
@@ -206,10 +208,7 @@ class UNet2DConditionModel(Model):
             A record with `sample` (B, out_channels, h, w).
         """
         time, context = self._embed_time(timestep, sample), self._read_context(encoder_hidden_states)
-        shortcuts: dict[str, Any] = {
-            name: one for name, one in (("deep", deep), ("merging", merging)) if one is not None
-        }
-        noise_pred = self.predict(sample, time, context, **shortcuts)
+        noise_pred = self.predict(sample, time, context, deep, merging)
         return UNet2DConditionOutput(noise_pred) if return_dict else (noise_pred,)
 
     def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -283,7 +282,8 @@ class UNet2DConditionModel(Model):
         """
         dtype = self.dtype
         times = self.embed_time(torch.stack([*timesteps]), dtype).split(1) if timesteps else ()
-        self._memory = Memory({id(t): (t, time) for t, time in zip(timesteps, times, strict=True)})
+        known = {id(t): (t, time) for t, time in zip(timesteps, times, strict=True)}
+        self._memory = Memory(self._readers(), known)
         try:
             yield
         finally:
@@ -299,7 +299,7 @@ class UNet2DConditionModel(Model):
         memory = self._memory
         if memory is None or torch.compiler.is_compiling():
             return self.read_context(context)
-        weights = [weight for block in self._readers() for weight in block.cross_attn.parameters()]
+        weights = [weight for block in memory.readers for weight in block.cross_attn.parameters()]
         source = (context, context._version, self.mark, [(weight.data_ptr(), weight._version) for weight in weights])
         for i, (known, reading) in enumerate(memory.contexts):
             if known[0] is context and known[1:] == source[1:]:
