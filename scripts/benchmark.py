@@ -26,10 +26,11 @@ from pathlib import Path
 
 import torch
 from bench import fresh, peak, warm
-from bench.meters import MATMUL_SIZES, PACKAGES, Row, keep_freed, machine, matmul_rate
+from bench.meters import MATMUL_SIZES, PACKAGES, Row, machine, matmul_rate
 from random_checkpoint import GEOMETRIES, build_pipeline
 
 from depthdiff.cli import build_parser
+from depthdiff.process import keep_freed_buffers
 
 STAGES = (*fresh.STAGES, *warm.STAGES, "peak")
 COLUMNS = ("stage", "depthdiff, s", "diffusers, s", "ratio", "peak, MiB", "GFLOP", "TFLOP/s", "of best", "")
@@ -110,8 +111,8 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = read_options(arguments)
-    if options.keep_freed:
-        keep_freed()
+    if options.keep_freed and not keep_freed_buffers():
+        raise OSError("--keep-freed needs glibc's allocator")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.checkpoint or Path(temporary) / "checkpoint"
         if not (folder / "model_index.json").exists():

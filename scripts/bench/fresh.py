@@ -32,10 +32,8 @@ IMPORT = "import time; s = time.perf_counter(); from {package} import StableDiff
 LOAD = """
 import time, torch
 from {package} import StableDiffusionDepth2ImgPipeline as Pipeline
-def peak():  # of this process alone; ru_maxrss would begin with that of the process that started it
-    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-base = peak()
+from bench.meters import memory
+base = memory("VmHWM")  # ru_maxrss would begin with that of the process that started this one
 s = time.perf_counter()
 pipe = Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype}, local_files_only=True)
 seconds = time.perf_counter() - s
@@ -44,7 +42,7 @@ size = sum(p.numel() * p.element_size() for n in networks for p in n.parameters(
 for network in networks:
     for p in network.parameters():
         p.detach().sum()
-print(seconds, time.perf_counter() - s, (peak() - base) / size)
+print(seconds, time.perf_counter() - s, (memory("VmHWM") - base) / size)
 """
 FLOOR = """
 import time
@@ -59,9 +57,7 @@ print(time.perf_counter() - s)
 LORA = """
 import statistics, time, torch
 from {package} import StableDiffusionDepth2ImgPipeline as Pipeline
-def memory(name):
-    [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
-    return int(line.split()[1]) * 1024
+from bench.meters import memory
 pipe = Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype}, local_files_only=True)
 sample = torch.randn(2, 5, {latent}, {latent}, dtype=pipe.unet.dtype)
 context = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, dtype=pipe.unet.dtype)

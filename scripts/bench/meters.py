@@ -19,8 +19,6 @@ PACKAGES = ("depthdiff", "diffusers")
 ROOT = Path(__file__).parents[2]
 PHOTO = ROOT / "tests" / "data" / "coffee.png"
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's `mallopt`. Source: malloc.h of glibc."""
 MATMUL_SIZES = (2048, 4096)
 
 
@@ -115,13 +113,6 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
             best = max(best, 2 * size**3 / seconds_of(lambda a=a, b=b: a @ b))
             runs += 1
     return best
-
-
-def keep_freed() -> None:
-    """Make glibc's allocator keep what is freed in this process, so that no buffer's pages are made twice."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not (mallopt(M_MMAP_THRESHOLD, 2**30) and mallopt(M_TRIM_THRESHOLD, -1)):
-        raise OSError("--keep-freed needs glibc's allocator")
 
 
 def machine() -> str:
