@@ -41,8 +41,6 @@ EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own
 PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsilon)"
 DTYPE_HELP = "of the weights; auto is bfloat16 where the processor has it, else float32 (float16 on cuda, else auto)"
 TF32_HELP = "multiply float32 matrices in TF32, faster and with 3 digits; of effect on cuda alone"
-SETTINGS = "depthdiff"
-"""The key of the PNG text that holds, as JSON, how a picture was made."""
 SHORTCUT_HELP = {
     "guidance_interval": "guide only where the noise is between these shares of all steps, 0..1 (default: 0 1)",
     "deep_cache": "run the UNet's deeper part at every N-th step only (default: 1)",

@@ -223,6 +223,21 @@ def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = ()) -> 
     return sheet
 
 
+def save_image(picture: Image.Image, path: Path, how: Mapping[str, Any]) -> None:
+    """Write a picture whole or not at all; a PNG carries how it was made in its text."""
+    text = PngInfo()
+    text.add_itxt(SETTINGS, json.dumps(dict(how), ensure_ascii=False))
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        if path.suffix.lower() == ".png":
+            picture.save(partial, pnginfo=text)
+        else:
+            picture.save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _items(image: Any, name: str) -> list[Any]:
     """Return the images of one argument as a list of one kind."""
     items = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -274,21 +289,6 @@ def _to_tensor(item: Array | Tensor, name: str) -> Tensor:
     if item.dtype.kind not in "buif" if isinstance(item, np.ndarray) else item.is_complex():
         raise TypeError(f"{name} must hold real numbers, got dtype {item.dtype}")
     return torch.from_numpy(item.astype(np.float32)) if isinstance(item, np.ndarray) else item.to(torch.float32)
-
-
-def save_image(picture: Image.Image, path: Path, how: Mapping[str, Any]) -> None:
-    """Write a picture whole or not at all; a PNG carries how it was made in its text."""
-    text = PngInfo()
-    text.add_itxt(SETTINGS, json.dumps(dict(how), ensure_ascii=False))
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        if path.suffix.lower() == ".png":
-            picture.save(partial, pnginfo=text)
-        else:
-            picture.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _to_nchw(item: Array | Tensor, name: str) -> Tensor:
