@@ -206,8 +206,9 @@ def test_tf32_is_for_cuda_alone(tmp_path, monkeypatch):
         assert asked == expected
 
 
-def test_the_processor_works_in_what_it_has_in_hardware(place, tiny_folder):
+def test_the_processor_works_in_what_it_has_in_hardware(place, tiny_folder, monkeypatch):
     """By default bfloat16 or float32, never float16; the picture says which."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(command(tiny_folder, "--seed", 5, "-o", "a.png")) == 0
     assert main(command(tiny_folder, "--seed", 5, "-o", "b.png", "--dtype", "auto")) == 0
     fast = torch.cpu._is_avx512_bf16_supported()

@@ -1,5 +1,7 @@
 """What does not change is computed once: within a run the prompt's keys and the timesteps, between calls encodings."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -68,15 +70,18 @@ def test_the_unet_remembers_nothing_that_has_changed(pipe):
     assert unet._memory is None
 
 
-def test_a_callback_may_replace_the_prompt(pipe, call):
-    """From the step on at which it does: the run with the other prompt's context equals one that always had it."""
+def test_a_callback_may_replace_the_prompt(pipe, call, monkeypatch):
+    """From the next step on the other prompt counts: as where every step reads its prompt anew."""
     other = torch.cat(list(reversed(pipe.encode_prompt("a house", "cpu", 1, True, ""))))
 
     def replace(pipeline, index, timestep, tensors):
         return {"prompt_embeds": other}
 
-    changed = call(callback_on_step_end=replace, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    replacing = {"callback_on_step_end": replace, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    changed = call(**replacing)
     assert not torch.allclose(changed, call(), atol=1e-3)
+    monkeypatch.setattr(pipe.unet, "remembering", lambda timesteps: nullcontext())
+    torch.testing.assert_close(changed, call(**replacing))
 
 
 def test_the_guidance_batch_is_written_in_place():
