@@ -23,6 +23,9 @@ look, broadcastable to (B, H, Lq, Lk)."""
 
 AttentionName = Literal["sdpa", "sliced", "math", "efficient"]
 
+CHUNK = 2**21
+"""Scores that `chunked_attention` holds at a time; 4 MiB in bfloat16."""
+
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Attend by the definition, with the whole (Lq, Lk) matrix in memory; the form that the others are tested against.
@@ -47,9 +50,41 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = Non
 
     On CUDA in half precision that is flash attention, torch's or cuDNN's, for the UNet's 64 channels a head. What that
     cannot do goes to the memory-efficient kernel: the autoencoder's one head of 512 channels (flash ends at 256), the
-    text encoder's mask, and float32. None of them holds the (Lq, Lk) matrix.
+    text encoder's mask, and float32. None of them holds the (Lq, Lk) matrix. On a processor in bfloat16, its kernel is
+    slower than plain products are, unless these are done in tiles (AMX); there `chunked_attention` is used instead.
     """
+    if mask is None and chunks_are_faster(q, k, v):
+        return chunked_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def chunks_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether to prefer `chunked_attention`: in bfloat16 on a processor without AMX, where nothing is trained."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return not trains and not getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+
+
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by the definition, for so many queries and heads at a time that their scores stay in a processor's cache.
+
+    Shapes as in `math_attention`; no gradients. The one buffer is used again and again: 1.9 times as fast as torch's
+    kernel for 4096 tokens in bfloat16 on two Zen 4 cores, where a new buffer for each chunk made it slower than that.
+    """
+    shape, rows = q.shape, max(1, min(q.shape[2], CHUNK // k.shape[2]))
+    q, k, v = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (BH, L, D)
+    heads = max(1, min(q.shape[0], CHUNK // (rows * k.shape[1])))
+    buffer, out = q.new_empty(heads * rows * k.shape[1]), torch.empty_like(q)
+    for head in range(0, q.shape[0], heads):
+        some = slice(head, head + heads)
+        for row in range(0, q.shape[1], rows):
+            queries, result = q[some, row : row + rows], out[some, row : row + rows]
+            scores = buffer[: queries[..., 0].numel() * k.shape[1]].view(*queries.shape[:2], -1)
+            torch.bmm(queries, k[some].transpose(1, 2), out=scores)
+            torch.softmax(scores, -1, out=scores)
+            torch.bmm(scores, v[some], out=result)
+    return out.view(shape)
 
 
 def efficient_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
