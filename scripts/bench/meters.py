@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 PACKAGES = ("depthdiff", "diffusers")
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,12 @@ def peak_of(action: Callable[[], Any], device: str) -> int:
 
 def flops_of(action: Callable[[], Any]) -> int:
     """Count the floating-point operations of matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False) as counter:
+
+    def attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count
+    with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter:
         seconds_of(action)
     return counter.get_total_flops()
 
