@@ -51,16 +51,17 @@ LOOK_SEED = 10_000_000
 DISPARITY_SCALE = 10.0
 """Brings the disparity of the scenes to about 1..5, which a network learns easily; depth is relative anyway."""
 
-SWAPPED, SWAPPED_FROM = 0.25, 600
+SWAPPED, SWAPPED_FROM = 0.7, 600
 """Share of noisy pictures, from this timestep on, that begin at another look of the same geometry, as a call with a
-strength below 1 does: so the model learns to believe the words rather than the colours that shine through the noise."""
+strength below 1 does: so the model learns to believe the words rather than the colours that shine through the noise.
+A call at full strength does so too, since the noise of Stable Diffusion's schedule never hides everything."""
 
-NOISY, NOISY_FROM = 0.3, 750
+NOISY, NOISY_FROM = 0.6, 700
 """Share of timesteps that are drawn from this one on, in place of all. An object's colour is the mean of many latents,
 so that noise hides it only there, and only there words have to tell it. Source: arXiv:2301.11093, sec. 2.3, which moves
 the schedule for the same reason; Stable Diffusion's own is kept here, so that its schedulers fit."""
 
-BINDING = 0.05
+BINDING = 0.1
 """Weight of the loss that teaches an object's places to look at the words that name it. Without it each colour of a
 caption was painted, but on any of the objects: 90 % of them had a colour of the caption, 35 % their own."""
 
@@ -456,7 +457,8 @@ class Trainer:
             return F.mse_loss(out.float(), target) + BINDING * bound
 
         def export(model: nn.Module) -> None:
-            log(self.run, f"unet looks at an object's name: {sum(shares) / max(len(shares), 1):.2f}")
+            if shares:
+                log(self.run, f"unet looks at an object's name: {sum(shares) / len(shares):.2f}")
             shares.clear()
             StableDiffusionDepth2ImgPipeline(
                 vae=vae,
