@@ -60,7 +60,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = Non
 
 def chunks_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether to prefer `chunked_attention`: in bfloat16 on a processor without AMX, where nothing is trained."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # which would make the scores float32
         return False
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return not trains and not getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
