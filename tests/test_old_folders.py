@@ -16,6 +16,7 @@ from depthdiff import (
     UNet2DConditionModel,
 )
 from depthdiff.checkpoint.pickles import read_pickle
+from tests.weights import realigned
 
 STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -34,7 +35,7 @@ def folder(tiny_folder, tmp_path):
 
 
 def paint(pipe, photo):
-    pipe.set_progress_bar_config(disable=True)
+    realigned(pipe).set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     return pipe("a cat", photo, num_inference_steps=2, strength=1.0, generator=generator, output_type="pt").images
 

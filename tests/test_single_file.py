@@ -24,6 +24,7 @@ from depthdiff.checkpoint.single_file import CLASSES, find_single_file, open_sin
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, KEPT, PREFIXES, TABLES_LDM
 from tests.ldm import FULL, SMALL, key_lists, random_twins
+from tests.weights import realigned
 
 DATA = Path(__file__).parent / "data"
 NETWORKS = tuple(CLASSES)
@@ -139,7 +140,7 @@ def twins(tmp_path_factory):
 
 
 def draw(pipe, photo):
-    pipe.set_progress_bar_config(disable=True)
+    realigned(pipe).set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipe("two tigers!", photo, num_inference_steps=3, generator=generator, output_type="pt").images
 
