@@ -6,7 +6,6 @@ device wait for the host.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,14 +63,14 @@ def finite(stage: str, network: Model, work: Callable[[], Tensor], given: Tensor
 @contextmanager
 def in_float32(network: Model) -> Iterator[None]:
     """Let a network work in float32 for a while; its own weights come back bit for bit."""
-    own = [(tensor, tensor.data) for tensor in itertools.chain(network.parameters(), network.buffers())]
+    own = [(parameter, parameter.data) for parameter in network.parameters()]
     try:
-        for tensor, data in own:
-            tensor.data = data.float() if data.is_floating_point() else data
+        for parameter, data in own:
+            parameter.data = data.float()
         yield
     finally:
-        for tensor, data in own:
-            tensor.data = data
+        for parameter, data in own:
+            parameter.data = data
 
 
 def check_finite(x: Tensor, what: str) -> Tensor:

@@ -20,6 +20,7 @@ from depthdiff import (
     StableDiffusionDepth2ImgPipeline,
     UNet2DConditionModel,
 )
+from depthdiff.checkpoint.loading import computing_dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, "auto", None])
@@ -35,6 +36,24 @@ def test_dtypes(tiny_folder, tmp_path, dtype):
         assert not network.training
     alias = StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path, dtype=dtype)
     assert alias.dtype == expected
+
+
+def test_auto_on_a_gpu_is_the_dtype_of_the_file(monkeypatch):
+    for there, bfloat16, expected in (
+        (True, True, ("auto", "auto")),
+        (False, True, (torch.bfloat16, torch.float32)),
+        (False, False, (torch.float32, torch.float32)),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bfloat16=bfloat16: bfloat16)
+        assert (computing_dtype("unet", "auto"), computing_dtype("depth_estimator", "auto")) == expected
+        assert computing_dtype("unet", torch.float16) == torch.float16
+
+
+def test_wrong_arguments_are_refused_before_anything_is_looked_for():
+    for options in ({"torch_dtype": torch.int8}, {"variant": "../fp16"}, {"use_safetensors": "yes"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            StableDiffusionDepth2ImgPipeline.from_pretrained("./nowhere", **options)
 
 
 def test_overrides_are_used_and_their_files_not_read(tiny_folder, tmp_path):

@@ -1,5 +1,6 @@
 """Saving is all or nothing: killed at any moment, the folder is the old checkpoint or the new one, whole."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from random_checkpoint import build_pipeline
 
-from depthdiff import StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
+from depthdiff import CheckpointError, StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
 from depthdiff.checkpoint import saving
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +112,51 @@ def test_over_an_old_checkpoint(pipe, tmp_path, monkeypatch, exchange):
     for key, value in other.unet.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_what_stays_of_an_old_folder(pipe, tmp_path, monkeypatch):
+    """Its rights, its links, and its other files also where the file system has no hard links."""
+    folder = tmp_path / "unet"
+    pipe.unet.save_pretrained(folder, max_shard_size="50KB")
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in pipe.unet.state_dict().values())
+    folder.chmod(0o750)
+    (tmp_path / "elsewhere").write_text("theirs")
+    (folder / "link").symlink_to("../elsewhere")
+    (folder / "README.md").write_text("mine")
+    for links in (True, False):
+        if not links:
+            monkeypatch.setattr(saving.os, "link", without_links)
+        pipe.unet.save_pretrained(folder)
+        assert folder.stat().st_mode & 0o777 == 0o750
+        assert (folder / "link").readlink() == Path("../elsewhere")
+        assert (folder / "README.md").read_text() == "mine"
+        names = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "link"]
+        assert sorted(path.name for path in folder.iterdir()) == names  # and no parts of the old weights
+
+
+def without_links(*paths, **options):
+    raise OSError(95, "Operation not supported")
+
+
+def test_weights_in_another_memory_layout_are_saved_as_they_are(pipe, tmp_path):
+    """A pipeline that has worked holds its convolutions channels last, which no file can say."""
+    expected = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    pipe.unet.to(memory_format=torch.channels_last).save_pretrained(tmp_path / "unet")
+    for key, value in UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict().items():
+        assert torch.equal(value, expected[key])
+
+
+def test_a_pipeline_without_a_part(pipe, tmp_path):
+    """Its index says that there is none, and loading asks for one."""
+    pipe.depth_estimator = None
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    index = json.loads((tmp_path / "checkpoint" / "model_index.json").read_text())
+    assert index["depth_estimator"] == [None, None]
+    with pytest.raises(CheckpointError, match=r"has no depth_estimator.*pass one as depth_estimator="):
+        StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path / "checkpoint")
+    again = StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path / "checkpoint", depth_estimator=None)
+    assert again.depth_estimator is None
 
 
 def test_a_variant_beside_the_plain_weights(pipe, tmp_path):
