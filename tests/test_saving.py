@@ -206,7 +206,7 @@ def test_places_that_cannot_be_written(pipe, tmp_path):
 
 
 def test_new_folders_may_be_deep_and_have_ordinary_rights(pipe, tmp_path):
-    pipe.unet.save_pretrained(tmp_path / "a" / "b")
+    pipe.unet.save_pretrained(tmp_path / "a" / "b" / "c")
     (tmp_path / "ordinary").mkdir()
-    assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    assert (tmp_path / "a" / "b" / "c").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
     shutil.rmtree(tmp_path / "a")

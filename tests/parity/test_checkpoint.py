@@ -106,6 +106,10 @@ def test_files_in_parts_and_in_half_precision(name, form, tmp_path):
     assert [f for f in written if "index" in f or "of-" not in f] == [
         f for f in files if "index" in f or "of-" not in f
     ]
+    theirs, ours = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("theirs", "ours"))
+    kinds = ("_class_name", "architectures", "model_type")  # by which the libraries' auto classes choose
+    assert [ours.get(key) for key in kinds] == [theirs.get(key) for key in kinds]
+    assert ("_diffusers_version" in ours) == ("_diffusers_version" in theirs)
     back = REFERENCES[name][0].from_pretrained(
         tmp_path / "ours", **({} if form == "sharded" else {"variant": "fp16", "torch_dtype": torch.float16})
     )
