@@ -179,7 +179,7 @@ FILES = {
         damage("model_index.json", lambda p: rewrite(p, "PNDMScheduler", "FlowMatchScheduler")),
         "scheduler is a FlowMatchScheduler; implemented here: PNDMScheduler",
     ),
-    "folder missing": (damage("vae", shutil.rmtree), "vae"),
+    "folder missing": (damage("vae", shutil.rmtree), r"checkpoint has no folder vae, which its model_index.json names"),
     "config missing": (damage("unet/config.json", lambda p: p.unlink()), "unet has no config.json"),
     "config of another network": (
         damage("unet/config.json", lambda p: rewrite(p, "UNet2DConditionModel", "AutoencoderKL")),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from random_checkpoint import GEOMETRIES
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import depthdiff
@@ -110,6 +111,9 @@ def test_files_in_parts_and_in_half_precision(name, form, tmp_path):
     kinds = ("_class_name", "architectures", "model_type")  # by which the libraries' auto classes choose
     assert [ours.get(key) for key in kinds] == [theirs.get(key) for key in kinds]
     assert ("_diffusers_version" in ours) == ("_diffusers_version" in theirs)
+    for path in (tmp_path / "ours").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}  # without which older transformers refuse the file
     back = REFERENCES[name][0].from_pretrained(
         tmp_path / "ours", **({} if form == "sharded" else {"variant": "fp16", "torch_dtype": torch.float16})
     )
