@@ -9,7 +9,6 @@ import torch
 
 from depthdiff.checkpoint.single_pipeline import load_into, load_single_components
 from depthdiff.components import Components, nearest
-from depthdiff.inputs import check_fit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -120,8 +119,6 @@ class SingleFiles(Components):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        parts = {**self.components, **loaded}
-        check_fit(parts["vae"], parts["text_encoder"], parts["tokenizer"], parts["unet"])
         for name, network in loaded.items():
             setattr(self, name, network)
         return list(loaded)

@@ -223,6 +223,8 @@ def test_pickles_are_fetched_only_where_nothing_else_is(hub):
     assert torch.equal(bias(load(hub, "owner/pickles")), bias(hub.folder))
     assert len([name for name in hub.log if name.endswith(".bin")]) == 4
     assert torch.equal(bias(load(hub, "owner/pickles", local_files_only=True)), bias(hub.folder))
+    alone = UNet2DConditionModel.from_pretrained("owner/pickles", subfolder="unet", cache_dir=hub.cache / "new")
+    assert torch.equal(alone.conv_in.bias, bias(hub.folder))
 
 
 def test_a_web_page_instead_of_weights(hub):
