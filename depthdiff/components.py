@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
@@ -20,6 +19,7 @@ from depthdiff.checkpoint.loading import load_components
 from depthdiff.checkpoint.saving import save_components
 from depthdiff.models.attention import AttentionName
 from depthdiff.models.base import Model
+from depthdiff.models.visits import visit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -205,7 +205,7 @@ class Components:
         for network in self.networks.values():
             for layer in network.modules():
                 if next(layer.parameters(recurse=False), None) is not None:
-                    self._hooks += visit_device(layer, target)
+                    self._hooks += visit(layer, lambda weight: weight.to(target))
 
     def remove_all_hooks(self) -> None:
         """End offloading; the networks stay on the CPU until `to` moves them."""
@@ -305,19 +305,3 @@ class Components:
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Set tqdm's arguments for the bars of this pipeline, such as `disable=True`."""
         self._progress_bar_config = kwargs
-
-
-def visit_device(layer: nn.Module, device: torch.device) -> list[RemovableHandle]:
-    """Make a layer's own weights go to `device` before it works, and back to where they were after it."""
-    at_home: dict[str, torch.Tensor] = {}
-
-    def go(module: nn.Module, args: Any) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            at_home[name] = parameter.data
-            parameter.data = parameter.data.to(device)
-
-    def come_back(module: nn.Module, args: Any, output: Any) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter.data = at_home.pop(name)
-
-    return [layer.register_forward_pre_hook(go), layer.register_forward_hook(come_back, always_call=True)]

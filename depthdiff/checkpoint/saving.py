@@ -41,10 +41,11 @@ def save_model(
     """Write a network; see `depthdiff.models.base.Model.save_pretrained`.
 
     Raises:
-        ValueError: `safe_serialization` is False.
+        ValueError: `safe_serialization` is False, or weights lie in float8.
         OSError: the folder cannot be written.
     """
     _refuse_pickles(safe_serialization)
+    _refuse_narrow_weights(model)
     with replacing(Path(folder), stale=weight_files(model.weights_name, variant)) as new:
         write_model(model, new, variant, max_shard_size)
 
@@ -61,7 +62,7 @@ def save_components(
     """Write a pipeline: `model_index.json` and a folder for every component that is not None.
 
     Raises:
-        ValueError: `safe_serialization` is False.
+        ValueError: `safe_serialization` is False, or weights lie in float8.
         OSError: the folder cannot be written.
     """
     _refuse_pickles(safe_serialization)
@@ -69,6 +70,7 @@ def save_components(
     stale = []
     for name, part in components.items():
         if isinstance(part, Model):
+            _refuse_narrow_weights(part)
             stale += [f"{name}/{file}" for file in weight_files(part.weights_name, variant)]
     with replacing(Path(folder), stale=tuple(stale)) as new:
         write_json(new / "model_index.json", index)
@@ -187,3 +189,9 @@ def _umask() -> int:
 def _refuse_pickles(safe_serialization: bool) -> None:
     if safe_serialization is not True:
         raise ValueError(f"safe_serialization must be True, got {safe_serialization!r}: pickles are never written")
+
+
+def _refuse_narrow_weights(model: Model) -> None:
+    if any(parameter.dtype.itemsize < 2 for parameter in model.parameters()):
+        kind = type(model).__name__
+        raise ValueError(f"weights of the {kind} lie in float8, which no file of it holds; save before they are cast")
