@@ -45,7 +45,8 @@ class Compiled(Body):
             return result.clone() if self._reuses_memory and isinstance(result, torch.Tensor) else result
         if not before:
             logger.warning(
-                "%s runs uncompiled: it has hooks, as sequential offloading sets", type(self.network).__name__
+                "%s runs uncompiled: it has hooks, as sequential offloading or layerwise casting sets",
+                type(self.network).__name__,
             )
         return self.body(*args, **kwargs)
 
@@ -72,7 +73,8 @@ class Acceleration(Components):
         """Run UNet, autoencoder and text encoder through torch.compile; the work is done when each first runs.
 
         Adapters may come and go, and `to` may move the networks. A second size of picture compiles once more, for any
-        size if `dynamic` is None. Networks with hooks, as sequential offloading sets, run uncompiled.
+        size if `dynamic` is None. Networks with hooks (of sequential offloading or
+        layerwise casting) run uncompiled.
 
         Args:
             mode: None, "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".

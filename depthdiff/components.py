@@ -19,7 +19,7 @@ from depthdiff.checkpoint.loading import load_components
 from depthdiff.checkpoint.saving import save_components
 from depthdiff.models.attention import AttentionName
 from depthdiff.models.base import Model
-from depthdiff.models.visits import visit
+from depthdiff.models.visits import Visit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -161,7 +161,7 @@ class Components:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the networks' weights."""
+        """Of the networks' weights while they work."""
         return next((network.dtype for network in self.networks.values()), torch.float32)
 
     @property
@@ -205,7 +205,7 @@ class Components:
         for network in self.networks.values():
             for layer in network.modules():
                 if next(layer.parameters(recurse=False), None) is not None:
-                    self._hooks += visit(layer, lambda weight: weight.to(target))
+                    self._hooks += Visit(device=target).attach(layer)
 
     def remove_all_hooks(self) -> None:
         """End offloading; the networks stay on the CPU until `to` moves them."""

@@ -103,7 +103,8 @@ class SingleFiles(Components):
 
         Raises:
             CheckpointError: the file is missing, damaged, or its networks are of another geometry.
-            ValueError: adapters are loaded or offloading is on; both hold on to the present weights.
+            ValueError: adapters are loaded or offloading is on; both hold on to the present weights. Or the file has
+                a UNet, and the pipeline's lies in fewer bits than it works in.
         """
         if self.device.type == "meta" or self._offload_device is not None:
             raise ValueError("load_single_file needs weights in place; call remove_all_hooks() first")

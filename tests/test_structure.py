@@ -18,7 +18,7 @@ ALLOWED = {
     "config": set(),
     "noise": set(),
 }
-DEFERRED = {"models/base.py", "schedulers/base.py", "tokenizer.py", "image_processor.py"}
+DEFERRED = {"models/base.py", "models/visits.py", "schedulers/base.py", "tokenizer.py", "image_processor.py"}
 """Files whose from_pretrained and save_pretrained import the checkpoint package when they are called."""
 
 

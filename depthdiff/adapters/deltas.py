@@ -99,7 +99,7 @@ class Delta:
         A change that lacks the last channel in leaves it alone: that of a UNet without depth.
         Call `fits` first.
         """
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = widened(weight)
         delta = self.raw(weight) * self.scale
         image_only = delta.numel() < weight.numel()
         known = weight[:, :-1] if image_only else weight
@@ -111,6 +111,11 @@ class Delta:
     def raw(self, like: Tensor) -> Tensor:
         """Compute the formula alone, on the device and in the dtype of `like`."""
         return METHODS[self.method][0]({name: part.to(like.device, like.dtype) for name, part in self.parts.items()})
+
+
+def widened(weight: Tensor) -> Tensor:
+    """Return a weight in float32, or as it is where it has more digits."""
+    return weight if weight.dtype == torch.float64 else weight.float()
 
 
 def decompose(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:

@@ -74,13 +74,12 @@ class Adapters(TextualInversion, Merging):
 
         Raises:
             CheckpointError: the file is missing or damaged, or made for another model; nothing has changed then.
-            ValueError: the name is taken, or weights lie in float8.
+            ValueError: the name is taken.
         """
         free = next(name for name in map("default_{}".format, itertools.count()) if name not in self._loras)
         name = free if adapter_name is None else adapter_name
         if name in self._loras and not hotswap:
             raise ValueError(f"adapter_name {name!r} is taken; choose another, or delete_adapters({name!r}) first")
-        self._refuse_float8(self._adapted())
         if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
             settings: dict[str, Any] = {}
             state, source = pretrained_model_name_or_path_or_dict, f"adapter {name!r}"

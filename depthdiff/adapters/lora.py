@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthdiff.adapters.deltas import Delta, fits, make_delta
+from depthdiff.adapters.deltas import Delta, fits, make_delta, widened
 from depthdiff.adapters.names import is_kohya, layer_names, split_key
 from depthdiff.config import CheckpointError
 
@@ -225,7 +225,7 @@ def merged(weight: Tensor, changes: Iterable[tuple[Delta, float]]) -> Tensor:
         weight: the checkpoint's own.
         changes: of this weight, and how much of each.
     """
-    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    total = widened(weight)
     for delta, share in changes:
         total = total + share * delta.of(weight)
     return total.to(weight.dtype)

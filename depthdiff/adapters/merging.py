@@ -42,12 +42,6 @@ class Merging(Components):
         for component in COMPONENTS:
             self._merge(component, 1.0)
 
-    @staticmethod
-    def _refuse_float8(networks: dict[str, nn.Module]) -> None:
-        for component, network in networks.items():
-            if any(parameter.dtype.itemsize < 2 for parameter in network.parameters()):
-                raise ValueError(f"weights of the {component} lie in float8; load adapters first, then cast layerwise")
-
     def _let_go(self, component: str) -> None:
         """Give a network that the user has replaced its own weights back; the new one starts without adapters."""
         network = getattr(self, component)
@@ -68,9 +62,8 @@ class Merging(Components):
                 wanted.append((self._loras[name], scaled(component_weight(share, component), scale)))
         if wanted == self._merged[component]:
             return
-        network, originals = getattr(self, component), self._originals[component]
-        self._refuse_float8({component: network})
         self._merged[component] = None  # unknown while at work
+        network, originals = getattr(self, component), self._originals[component]
         network.mark = object()
         touched = dict.fromkeys([*originals, *(key for lora, _ in wanted for key in lora.deltas[component])])
         for key in touched:

@@ -41,7 +41,7 @@ def save_model(
     """Write a network; see `depthdiff.models.base.Model.save_pretrained`.
 
     Raises:
-        ValueError: `safe_serialization` is False, or weights lie in float8.
+        ValueError: `safe_serialization` is False, or weights lie in 8 bits.
         OSError: the folder cannot be written.
     """
     _refuse_pickles(safe_serialization)
@@ -62,7 +62,7 @@ def save_components(
     """Write a pipeline: `model_index.json` and a folder for every component that is not None.
 
     Raises:
-        ValueError: `safe_serialization` is False, or weights lie in float8.
+        ValueError: `safe_serialization` is False, or weights lie in 8 bits.
         OSError: the folder cannot be written.
     """
     _refuse_pickles(safe_serialization)
@@ -192,6 +192,7 @@ def _refuse_pickles(safe_serialization: bool) -> None:
 
 
 def _refuse_narrow_weights(model: Model) -> None:
-    if any(parameter.dtype.itemsize < 2 for parameter in model.parameters()):
+    narrow = next((parameter.dtype for parameter in model.parameters() if parameter.dtype.itemsize < 2), None)
+    if narrow is not None:
         kind = type(model).__name__
-        raise ValueError(f"weights of the {kind} lie in float8, which no file of it holds; save before they are cast")
+        raise ValueError(f"weights of the {kind} lie in {narrow}, the rest is lost; load it anew and save that")

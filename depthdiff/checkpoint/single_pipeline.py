@@ -25,6 +25,7 @@ from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.models.base import Model
 from depthdiff.models.dpt import DPTForDepthEstimation
+from depthdiff.models.visits import LayerwiseCasting
 from depthdiff.schedulers.pndm import PNDMScheduler
 
 BILINEAR = 2
@@ -95,6 +96,7 @@ def load_into(
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds networks that do not fit.
+        ValueError: a network that it holds lies in fewer bits than it works in.
     """
     file = open_single_file(find_single_file(name, **where))
     refuse_other_unets(file, prediction_type)
@@ -104,6 +106,10 @@ def load_into(
         raise CheckpointError(
             f"{file.path} holds a {absent[0]}, which the pipeline has not; load it as {absent[0]}=..."
         )
+    for component in file.parts:
+        network = networks[component]
+        if isinstance(network, LayerwiseCasting) and network.storage_dtype is not None:
+            raise ValueError(f"weights of the {component} lie in {network.storage_dtype}; load files before that")
     return {
         component: load_part(file, component, networks[component].config, networks[component].dtype).to(
             networks[component].device

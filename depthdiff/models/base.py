@@ -11,7 +11,6 @@ from torch import nn
 
 from depthdiff.config import Config
 from depthdiff.models.attention import AttentionName, use_attention
-from depthdiff.models.visits import SKIPPED, cast_layerwise
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,7 +46,6 @@ class Model(nn.Module):
         self.config = config
         self._slice_size: int | Literal["auto", "max"] | None = None
         self._efficient = False
-        self._compute_dtype: torch.dtype | None = None
         self.mark = object()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,8 +186,8 @@ class Model(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights while they work."""
-        return self._compute_dtype or next(self.parameters()).dtype
+        """The dtype of the weights."""
+        return next(self.parameters()).dtype
 
     def use_fast_layout(self) -> None:
         """In half precision, lay convolutions out with the channels last: there they are faster."""
@@ -197,49 +195,6 @@ class Model(nn.Module):
         if first is not None and self.dtype in (torch.float16, torch.bfloat16):
             if not first.is_contiguous(memory_format=torch.channels_last):
                 self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def enable_layerwise_casting(
-        self,
-        storage_dtype: torch.dtype = torch.float8_e4m3fn,
-        compute_dtype: torch.dtype | None = None,
-        skip_modules_pattern: tuple[str, ...] | None = None,
-        skip_modules_classes: tuple[type[nn.Module], ...] | None = None,
-        non_blocking: bool = False,
-    ) -> None:
-        """Let the weights lie in fewer bits than they work in, layer by layer: float8 takes half of float16's memory.
-
-        It cannot be taken back, as the digits are gone; load the network anew. Adapters are loaded before it. A later
-        `to` with a dtype changes how the weights lie, not how they work.
-
-        Args:
-            storage_dtype: in which they lie.
-            compute_dtype: in which they work; what they are now if absent.
-            skip_modules_pattern: patterns of published names of layers that stay; `visits.SKIPPED` if absent.
-            skip_modules_classes: classes of such layers.
-            non_blocking: see `torch.Tensor.to`.
-
-        Raises:
-            ValueError: a dtype is none of floating-point numbers, or it is on already.
-        """
-        from depthdiff.checkpoint.tables import TABLES  # deferred, as above
-
-        for name, dtype in (("storage_dtype", storage_dtype), ("compute_dtype", compute_dtype or self.dtype)):
-            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-                raise ValueError(f"{name} must be a floating-point torch dtype, got {dtype!r}")
-        if self._compute_dtype is not None:
-            raise ValueError("layerwise casting is on already, and cannot be taken back; load the network anew")
-        table = TABLES[type(self).__name__]
-        compute_dtype = compute_dtype or self.dtype
-        cast_layerwise(
-            self,
-            lambda name: table.published(f"{name}.weight").removesuffix(".weight"),
-            storage_dtype,
-            compute_dtype,
-            SKIPPED if skip_modules_pattern is None else tuple(skip_modules_pattern),
-            skip_modules_classes or (),
-            non_blocking,
-        )
-        self._compute_dtype, self.mark = compute_dtype, object()
 
     def num_parameters(self) -> int:
         """Count the weights."""

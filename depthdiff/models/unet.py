@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from depthdiff.config import Config, Output
 from depthdiff.models.attention import KeysValues
-from depthdiff.models.base import Model
 from depthdiff.models.layers import ACTIVATIONS, TimestepEmbedding, TransformerBlock, timestep_embedding
 from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
 from depthdiff.models.unet_blocks import DownBlock, Level, MidBlock, UpBlock
+from depthdiff.models.visits import LayerwiseCasting
 
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -140,7 +140,7 @@ class Memory:
     contexts: list[tuple[tuple[Any, ...], list[KeysValues]]] = field(default_factory=list)
 
 
-class UNet2DConditionModel(Model):
+class UNet2DConditionModel(LayerwiseCasting):
     """The denoising network of latent diffusion.
 
     Args:

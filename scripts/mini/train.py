@@ -62,7 +62,7 @@ so that noise hides it only there, and only there words have to tell it. Source:
 the schedule for the same reason; Stable Diffusion's own is kept here, so that its schedulers fit."""
 
 CROWDED = 0.5
-"""Share of pictures that are drawn from the scenes of three and four objects alone, in place of all: one object gets
+"""Share of pictures that are drawn from those that show three and four objects alone, in place of all: one object gets
 its colour soon, and which of several is meant is what takes long to learn."""
 
 BINDING = 0.3
@@ -233,9 +233,10 @@ class Data:
         return torch.from_numpy(self.images[index]).movedim(3, 1).float() / 127.5 - 1
 
     def crowded(self) -> Tensor:
-        """List the pictures in which at least three objects can be seen: (n,), int64."""
+        """List the pictures in which at least three objects can be seen, or all if there are none: (n,), int64."""
         objects = np.unpackbits(self.seen[:, None], axis=1).sum(1)
-        return torch.from_numpy((objects >= 3).nonzero()[0])
+        crowded = (objects >= 3).nonzero()[0]
+        return torch.from_numpy(crowded if len(crowded) else np.arange(len(self)))
 
     def words(self, index: int, seed: int, flip: bool) -> tuple[str, dict[int, str]]:
         """Return one of the captions of a picture or of its mirror image, and the part of it that names each object."""
