@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="depthdiff",
         description="Repaint a photo by a prompt and keep its depth, with Stable Diffusion 2 depth-to-image.",
-        epilog="example: depthdiff 'a golden sphere and a blue cube, at sunset' scene.png --strength 1 --guidance 3. "
+        epilog="example: depthdiff 'a golden sphere and a blue cube, at sunset' scene.png --strength 1 --guidance 2. "
         f"Without --model the small model that comes with the package is used; it knows tables with toys. For "
         f"photographs: --model {PHOTO_MODEL} (5 GB, downloaded once). "
         "depthdiff inspect PATH says what a checkpoint is and whether it will load.",

@@ -108,7 +108,7 @@ def test_controls_are_much_worse(evaluation, painted):
 
 
 def paint(pipe, scene, prompt, **more):
-    more = {"strength": 1.0, "num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "pt"} | more
+    more = {"strength": 1.0, "num_inference_steps": 20, "guidance_scale": 2.0, "output_type": "pt"} | more
     return pipe(prompt, scene, generator=torch.Generator().manual_seed(3), **more).images[0]
 
 

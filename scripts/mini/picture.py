@@ -39,7 +39,7 @@ def main(scene_path: str, sheet_path: str) -> None:
             photo,
             strength=1.0,
             num_inference_steps=20,
-            guidance_scale=3.0,
+            guidance_scale=2.0,
             generator=torch.Generator().manual_seed(0),
         ).images[0]
         for prompt in PROMPTS
