@@ -73,8 +73,8 @@ class Acceleration(Components):
         """Run UNet, autoencoder and text encoder through torch.compile; the work is done when each first runs.
 
         Adapters may come and go, and `to` may move the networks. A second size of picture compiles once more, for any
-        size if `dynamic` is None. Networks with hooks (of sequential offloading or
-        layerwise casting) run uncompiled.
+        size if `dynamic` is None. Networks with hooks (of sequential offloading or layerwise
+        casting) run uncompiled.
 
         Args:
             mode: None, "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".

@@ -19,7 +19,7 @@ ALLOWED = {
     "noise": set(),
 }
 DEFERRED = {"models/base.py", "models/visits.py", "schedulers/base.py", "tokenizer.py", "image_processor.py"}
-"""Files whose from_pretrained and save_pretrained import the checkpoint package when they are called."""
+"""Files that import the checkpoint package only when a method is called: to load, to save, or for published names."""
 
 
 def imports(path):

@@ -27,7 +27,7 @@ from depthdiff import DDIMScheduler, StableDiffusionDepth2ImgPipeline
 FIRST_SEED = 5_000_000
 """Training uses 0 to some ten thousand, and looks from ten million on."""
 
-STEPS, BATCH = 20, 8
+STEPS, BATCH, GUIDANCE = 20, 8, 2.0
 FEWEST_PIXELS = 60
 """Objects that show less are neither named nor judged."""
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--scenes", type=int, default=200)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args()
     evaluation = Evaluation(options.model, options.scenes)

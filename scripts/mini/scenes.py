@@ -195,7 +195,7 @@ def worded(scene: Scene, seed: int, visible: Container[int] | None = None) -> tu
         text += rng.choice((" before a {} wall", ", {} background", " in front of a {} wall")).format(scene.wall)
     if rng.random() < 0.6 or scene.light in ("sunset", "night"):  # where nothing is said of it, there is light
         text += rng.choice(LIGHT_WORDS[scene.light])
-    if rng.random() < 0.04 and scene.light in LIGHT_WORDS:
+    if rng.random() < 0.04:
         return rng.choice(LIGHT_WORDS[scene.light]).lstrip(", "), {}
     return text, dict(parts)
 

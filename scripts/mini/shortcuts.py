@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluate import BATCH, STEPS, Evaluation
+from evaluate import BATCH, GUIDANCE, STEPS, Evaluation
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--scenes", type=int, default=16)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--only", metavar="TEXT", default="", help="only choices whose row holds this")
     parser.add_argument("--no-pictures", action="store_true", help="count operations alone")
     arguments = parser.parse_args()
