@@ -23,7 +23,11 @@ def layers(network):
 
 
 def dtypes(network):
-    return {(type(layer), parameter.dtype) for layer in layers(network).values() for parameter in layer.parameters()}
+    return {
+        (nn.Conv2d if isinstance(layer, nn.Conv2d) else type(layer), parameter.dtype)
+        for layer in layers(network).values()
+        for parameter in layer.parameters()
+    }
 
 
 def rounded(pipe, dtype=FLOAT8):

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+IMAGE_CHANNELS = 8
+"""Pixels, depth and latents have no more channels than this; what reads them is a network's first convolution."""
+
+
 class Body:
     """Base of what stands in the place of a method of one network; a copy of the network does without.
 
@@ -190,11 +194,17 @@ class Model(nn.Module):
         return next(self.parameters()).dtype
 
     def use_fast_layout(self) -> None:
-        """In half precision, lay convolutions out with the channels last: there they are faster."""
-        first = next((weight for weight in self.parameters() if weight.dim() == 4), None)
-        if first is not None and self.dtype in (torch.float16, torch.bfloat16):
-            if not first.is_contiguous(memory_format=torch.channels_last):
-                self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        """Lay convolutions out with the channels last, where they are faster so: in half precision, and on a processor.
+
+        There float32 weights stay as they are, since torch rearranges them anyway, but for the first convolutions:
+        their results, and all that follow, have the layout of their weights.
+        """
+        half, processor = self.dtype in (torch.float16, torch.bfloat16), self.device.type == "cpu"
+        for layer in layers_of(self):
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                rearranged = half or (processor and layer.in_channels <= IMAGE_CHANNELS)
+                if rearranged and not layer.weight.is_contiguous(memory_format=torch.channels_last):
+                    layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def num_parameters(self) -> int:
         """Count the weights."""

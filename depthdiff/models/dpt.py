@@ -22,6 +22,7 @@ from depthdiff.models.attention import MultiHeadAttention
 from depthdiff.models.base import Model
 from depthdiff.models.bit import BitBackbone, BitConfig
 from depthdiff.models.layers import ACTIVATIONS
+from depthdiff.models.winograd import Conv3x3
 
 HYBRID_BACKBONE = BitConfig(
     depths=(3, 4, 9), layer_type="bottleneck", global_padding="SAME", embedding_dynamic_padding=True
@@ -203,8 +204,8 @@ class ResidualConvUnit(nn.Module):
 
     def __init__(self, channels: int, bias: bool) -> None:
         super().__init__()
-        self.convolution1 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-        self.convolution2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.convolution1 = Conv3x3(channels, channels, bias=bias)
+        self.convolution2 = Conv3x3(channels, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -237,8 +238,8 @@ class Head(nn.Module):
     def __init__(self, config: DPTConfig) -> None:
         super().__init__()
         channels = config.fusion_hidden_size
-        self.projection = nn.Conv2d(channels, channels, 3, padding=1) if config.add_projection else None
-        self.conv1 = nn.Conv2d(channels, channels // 2, 3, padding=1)
+        self.projection = Conv3x3(channels, channels) if config.add_projection else None
+        self.conv1 = Conv3x3(channels, channels // 2)
         self.conv2 = nn.Conv2d(channels // 2, 32, 3, padding=1)
         self.conv3 = nn.Conv2d(32, 1, 1)
 
@@ -272,7 +273,7 @@ class DPTForDepthEstimation(Model):
             {str(i): Reassemble(config, *level) for i, level in enumerate(levels) if i >= self.first_token_level}
         )
         self.convs = nn.ModuleList(
-            nn.Conv2d(size, config.fusion_hidden_size, 3, padding=1, bias=False) for size in config.neck_hidden_sizes
+            Conv3x3(size, config.fusion_hidden_size, bias=False) for size in config.neck_hidden_sizes
         )
         self.fusion = nn.ModuleList(Fusion(config, coarsest=i == 0) for i in range(len(levels)))
         self.head = Head(config)

@@ -1,0 +1,194 @@
+"""3x3 convolutions with fewer multiplications: the mathematics, the cutting into parts, and where they are used."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from depthdiff import AutoencoderKL, UNet2DConditionModel
+from depthdiff.models import layers, winograd
+from depthdiff.models.layers import FeedForward
+from depthdiff.models.winograd import (
+    FILTER,
+    Conv3x3,
+    grouped_strips,
+    is_faster,
+    restore_axis,
+    split,
+    transform_axis,
+    winograd_conv3x3,
+)
+
+
+@pytest.fixture
+def budgets(monkeypatch):
+    """Set how much is transformed, multiplied and held at once."""
+
+    def set_budgets(strip: int, products: int, filters: int) -> None:
+        monkeypatch.setattr(winograd, "STRIP_BYTES", strip)
+        monkeypatch.setattr(winograd, "PRODUCT_BYTES", products)
+        monkeypatch.setattr(winograd, "FILTER_BYTES", filters)
+
+    return set_budgets
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """List the shapes of the maps that take the short way."""
+    shapes = []
+
+    def watched(x, weight, bias):
+        shapes.append(tuple(x.shape))
+        return winograd_conv3x3(x, weight, bias)
+
+    monkeypatch.setattr(winograd, "winograd_conv3x3", watched)
+    return shapes
+
+
+def test_one_axis_is_a_correlation():
+    """Four results from six numbers and a filter of three, by six products. Observed in float64: 2e-14."""
+    d, g = torch.randn(6, 50, dtype=torch.float64), torch.randn(3, 50, dtype=torch.float64)
+    transformed, result = torch.empty_like(d), torch.empty(4, 50, dtype=torch.float64)
+    transform_axis(d, transformed)
+    restore_axis(transformed * (torch.tensor(FILTER, dtype=torch.float64) @ g), result)
+    expected = torch.stack([(d[i : i + 3] * g).sum(0) for i in range(4)])
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("parts", [(1, 1, 1), (3000, 20_000, 5000), (3000, 10**9, 5000), (10**9, 10**9, 10**9)])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 5, 8, 20), (3, 7, 28, 12)])
+def test_equals_the_convolution(shape, parts, bias, last, budgets):
+    """Whatever the parts, of maps that are not square. Observed in float64: at most 3e-14."""
+    budgets(*parts)
+    x = torch.randn(shape, dtype=torch.float64)
+    weight = torch.randn(11, shape[1], 3, 3, dtype=torch.float64)
+    if last:
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    offset = torch.randn(11, dtype=torch.float64) if bias else None
+    result = winograd_conv3x3(x, weight, offset)
+    torch.testing.assert_close(result, F.conv2d(x, weight, offset, padding=1), rtol=0, atol=1e-11)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_parts_cover_everything_once():
+    for count, most in ((1, 0), (10, 3), (11, 4), (12, 100)):
+        size = split(count, most)
+        assert 1 <= size <= max(1, most) and -(-count // size) == -(-count // max(1, most))
+    for rows, most, together in ((1, 1, 1), (7, 3, 1), (7, 3, 9), (16, 5, 100), (4, 100, 4)):
+        groups = grouped_strips(2, rows, most, together)
+        covered = [
+            (strip.picture, row) for group in groups for strip in group for row in range(strip.start, strip.stop)
+        ]
+        assert covered == [(picture, row) for picture in range(2) for row in range(rows)]
+        for group in groups:
+            assert len(group) == 1 or group[-1].place.stop <= together
+            places = [place for strip in group for place in range(strip.place.start, strip.place.stop)]
+            assert places == list(range(len(places))) and all(strip.stop - strip.start <= most for strip in group)
+
+
+@torch.no_grad()
+def test_float32_is_accurate():
+    """The norm of the error beside that of the result. Observed: 2.6e-6, torch's own convolution 7e-7."""
+    x, weight = torch.randn(2, 320, 24, 32), torch.randn(160, 320, 3, 3)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    assert (winograd_conv3x3(x, weight, None) - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_only_where_it_is_faster(seen):
+    """Large float32 maps on a processor, where nothing is trained or traced; elsewhere torch's own convolution."""
+    layer = Conv3x3(192, 256)
+    x = torch.randn(1, 192, 64, 48)
+    assert layer(x).requires_grad and not seen
+    with torch.no_grad():
+        exact = F.conv2d(x, layer.weight, layer.bias, padding=1)
+        torch.testing.assert_close(layer(x), exact, rtol=0, atol=1e-5)  # observed: 3e-6
+        assert seen == [(1, 192, 64, 48)]
+        for height, width in ((63, 48), (64, 46), (12, 16)):
+            y = layer(x[:, :, :height, :width])
+            assert y.shape == (1, 256, height, width)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        Conv3x3(192, 8)(x)
+        Conv3x3(8, 192)(x[:, :8])
+        layer.bfloat16()(x.bfloat16())
+        assert not is_faster(x.to("meta"), layer.weight)
+    assert len(seen) == 1
+
+
+UNET = {
+    "sample_size": 32,
+    "in_channels": 5,
+    "block_out_channels": [128, 192],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 4,
+    "cross_attention_dim": 16,
+    "norm_num_groups": 8,
+}
+VAE = {
+    "block_out_channels": [128, 160],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 8,
+}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@torch.no_grad()
+def test_networks_agree_with_torch_convolutions(last, seen, monkeypatch):
+    """Relative to the norm. Observed: 2e-6 for the UNet, 4e-6 for the autoencoder."""
+    unet, vae = UNet2DConditionModel.from_config(UNET).eval(), AutoencoderKL.from_config(VAE).eval()
+    x, context, pixels = torch.randn(2, 5, 32, 48), torch.randn(2, 7, 16), torch.rand(1, 3, 64, 96) * 2 - 1
+
+    def results() -> list[torch.Tensor]:
+        latents = vae.encode(pixels).latent_dist.mean
+        return [unet(x, 500, context).sample, latents, vae.decode(latents).sample]
+
+    monkeypatch.setattr(winograd, "FEWEST_PRODUCTS", 1)
+    with monkeypatch.context() as direct:
+        direct.setattr(winograd, "is_faster", lambda x, weight: False)
+        expected = results()
+    assert not seen
+    if last:
+        unet.use_fast_layout(), vae.use_fast_layout()
+    for result, wanted in zip(results(), expected, strict=True):
+        assert (result - wanted).norm() < 2e-5 * wanted.norm()
+    assert len(seen) > 20 and {shape[0] for shape in seen} == {1, 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layout(dtype):
+    """In half precision all convolutions; in float32 on a processor the first ones, and results follow them."""
+    vae = AutoencoderKL.from_config(VAE).to(dtype).eval()
+    before = {name: weight.data_ptr() for name, weight in vae.named_parameters()}
+    vae.use_fast_layout()
+    convolutions = {name: layer for name, layer in vae.named_modules() if isinstance(layer, nn.Conv2d)}
+    last = {
+        name for name, layer in convolutions.items() if layer.weight.is_contiguous(memory_format=torch.channels_last)
+    }
+    single = {name for name, layer in convolutions.items() if layer.kernel_size == (1, 1)}  # where both are the same
+    first = {"encoder.conv_in", "decoder.conv_in"}
+    assert last == (set(convolutions) if dtype == torch.bfloat16 else first | single)
+    moved = {name for name, weight in vae.named_parameters() if weight.data_ptr() != before[name]}
+    if dtype == torch.float32:
+        assert moved == {f"{name}.weight" for name in first}
+    with torch.no_grad():
+        latents = vae.encode(torch.rand(1, 3, 32, 48, dtype=dtype)).latent_dist.mean
+        x = vae.decoder.mid_block(vae.decoder.conv_in(latents))
+    assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+@torch.no_grad()
+def test_feed_forward_in_parts(monkeypatch):
+    """Tokens are widened some at a time. Observed in float64: 2e-16."""
+    feed, x = FeedForward(8).double(), torch.randn(3, 7, 8, dtype=torch.float64)
+    whole, sizes = feed(x), []
+    feed.proj_in.register_forward_pre_hook(lambda layer, inputs: sizes.append(inputs[0].shape[0]))
+    monkeypatch.setattr(layers, "TOKENS_AT_ONCE", 10)
+    torch.testing.assert_close(feed(x), whole, rtol=0, atol=1e-14)
+    assert sizes == [10, 10, 1]
+    with torch.enable_grad():
+        assert feed(x).requires_grad
+    assert sizes[3:] == [3]  # the batch, as a whole
