@@ -8,7 +8,7 @@ import torch
 from random_checkpoint import GEOMETRIES
 
 from depthdiff import AutoencoderKL, CLIPTextModel, DPTForDepthEstimation, UNet2DConditionModel
-from depthdiff.checkpoint.hub import MOVED
+from depthdiff.checkpoint.download import MOVED
 from depthdiff.checkpoint.weights import PICKLE, SAFETENSORS, weight_files
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11

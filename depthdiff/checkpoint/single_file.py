@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.geometry import INFER, Shapes
@@ -150,6 +149,8 @@ def find_single_file(name: str | os.PathLike[str], *, revision: str | None = Non
         raise CheckpointError(f"{text} is a folder, expected a file; from_pretrained loads folders")
     found = HUB_URL.fullmatch(text)
     if found is not None:
+        from huggingface_hub import constants  # deferred: takes 0.2 s to import
+
         if found[1] not in (*HUB_HOSTS, constants.ENDPOINT.rstrip("/")):
             raise CheckpointError(f"{text} is on no Hub that is known here; download it and name the file")
         if revision not in (None, found[3]):

