@@ -33,8 +33,8 @@ FILTER = (
 )
 """The filter's transform along one axis, G of the source; see `transform_axis`."""
 
-STRIP_BYTES = 2**20
-"""Pixels that are transformed at once; half of a core's second cache."""
+STRIP_BYTES = 2**19
+"""Pixels that each thread transforms at once; with what becomes of them, about a core's second cache."""
 
 PRODUCT_BYTES = 2**25
 """Transformed pixels and products that are held at once."""
@@ -95,7 +95,7 @@ def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty(batch, height, width, filters)
     few = split(filters, FILTER_BYTES // (36 * 4 * channels))
     rows = split(batch * height // TILE, PRODUCT_BYTES // (36 * 4 * across * (channels + few)))
-    strip_rows = STRIP_BYTES // (4 * TILE * width * channels)
+    strip_rows = STRIP_BYTES * torch.get_num_threads() // (4 * TILE * width * channels)
     for group in grouped_strips(batch, height // TILE, strip_rows, rows):
         v = x.new_empty(6, 6, group[-1].place.stop, across, channels)
         for strip in group:
