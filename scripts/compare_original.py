@@ -16,6 +16,7 @@ import importlib
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ def fill(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+def load_part(prefix: str, path: Path, tensors: dict[str, Tensor], cls: Any, network: nn.Module) -> Any:
+    """Write the original's network as a single file and load that; its tensors go into `tensors` as well."""
+    tensors |= {prefix + key: value.contiguous().clone() for key, value in network.state_dict().items()}
+    save_file(tensors, path)
+    return cls.from_single_file(path)
+
+
 def unet(loaded: Callable[[Any, nn.Module], Any]) -> list[Pair]:
     """Predict noise for two latents at two timesteps."""
     theirs = fill(importlib.import_module("ldm.modules.diffusionmodules.openaimodel").UNetModel(**UNET))
@@ -127,15 +135,8 @@ def main() -> None:
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for work in (unet, vae, text_encoder, depth_estimator):
-            name, path, tensors = work.__name__, Path(folder) / "part.safetensors", {}
-
-            def loaded(cls: Any, network: nn.Module, name: str = name, path: Path = path, into: Any = tensors) -> Any:
-                prefix = PREFIXES[name]
-                into |= {prefix + key: value.contiguous().clone() for key, value in network.state_dict().items()}
-                save_file(into, path)
-                return cls.from_single_file(path)
-
-            pairs = work(loaded)
+            name, tensors = work.__name__, dict[str, Tensor]()
+            pairs = work(partial(load_part, PREFIXES[name], Path(folder) / "part.safetensors", tensors))
             known = sum(stored.get(key) == tuple(value.shape) for key, value in tensors.items())
             there = sum(key.startswith(PREFIXES[name]) for key in stored)
             worst = max(((theirs - ours).norm() / theirs.norm()).item() for theirs, ours in pairs)
