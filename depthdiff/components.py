@@ -244,7 +244,7 @@ class Components:
                 if other is not network:
                     other.to("cpu")
             network.to(self.execution_device)
-        network.use_fast_layout()
+        network.use_fast_layout(self.execution_device)
         return network
 
     # Memory and speed

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from depthdiff import AutoencoderKL, UNet2DConditionModel
 from depthdiff.models import layers, winograd
 from depthdiff.models.layers import FeedForward
+from depthdiff.models.plain import only_computes
 from depthdiff.models.winograd import (
     FILTER,
     Conv3x3,
@@ -25,6 +27,7 @@ def budgets(monkeypatch):
     """Set how much is transformed, multiplied and held at once."""
 
     def set_budgets(strip: int, products: int, filters: int) -> None:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         monkeypatch.setattr(winograd, "STRIP_BYTES", strip)
         monkeypatch.setattr(winograd, "PRODUCT_BYTES", products)
         monkeypatch.setattr(winograd, "FILTER_BYTES", filters)
@@ -83,38 +86,91 @@ def test_parts_cover_everything_once():
         ]
         assert covered == [(picture, row) for picture in range(2) for row in range(rows)]
         for group in groups:
-            assert len(group) == 1 or group[-1].place.stop <= together
+            assert group[-1].place.stop <= max(together, most)
             places = [place for strip in group for place in range(strip.place.start, strip.place.stop)]
             assert places == list(range(len(places))) and all(strip.stop - strip.start <= most for strip in group)
 
 
 @torch.no_grad()
 def test_float32_is_accurate():
-    """The norm of the error beside that of the result. Observed: 2.6e-6, torch's own convolution 7e-7."""
+    """The norm of the error beside that of the result. Observed: 1.2e-6, torch's own 2e-7, points 1 and 2 2.6e-6."""
     x, weight = torch.randn(2, 320, 24, 32), torch.randn(160, 320, 3, 3)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
-    assert (winograd_conv3x3(x, weight, None) - exact).norm() < 1e-5 * exact.norm()
+    assert (winograd_conv3x3(x, weight, None) - exact).norm() < 2e-6 * exact.norm()
 
 
-def test_only_where_it_is_faster(seen):
-    """Large float32 maps on a processor, where nothing is trained or traced; elsewhere torch's own convolution."""
-    layer = Conv3x3(192, 256)
-    x = torch.randn(1, 192, 64, 48)
-    assert layer(x).requires_grad and not seen
+@torch.no_grad()
+def test_another_default_device_is_ignored():
+    x, weight = torch.randn(1, 3, 8, 8), torch.randn(5, 3, 3, 3)
+    expected = F.conv2d(x, weight, padding=1)
+    with torch.device("meta"):
+        result = winograd_conv3x3(x, weight, None)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)  # observed: 4e-6
+
+
+def maps(channels: int, height: int, width: int, filters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make a map and filters whose numbers do not matter."""
+    return torch.zeros(1, channels, height, width), torch.zeros(filters, channels, 3, 3)
+
+
+REFUSED = {
+    "a height of no whole tiles": (192, 66, 48, 256),
+    "a width of no whole tiles": (192, 64, 50, 256),
+    "few channels": (124, 64, 96, 256),
+    "few filters": (256, 64, 96, 124),
+    "few tiles": (1024, 12, 20, 1024),
+    "few products": (128, 64, 64, 128),
+}
+
+
+def test_only_large_float32_maps():
+    """Each of the others fails one condition alone; the batch does not count."""
+    x, weight = maps(192, 64, 48, 256)
+    assert is_faster(x, weight) and is_faster(x.repeat(2, 1, 1, 1), weight) and is_faster(x[:0], weight)
+    for what, shape in REFUSED.items():
+        assert not is_faster(*maps(*shape)), what
+    for x_dtype, dtype in ((torch.bfloat16,) * 2, (torch.float64,) * 2, (torch.float32, torch.bfloat16)):
+        assert not is_faster(x.to(x_dtype), weight.to(dtype))
+    assert not is_faster(x[0], weight)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_only_plain_computing(seen):
+    """What records, traces or transforms the work gets torch's own convolution, and the same numbers."""
+    layer, x = Conv3x3(192, 256), torch.randn(1, 192, 64, 48)
+    expected = F.conv2d(x, layer.weight, layer.bias, padding=1).detach()
+
+    def check(result: torch.Tensor, atol: float = 1e-5) -> None:
+        torch.testing.assert_close(result.float(), expected, rtol=0, atol=atol)
+        assert not seen
+
+    recorded = layer(x)
+    check(recorded.detach())
+    assert recorded.requires_grad
     with torch.no_grad():
-        exact = F.conv2d(x, layer.weight, layer.bias, padding=1)
-        torch.testing.assert_close(layer(x), exact, rtol=0, atol=1e-5)  # observed: 3e-6
-        assert seen == [(1, 192, 64, 48)]
-        for height, width in ((63, 48), (64, 46), (12, 16)):
-            y = layer(x[:, :, :height, :width])
-            assert y.shape == (1, 256, height, width)
         with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16
-        Conv3x3(192, 8)(x)
-        Conv3x3(8, 192)(x[:, :8])
-        layer.bfloat16()(x.bfloat16())
-        assert not is_faster(x.to("meta"), layer.weight)
-    assert len(seen) == 1
+            result = layer(x)
+        assert result.dtype == torch.bfloat16
+        check(result, atol=0.02)  # observed: 0.006
+        check(torch.vmap(layer)(x[None])[0])
+        result, tangent = torch.func.jvp(layer, (x,), (x,))
+        check(result)
+        check(tangent + layer.bias[:, None, None])
+        with forward_ad.dual_level():
+            check(forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).primal)
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        check(traced(x.repeat(2, 1, 1, 1))[1:])
+        program = torch.export.export(layer, (x,))
+        assert "conv2d" in str(program.graph) and "bmm" not in str(program.graph)
+        check(program.module()(x))
+        assert not only_computes(x.to("meta")) and not only_computes(x.to_mkldnn())
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=2e-5)  # observed: 4e-6
+    assert seen == [(1, 192, 64, 48)]
+    layer.requires_grad_(False)
+    layer(x)
+    with torch.inference_mode():
+        layer(x)
+    assert len(seen) == 3
 
 
 UNET = {
@@ -180,6 +236,22 @@ def test_layout(dtype):
     assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
+def test_layout_chosen_in_inference_mode_can_be_trained():
+    vae = AutoencoderKL.from_config(VAE)
+    with torch.inference_mode():
+        vae.use_fast_layout()
+        vae.encode(torch.rand(1, 3, 32, 48))
+    vae.encode(torch.rand(1, 3, 32, 48)).latent_dist.mean.sum().backward()
+    assert vae.encoder.conv_in.weight.grad is not None
+
+
+def test_layout_of_another_device():
+    """Weights that only wait on the processor for a GPU keep their layout in float32."""
+    vae = AutoencoderKL.from_config(VAE)
+    vae.use_fast_layout(torch.device("cuda"))
+    assert vae.encoder.conv_in.weight.is_contiguous()
+
+
 @torch.no_grad()
 def test_feed_forward_in_parts(monkeypatch):
     """Tokens are widened some at a time. Observed in float64: 2e-16."""
@@ -191,4 +263,5 @@ def test_feed_forward_in_parts(monkeypatch):
     assert sizes == [10, 10, 1]
     with torch.enable_grad():
         assert feed(x).requires_grad
-    assert sizes[3:] == [3]  # the batch, as a whole
+    torch.vmap(feed)(x)
+    assert sizes[3:] == [3, 7]  # whole: the batch, and the tokens of each of it

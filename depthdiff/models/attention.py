@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from depthdiff.models.plain import only_computes
+
 AttentionFn = Callable[..., Tensor]
 """(q, k, v, *, mask=None) -> out; q and out (B, H, Lq, D), k and v (B, H, Lk, D); mask bool, True where a query may
 look, broadcastable to (B, H, Lq, Lk)."""
@@ -60,12 +62,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = Non
 
 def chunks_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether to prefer `chunked_attention`: in bfloat16 on a processor without AMX, where nothing is trained."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    if q.dtype != torch.bfloat16 or not only_computes(q, k, v):
         return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # which would make the scores float32
-        return False
-    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return not trains and not getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+    return not getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -193,18 +193,24 @@ class Model(nn.Module):
         """The dtype of the weights."""
         return next(self.parameters()).dtype
 
-    def use_fast_layout(self) -> None:
+    def use_fast_layout(self, device: torch.device | None = None) -> None:
         """Lay convolutions out with the channels last, where they are faster so: in half precision, and on a processor.
 
-        There float32 weights stay as they are, since torch rearranges them anyway, but for the first convolutions:
-        their results, and all that follow, have the layout of their weights.
+        On a processor float32 weights stay as they are, since torch rearranges them anyway, but for the first
+        convolutions: their results, and what follows, have the layout of their weights. The depth net's backbone makes
+        its filters anew at every use and keeps torch's layout.
+
+        Args:
+            device: where the network is to work; that of its weights if absent.
         """
-        half, processor = self.dtype in (torch.float16, torch.bfloat16), self.device.type == "cpu"
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        processor = (device or self.device).type == "cpu"
         for layer in layers_of(self):
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 rearranged = half or (processor and layer.in_channels <= IMAGE_CHANNELS)
                 if rearranged and not layer.weight.is_contiguous(memory_format=torch.channels_last):
-                    layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                    with torch.inference_mode(False):  # weights made in inference mode could not be trained later
+                        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def num_parameters(self) -> int:
         """Count the weights."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models.attention import KeysValues, MultiHeadAttention
+from depthdiff.models.plain import only_computes
 from depthdiff.models.shortcuts import TokenMerging
 from depthdiff.models.winograd import Conv3x3
 
@@ -143,10 +144,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not only_computes(x, self.proj_in.weight) or x.shape[:-1].numel() <= TOKENS_AT_ONCE:
             return self._feed(x)
         parts = x.flatten(0, 1).split(TOKENS_AT_ONCE)
-        return self._feed(x) if len(parts) == 1 else torch.cat([self._feed(part) for part in parts]).view_as(x)
+        return torch.cat([self._feed(part) for part in parts]).view_as(x)
 
     def _feed(self, x: Tensor) -> Tensor:
         value, gate = self.proj_in(x).chunk(2, dim=-1)

@@ -2,10 +2,11 @@
 
 Every 4x4 pixels of the result come from 6x6 of the input. Both and the filter are transformed, so that the convolution
 becomes 36 matrix products, one for each number of a transformed tile; a convolution takes 144 multiplications for the
-same 16 pixels, and torch has only that on a processor. Source: arXiv:1509.09308 (Lavin and Gray), sec. 4.3.
+same 16 pixels. Source: arXiv:1509.09308 (Lavin and Gray), sec. 4.3.
 
 The transforms are done for a strip of tiles at a time, so that what they pass on stays in the processor's cache, and
-along one axis after the other. The result's error is 1.3e-6 of its norm, torch's own 3e-7.
+along one axis after the other. The result's error is 1.3e-6 of its norm, that of torch's convolution 3e-7; within a
+tile it goes by the largest of its 36 pixels.
 
 Letters: B batch, C channels in, K channels out, H and W height and width in pixels, T tiles.
 """
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from depthdiff.models.plain import only_computes
+
 TILE = 4
 """Height and width of a tile of the result; one of the input has two more."""
 
@@ -31,7 +34,8 @@ FILTER = (
     (1 / 6, -ROOT / 6, 1 / 3),
     (0, 0, 1),
 )
-"""The filter's transform along one axis, G of the source; see `transform_axis`."""
+"""The filter's transform along one axis, G of the source, for the points of `transform_axis`. What belongs to the
+second and third of them is halved here and doubled in `restore_axis`, which saves a multiplication."""
 
 STRIP_BYTES = 2**19
 """Pixels that each thread transforms at once; with what becomes of them, about a core's second cache."""
@@ -43,7 +47,8 @@ FILTER_BYTES = 2**25
 """Transformed filters that are held at once; made anew at every call, since all together are four times the weights."""
 
 FEWEST_TILES, FEWEST_CHANNELS, FEWEST_PRODUCTS = 16, 128, 2**23
-"""Below these the transforms cost more than the products save; products are those of one of the 36."""
+"""Below these the transforms cost more than the products save; tiles are those of a picture, products those of one of
+the 36. The batch does not count, so that a picture does not depend on its company."""
 
 
 class Conv3x3(nn.Conv2d):
@@ -67,14 +72,12 @@ class Conv3x3(nn.Conv2d):
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Tell whether to prefer `winograd_conv3x3`: for large maps in float32 on a processor, where nothing is trained."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+    if x.dim() != 4 or not x.dtype == weight.dtype == torch.float32 or not only_computes(x, weight):
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    batch, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
     if height % TILE or width % TILE or min(channels, weight.shape[0]) < FEWEST_CHANNELS:
         return False
-    tiles = batch * height * width // TILE**2
+    tiles = height * width // TILE**2
     return tiles >= FEWEST_TILES and tiles * channels * weight.shape[0] >= FEWEST_PRODUCTS
 
 
@@ -93,23 +96,24 @@ def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     filters, across = weight.shape[0], width // TILE
     pixels = x.permute(0, 2, 3, 1)
     out = x.new_empty(batch, height, width, filters)
-    few = split(filters, FILTER_BYTES // (36 * 4 * channels))
-    rows = split(batch * height // TILE, PRODUCT_BYTES // (36 * 4 * across * (channels + few)))
-    strip_rows = STRIP_BYTES * torch.get_num_threads() // (4 * TILE * width * channels)
+    few = split(filters, FILTER_BYTES // (36 * 4 * channels))  # filters at once
+    rows = split(batch * height // TILE, PRODUCT_BYTES // (36 * 4 * across * (channels + few)))  # of tiles at once
+    strip_rows = min(rows, STRIP_BYTES * torch.get_num_threads() // (4 * TILE * width * channels))
     for group in grouped_strips(batch, height // TILE, strip_rows, rows):
-        v = x.new_empty(6, 6, group[-1].place.stop, across, channels)
+        v = x.new_empty(6, 6, group[-1].place.stop, across, channels)  # the transformed pixels
         for strip in group:
             transform_strip(pixels[strip.picture], strip.start, strip.stop, v[:, :, strip.place])
         for k in range(0, filters, few):
-            some = slice(k, k + few)
-            u = transform_filters(weight[some])
+            u = transform_filters(weight[k : k + few])
             products = torch.bmm(v.flatten(2, 3).flatten(0, 1), u)  # (36, T, C) x (36, C, K) -> (36, T, K)
             products = products.unflatten(1, (-1, across)).unflatten(0, (6, 6))
             for strip in group:
-                here = out[strip.picture, TILE * strip.start : TILE * strip.stop, :, some]
+                here = out[strip.picture, TILE * strip.start : TILE * strip.stop, :, k : k + few]
                 restore_strip(products[:, :, strip.place], here)
                 if bias is not None:
-                    here += bias[some]
+                    here += bias[k : k + few]
+            del u, products  # before the next ones are made
+        del v
     return out.permute(0, 3, 1, 2)
 
 
@@ -144,7 +148,7 @@ def grouped_strips(batch: int, rows: int, most: int, together: int) -> list[list
 
 def transform_filters(weight: Tensor) -> Tensor:
     """Transform filters along both axes: (K, C, 3, 3) -> (36, C, K)."""
-    one = torch.tensor(FILTER, dtype=torch.float64)
+    one = torch.tensor(FILTER, dtype=torch.float64, device=weight.device)
     both = torch.kron(one, one).to(weight.dtype)  # (36, 9)
     return torch.matmul(both, weight.permute(0, 2, 3, 1).flatten(1, 2)).permute(1, 2, 0)
 
@@ -169,18 +173,22 @@ def transform_strip(pixels: Tensor, start: int, stop: int, out: Tensor) -> None:
 
 
 def transform_axis(d: Sequence[Tensor], out: Tensor) -> None:
-    """Transform six neighbours along one axis into six numbers, `out`; Bᵀ of the source.
+    """Transform six neighbours along one axis into six numbers, `out`; what the source calls Bᵀ.
 
-    Its points are 0, ±1/√2, ±√2 and infinity, in place of the source's 0, ±1, ±2 and infinity: reciprocal to each
-    other, they halve the error and divide the largest by four. Source of that choice: arXiv:2201.10369.
+    The points are 0, ±1/√2, ±√2 and infinity, in place of the source's 0, ±1, ±2 and infinity: they halve the error and
+    divide the largest by four. Source of their form, ±1/c and ±c: arXiv:2201.10369.
     """
     a, b = torch.empty_like(out[0]), torch.empty_like(out[0])
     torch.sub(d[4], d[2], alpha=2.5, out=out[0]).add_(d[0])
     torch.sub(d[5], d[3], alpha=2.5, out=out[5]).add_(d[1])
-    torch.sub(d[4], d[2], alpha=2, out=a), torch.sub(d[3], d[1], alpha=2, out=b)
-    torch.add(a, b, alpha=1 / ROOT, out=out[1]), torch.sub(a, b, alpha=1 / ROOT, out=out[2])
-    torch.sub(d[4], d[2], alpha=0.5, out=a), torch.sub(d[3], d[1], alpha=0.5, out=b)
-    torch.add(a, b, alpha=ROOT, out=out[3]), torch.sub(a, b, alpha=ROOT, out=out[4])
+    torch.sub(d[4], d[2], alpha=2, out=a)
+    torch.sub(d[3], d[1], alpha=2, out=b)
+    torch.add(a, b, alpha=1 / ROOT, out=out[1])
+    torch.sub(a, b, alpha=1 / ROOT, out=out[2])
+    torch.sub(d[4], d[2], alpha=0.5, out=a)
+    torch.sub(d[3], d[1], alpha=0.5, out=b)
+    torch.add(a, b, alpha=ROOT, out=out[3])
+    torch.sub(a, b, alpha=ROOT, out=out[4])
 
 
 def restore_strip(products: Tensor, out: Tensor) -> None:
@@ -198,9 +206,13 @@ def restore_strip(products: Tensor, out: Tensor) -> None:
 
 
 def restore_axis(m: Tensor, out: Tensor) -> None:
-    """Turn six numbers into the four pixels of a tile along one axis, `out`; Aᵀ of the source, for the points above."""
+    """Turn six numbers into the four pixels of a tile along one axis, `out`; what the source calls Aᵀ."""
     a, b = torch.empty_like(m[0]), torch.empty_like(m[0])
-    torch.add(m[1], m[2], out=a), torch.add(m[3], m[4], out=b)
-    torch.add(m[0], a, alpha=2, out=out[0]).add_(b), torch.add(a, b, alpha=2, out=out[2])
-    torch.sub(m[1], m[2], out=a), torch.sub(m[3], m[4], out=b)
-    torch.add(a, b, out=out[1]).mul_(ROOT), torch.add(m[5], a, alpha=1 / ROOT, out=out[3]).add_(b, alpha=2 * ROOT)
+    torch.add(m[1], m[2], out=a)
+    torch.add(m[3], m[4], out=b)
+    torch.add(m[0], a, alpha=2, out=out[0]).add_(b)
+    torch.add(a, b, alpha=2, out=out[2])
+    torch.sub(m[1], m[2], out=a)
+    torch.sub(m[3], m[4], out=b)
+    torch.add(a, b, out=out[1]).mul_(ROOT)
+    torch.add(m[5], a, alpha=1 / ROOT, out=out[3]).add_(b, alpha=2 * ROOT)
