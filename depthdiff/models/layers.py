@@ -91,10 +91,13 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """(B, C, H, W) and, where the block has a time projection, (B, T) after its activation -> (B, C', H, W)."""
-        h = self.conv1(self.act(self.norm1(x)))
+        h = self.act(self.norm1(x))  # one step a line from here on, so that what was read is given back at once
+        h = self.conv1(h)
         if time is not None:
             h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.conv2(self.act(self.norm2(h)))
+        h = self.norm2(h)
+        h = self.act(h)
+        h = self.conv2(h)
         return self.conv_shortcut(x) + h
 
 
