@@ -91,6 +91,15 @@ def test_parts_cover_everything_once():
             assert places == list(range(len(places))) and all(strip.stop - strip.start <= most for strip in group)
 
 
+def test_no_more_tiles_at_once_than_allowed(budgets, monkeypatch):
+    """However large a strip may be: so many rows of tiles as the budget of products holds."""
+    x, weight, sizes, bmm = torch.randn(2, 8, 32, 20), torch.randn(11, 8, 3, 3), [], torch.bmm
+    budgets(10**9, 2 * 36 * 4 * 5 * (8 + 11), 10**9)
+    monkeypatch.setattr(torch, "bmm", lambda a, b: sizes.append(a.shape[1]) or bmm(a, b))
+    winograd_conv3x3(x, weight, None)
+    assert sizes == [2 * 5] * 8
+
+
 @torch.no_grad()
 def test_float32_is_accurate():
     """The norm of the error beside that of the result. Observed: 1.2e-6, torch's own 2e-7, points 1 and 2 2.6e-6."""
