@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from evaluate import GUIDANCE, STEPS
 from PIL import Image
 from scenes import random_scene, render, to_pictures
 
@@ -38,8 +39,8 @@ def main(scene_path: str, sheet_path: str) -> None:
             prompt,
             photo,
             strength=1.0,
-            num_inference_steps=20,
-            guidance_scale=2.0,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
             generator=torch.Generator().manual_seed(0),
         ).images[0]
         for prompt in PROMPTS
