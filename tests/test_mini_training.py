@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import binding
 import pytest
 import torch
 import train
@@ -122,7 +123,7 @@ def test_the_words_that_name_an_object_are_found(finished):
     data = train.Data(finished)
     texts = [data.words(i, seed, flip=bool(seed % 2)) for i in range(len(data)) for seed in range(8)]
     ids = tokenizer([text for text, _ in texts], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    marks, found = train.name_tokens(tokenizer, texts), 0
+    marks, found = binding.name_tokens(tokenizer, texts), 0
     for n, (_, names) in enumerate(texts):
         for k in range(train.MAX_OBJECTS):
             marked = tokenizer.decode(ids[n][marks[n, k]].tolist()).split()
@@ -137,17 +138,83 @@ def test_a_mirror_image_exchanges_left_and_right():
     assert train.mirrored(train.mirrored(text)) == text
 
 
-def test_the_binding_loss_by_hand():
+def test_the_looking_loss_by_hand():
     """Uniform attention gives -log(words of the name / all words); attention on the name alone gives 0."""
     places = torch.zeros(2, 32, 32, dtype=torch.int64)
     places[:, 8:24, 8:24] = 1
     tokens = torch.zeros(2, train.MAX_OBJECTS, train.TOKENS, dtype=torch.bool)
     tokens[:, 0, 3:6] = True
+    nothing = torch.empty(0)
     uniform = torch.full((2, 4, 256, train.TOKENS), 1 / train.TOKENS)
     expected = -torch.tensor(3 / train.TOKENS + 1e-4).log()
-    torch.testing.assert_close(train.binding_loss([uniform], places, tokens), expected)
+    torch.testing.assert_close(binding.looking_loss([(nothing, uniform)], places, tokens), expected)
     right = torch.zeros_like(uniform)
     right[..., 4] = 1
-    assert train.binding_loss([right, right[:, :, :64]], places, tokens).abs() < 2e-4
-    nameless = train.binding_loss([uniform], places, torch.zeros_like(tokens))
+    assert binding.looking_loss([(nothing, right), (nothing, right[:, :, :64])], places, tokens).abs() < 2e-4
+    nameless = binding.looking_loss([(nothing, uniform)], places, torch.zeros_like(tokens))
     assert nameless == 0
+
+
+def test_facts_agree_with_the_picture(finished):
+    """In the picture and in its mirror image the places told are in the order of the objects' middles."""
+    data, told = train.Data(finished), 0
+    across = torch.arange(train.SIZE // 4, dtype=torch.float)
+    for index in range(len(data)):
+        scene = train.scene_of(index)
+        for flip in (False, True):
+            objects = torch.from_numpy(data.objects[index].copy())
+            objects = objects.flip(1) if flip else objects
+            facts = data.facts(index, flip)
+            words = data.words(index, 3, flip)[1]
+            for k in range(train.MAX_OBJECTS):
+                shape, _, colour = facts[k].tolist()
+                if not data.seen[index] >> k & 1:
+                    assert shape == colour == binding.UNKNOWN
+                    continue
+                assert binding.SHAPES[shape] == scene.bodies[k].shape
+                named = list(binding.COLOURS)[colour]
+                alias = {"yellow": "golden", "white": "silver"}.get(named, named)
+                assert k not in words or named in words[k] or alias in words[k]
+            groups = {}
+            for k, (shape, side, _) in enumerate(facts.tolist()):
+                if side != binding.UNKNOWN:
+                    middle = across.expand_as(objects)[objects == k + 1].mean().item()
+                    alike = [k for k, body in enumerate(scene.bodies) if data.seen[index] >> k & 1]
+                    alone = sum(scene.bodies[o].shape == scene.bodies[k].shape for o in alike) == 1
+                    groups.setdefault("all" if alone else shape, []).append((side, middle))
+            for group in groups.values():
+                assert [middle for _, middle in sorted(group)] == sorted(middle for _, middle in group)
+                told += len(group)
+    assert told > 10
+
+
+def test_guesses_by_hand():
+    """Layers that know nothing are as uncertain as a throw of dice; what is not known counts for nothing."""
+    unet = train.UNet2DConditionModel.from_config(train.UNET)
+    guesses = binding.Guesses(unet, 128)
+    for parameter in guesses.parameters():
+        torch.nn.init.zeros_(parameter)
+    places = torch.zeros(2, 32, 32, dtype=torch.int64)
+    places[:, 8:24, 8:24] = 1
+    looks = [(torch.randn(2, count, 160), torch.empty(0)) for count in (256, 64, 64, 64, 64, 256, 256)]
+    looks = [
+        (q[:, :, : layer.to_q.out_features], look)
+        for (q, look), layer in zip(looks, binding.readers(unet), strict=True)
+    ]
+    tokens = torch.zeros(2, train.MAX_OBJECTS, train.TOKENS, dtype=torch.bool)
+    tokens[:, 0, 3:6] = True
+    facts = torch.full((2, train.MAX_OBJECTS, 3), binding.UNKNOWN)
+    none = guesses(looks, torch.randn(2, train.TOKENS, 128), places, tokens, facts)
+    assert [loss.item() for loss in none] == [0, 0, 0]
+    facts[:, 0] = torch.tensor([4, 2, 7])
+    dice = guesses(looks, torch.randn(2, train.TOKENS, 128), places, tokens, facts)
+    torch.testing.assert_close(torch.stack(dice), torch.tensor([5.0, 3.0, 9.0]).log())
+    # a colour is told by a name's tokens after its article alone
+    context = torch.zeros(2, train.TOKENS, 128)
+    context[:, 4:6, 0] = 1
+    with torch.no_grad():
+        guesses.colours.weight[7, 0] = 50
+        guesses.things[0].bias[4] = guesses.things[0].bias[5 + 2] = 50
+    sure = guesses(looks, context, places, tokens, facts)
+    torch.testing.assert_close(sure[2], torch.tensor(0.0))
+    torch.testing.assert_close(sure[0], torch.tensor(5.0).log() * 6 / 7)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from depthdiff.models.plain import only_computes
+from depthdiff.models.plain import has_tiles, only_computes
 
 AttentionFn = Callable[..., Tensor]
 """(q, k, v, *, mask=None) -> out; q and out (B, H, Lq, D), k and v (B, H, Lk, D); mask bool, True where a query may
@@ -64,7 +64,7 @@ def chunks_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether to prefer `chunked_attention`: in bfloat16 on a processor without AMX, where nothing is trained."""
     if q.dtype != torch.bfloat16 or not only_computes(q, k, v):
         return False
-    return not getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+    return not has_tiles()
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

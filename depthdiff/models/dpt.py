@@ -21,8 +21,8 @@ from depthdiff.config import Config, Output
 from depthdiff.models.attention import MultiHeadAttention
 from depthdiff.models.base import Model
 from depthdiff.models.bit import BitBackbone, BitConfig
+from depthdiff.models.convolution import Conv3x3
 from depthdiff.models.layers import ACTIVATIONS
-from depthdiff.models.winograd import Conv3x3
 
 HYBRID_BACKBONE = BitConfig(
     depths=(3, 4, 9), layer_type="bottleneck", global_padding="SAME", embedding_dynamic_padding=True

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models.attention import KeysValues, MultiHeadAttention
+from depthdiff.models.convolution import Conv3x3
 from depthdiff.models.plain import only_computes
 from depthdiff.models.shortcuts import TokenMerging
-from depthdiff.models.winograd import Conv3x3
 
 
 class QuickGELU(nn.Module):
@@ -111,7 +111,7 @@ class Downsample2D(nn.Module):
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
         self.pad = (0, 1, 0, 1) if padding == 0 else (0, 0, 0, 0)
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv3x3(channels, channels, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)), the floor for `padding` 0."""
@@ -153,8 +153,35 @@ class FeedForward(nn.Module):
         return torch.cat([self._feed(part) for part in parts]).view_as(x)
 
     def _feed(self, x: Tensor) -> Tensor:
+        if gate_is_fused(x, self.proj_in):
+            return self.proj_out(fused_gate(x, self.proj_in))
         value, gate = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(value * F.gelu(gate))
+
+
+def gate_is_fused(x: Tensor, layer: nn.Module) -> bool:
+    """Tell whether `fused_gate` can stand for a layer: in bfloat16 on a processor, where nothing is trained or hooked.
+
+    Args:
+        x: what the layer reads.
+        layer: a linear one; of another kind, as one that an adapter has wrapped, it is called as it is.
+    """
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    if not x.dtype == layer.weight.dtype == layer.bias.dtype == torch.bfloat16:
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and only_computes(x, layer.weight, layer.bias)
+
+
+def fused_gate(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Multiply one half of what a layer gives by the GELU of the other, within its products: (L, C) -> (L, C').
+
+    oneDNN adds, gates and multiplies while the products are at hand, and rounds them once at the end. Its operators are
+    those that torch.compile uses; torch has no public name for them.
+    """
+    (value, gate), (value_bias, gate_bias) = layer.weight.chunk(2), layer.bias.chunk(2)
+    linear = torch.ops.mkldnn._linear_pointwise
+    return linear.binary(x, linear(x, gate, gate_bias, "gelu", [], "none"), value, value_bias, "mul")
 
 
 class TransformerBlock(nn.Module):

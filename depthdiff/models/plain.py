@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+def has_tiles() -> bool:
+    """Tell whether the processor multiplies bfloat16 in tiles (AMX); yes where torch cannot tell."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
+
+
 def only_computes(*tensors: Tensor) -> bool:
     """Tell whether tensors lie on a processor and are only computed with.
 

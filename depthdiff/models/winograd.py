@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from depthdiff.models.plain import only_computes
 
@@ -49,25 +49,6 @@ FILTER_BYTES = 2**25
 FEWEST_TILES, FEWEST_CHANNELS, FEWEST_PRODUCTS = 16, 128, 2**23
 """Below these the transforms cost more than the products save; tiles are those of a picture, products those of one of
 the 36. The batch does not count, so that a picture does not depend on its company."""
-
-
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps height and width: torch's, or Winograd's where that is faster.
-
-    Args:
-        in_channels: C.
-        out_channels: K.
-        bias: whether to add one.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K, H, W)."""
-        if is_faster(x, self.weight):
-            return winograd_conv3x3(x, self.weight, self.bias)
-        return super().forward(x)
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
