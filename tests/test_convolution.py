@@ -359,6 +359,16 @@ def test_the_gate_within_the_products():
 
 
 @torch.no_grad()
+def test_the_gate_is_the_exact_gelu():
+    """Not one of its approximations, which are 3e-4 off. Observed in float32: 2.4e-7 of the norm."""
+    layer, x = FeedForward(64).proj_in, torch.randn(40, 64)
+    layer.weight *= 3
+    value, gate = layer.double()(x.double()).chunk(2, dim=-1)
+    exact = value * F.gelu(gate)
+    assert (fused_gate(x, layer.float()) - exact).norm() < 2e-6 * exact.norm()
+
+
+@torch.no_grad()
 def test_a_gate_is_fused_only_where_nothing_else_is_asked(monkeypatch):
     """Hooks are called, wrapped layers too; what records or changes dtypes goes the plain way."""
     feed, x = FeedForward(8).bfloat16(), torch.randn(5, 8, dtype=torch.bfloat16)
