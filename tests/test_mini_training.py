@@ -123,13 +123,19 @@ def test_the_words_that_name_an_object_are_found(finished):
     data = train.Data(finished)
     texts = [data.words(i, seed, flip=bool(seed % 2)) for i in range(len(data)) for seed in range(8)]
     ids = tokenizer([text for text, _ in texts], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    marks, found = binding.name_tokens(tokenizer, texts), 0
+    (marks, telling), found, places = binding.name_tokens(tokenizer, texts), 0, 0
     for n, (_, names) in enumerate(texts):
         for k in range(train.MAX_OBJECTS):
             marked = tokenizer.decode(ids[n][marks[n, k]].tolist()).split()
             assert "".join(marked) == names.get(k, "").replace(" ", "")
             found += k in names
-    assert found > 20
+            place = names.get(k, "").endswith(binding.PLACES)
+            if place:
+                assert tokenizer.decode(ids[n][telling[n, k]].tolist()).strip() == names[k].split()[-1]
+                places += 1
+            else:
+                assert (telling[n, k] == marks[n, k]).all()
+    assert found > 20 and places > 3
 
 
 def test_a_mirror_image_exchanges_left_and_right():

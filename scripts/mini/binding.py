@@ -2,7 +2,7 @@
 
 The renderer knows where each object is, and the caption's maker knows the words that name it. Three more losses use it:
 
-- places of an object look at the words that name it (`looking_loss`);
+- places of an object look at the words that name it, and tell it from others (`looking_loss`);
 - they can say what stands there: its shape, and its place among its like (`Guesses`, of what is asked of the words);
 - the words that name an object can say its colour (`Guesses`, of the words themselves).
 
@@ -51,15 +51,21 @@ def readers(unet: nn.Module) -> list[MultiHeadAttention]:
     return [layer for layer in layers if isinstance(layer, MultiHeadAttention)]
 
 
-def name_tokens(tokenizer: CLIPTokenizer, texts: list[tuple[str, dict[int, str]]]) -> Tensor:
-    """Mark the tokens that name each object: (B, K, L), bool."""
-    marks = torch.zeros(len(texts), MAX_OBJECTS, tokenizer.model_max_length, dtype=torch.bool)
-    for n, (text, names) in enumerate(texts):
-        for k, name in names.items():
-            before = text.index(name)
-            start, stop = (len(tokenizer.tokenize(text[:end])) for end in (before, before + len(name)))
-            marks[n, k, start + 1 : stop + 1] = True  # after the start token
-    return marks
+def name_tokens(tokenizer: CLIPTokenizer, texts: list[tuple[str, dict[int, str]]]) -> tuple[Tensor, Tensor]:
+    """Mark the tokens that name each object, and those of them that tell it from the others: two of (B, K, L), bool.
+
+    All of them tell it apart, unless the name ends in a place: then it is the last word alone. What comes before cannot
+    know of it, as tokens look at those before them only; two balls are one to all words but "left" and "right".
+    """
+    names = torch.zeros(len(texts), MAX_OBJECTS, tokenizer.model_max_length, dtype=torch.bool)
+    telling = torch.zeros_like(names)
+    for n, (text, parts) in enumerate(texts):
+        for k, name in parts.items():
+            before, after = text.index(name), text.index(name) + len(name)
+            told = after - len(name.split()[-1]) if name.endswith(PLACES) else before
+            start, last, stop = (1 + len(tokenizer.tokenize(text[:end])) for end in (before, told, after))
+            names[n, k, start:stop] = telling[n, k, last:stop] = True  # after the start token
+    return names, telling
 
 
 def facts(scene: Scene, seen: list[int], flip: bool) -> Tensor:
@@ -102,10 +108,10 @@ def looking_loss(looks: list[Look], places: Tensor, tokens: Tensor) -> Tensor:
     Args:
         looks: of each layer.
         places: (B, h, w), int64, 0 or the number of the object there, from 1.
-        tokens: (B, K, L), bool, the tokens that name each object.
+        tokens: (B, K, L), bool, the tokens that tell each object from the others.
 
     Returns:
-        The mean of -log(share of attention on the name), float, over the places of named objects.
+        The mean of -log(share of attention on them), float, over the places of named objects.
     """
     named = torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1).float()
     losses = []

@@ -481,10 +481,10 @@ class Trainer:
             with self.half():
                 context = model["text"](ids.to(self.device)).last_hidden_state
                 out = model["unet"](torch.cat([noisy, depth], 1), timesteps.to(self.device), context).sample
-            tokens = name_tokens(tokenizer, texts).to(self.device)
+            names, telling = (marks.to(self.device) for marks in name_tokens(tokenizer, texts))
             told = torch.stack([data.facts(int(i), bool(f)) for i, f in zip(index, flip, strict=True)])
-            bound = looking_loss(looks, places.to(self.device), tokens)
-            guesses = model["guesses"](looks, context, places.to(self.device), tokens, told.to(self.device))
+            bound = looking_loss(looks, places.to(self.device), telling)
+            guesses = model["guesses"](looks, context, places.to(self.device), names, told.to(self.device))
             looks.clear()
             shares.append([math.exp(-loss) for loss in torch.stack([bound, *guesses]).tolist()])
             return F.mse_loss(out.float(), target) + BINDING * bound + GUESSING * sum(guesses)
