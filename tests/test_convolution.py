@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from depthdiff import AutoencoderKL, UNet2DConditionModel
@@ -390,5 +391,8 @@ def test_a_gate_is_fused_only_where_nothing_else_is_asked(monkeypatch):
         assert not gate_is_fused(x, layer) and feed(x).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         assert not gate_is_fused(x, layer)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        pretended = mode.from_tensor(x)
+        assert not gate_is_fused(pretended, layer) and feed(pretended).shape == x.shape
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     assert not gate_is_fused(x, layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
@@ -15,8 +15,8 @@ def has_tiles() -> bool:
 def only_computes(*tensors: Tensor) -> bool:
     """Tell whether tensors lie on a processor and are only computed with.
 
-    Not so where a gradient is recorded, the work is traced or compiled, dtypes are chosen by autocast, or tensors are
-    transformed by `torch.func`.
+    Not so where a gradient is recorded, the work is traced or compiled, dtypes are chosen by autocast, tensors are
+    transformed by `torch.func`, or of a kind of their own, such as quantised ones and those without data.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
@@ -25,6 +25,8 @@ def only_computes(*tensors: Tensor) -> bool:
     if torch._C._functorch.maybe_current_level() is not None:
         return False
     for x in tensors:
+        if type(x) not in (Tensor, nn.Parameter):
+            return False
         if x.device.type != "cpu" or x.layout != torch.strided or (torch.is_grad_enabled() and x.requires_grad):
             return False
         if forward_ad.unpack_dual(x).tangent is not None:

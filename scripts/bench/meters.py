@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import platform
 import time
@@ -102,8 +103,13 @@ def flops_of(action: Callable[[], Any]) -> int:
     def attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(q, k, v)
 
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch does not count
-    with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter:
+    def linear(x: torch.Size, second: torch.Size, third: torch.Size | None, *_: Any, **__: Any) -> int:
+        weight = third if third is not None and len(third) == 2 else second  # after what the result is multiplied by
+        return 2 * math.prod(x) * weight[0]
+
+    kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # which torch does not count
+    kernels[torch.ops.mkldnn._linear_pointwise] = linear
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         seconds_of(action)
     return counter.get_total_flops()
 
