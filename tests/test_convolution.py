@@ -13,7 +13,7 @@ from depthdiff import AutoencoderKL, UNet2DConditionModel
 from depthdiff.models import convolution, layers, winograd
 from depthdiff.models.convolution import Conv3x3, im2col_conv3x3, product_is_faster
 from depthdiff.models.layers import FeedForward, fused_gate, gate_is_fused
-from depthdiff.models.plain import only_computes
+from depthdiff.models.plain import fuses_bfloat16, only_computes
 from depthdiff.models.winograd import (
     FILTER,
     grouped_strips,
@@ -48,6 +48,19 @@ def seen(monkeypatch):
         return winograd_conv3x3(x, weight, bias)
 
     monkeypatch.setattr(winograd, "winograd_conv3x3", watched)
+    return shapes
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """List the shapes of the maps that are convolved by one product."""
+    shapes = []
+
+    def watched(x, *others):
+        shapes.append(tuple(x.shape))
+        return im2col_conv3x3(x, *others)
+
+    monkeypatch.setattr(convolution, "im2col_conv3x3", watched)
     return shapes
 
 
@@ -147,14 +160,15 @@ def test_only_large_float32_maps():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_only_plain_computing(seen):
+@pytest.mark.parametrize(("channels", "filters", "height", "width"), [(192, 256, 64, 48), (1024, 1088, 8, 12)])
+def test_only_plain_computing(channels, filters, height, width, seen, products):
     """What records, traces or transforms the work gets torch's own convolution, and the same numbers."""
-    layer, x = Conv3x3(192, 256), torch.randn(1, 192, 64, 48)
+    layer, x = Conv3x3(channels, filters), torch.randn(1, channels, height, width)
     expected = F.conv2d(x, layer.weight, layer.bias, padding=1).detach()
 
     def check(result: torch.Tensor, atol: float = 1e-5) -> None:
         torch.testing.assert_close(result.float(), expected, rtol=0, atol=atol)
-        assert not seen
+        assert not seen and not products
 
     recorded = layer(x)
     check(recorded.detach())
@@ -173,16 +187,16 @@ def test_only_plain_computing(seen):
         traced = torch.jit.trace(layer, x, check_trace=False)
         check(traced(x.repeat(2, 1, 1, 1))[1:])
         program = torch.export.export(layer, (x,))
-        assert "conv2d" in str(program.graph) and "bmm" not in str(program.graph)
+        assert "conv2d" in str(program.graph) and "bmm" not in str(program.graph) and "linear" not in str(program.graph)
         check(program.module()(x))
         assert not only_computes(x.to("meta")) and not only_computes(x.to_mkldnn())
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=2e-5)  # observed: 4e-6
-    assert seen == [(1, 192, 64, 48)]
+    assert seen + products == [(1, channels, height, width)]
     layer.requires_grad_(False)
     layer(x)
     with torch.inference_mode():
         layer(x)
-    assert len(seen) == 3
+    assert len(seen + products) == 3
 
 
 UNET = {
@@ -279,19 +293,6 @@ def test_feed_forward_in_parts(monkeypatch):
     assert sizes[3:] == [3, 7]  # whole: the batch, and the tokens of each of it
 
 
-@pytest.fixture
-def products(monkeypatch):
-    """List the shapes of the maps that are convolved by one product."""
-    shapes = []
-
-    def watched(x, *others):
-        shapes.append(tuple(x.shape))
-        return im2col_conv3x3(x, *others)
-
-    monkeypatch.setattr(convolution, "im2col_conv3x3", watched)
-    return shapes
-
-
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])
@@ -310,20 +311,54 @@ def test_one_product_is_a_convolution(stride, padding, biased, last):
 def test_only_small_maps_of_many_channels(monkeypatch):
     """Each of the others fails one condition alone; the batch does not count."""
     x, weight = maps(1024, 16, 16, 1024)
-    assert product_is_faster(x, weight, 1) and product_is_faster(x.repeat(2, 1, 1, 1), weight, 1)
-    assert product_is_faster(torch.zeros(1, 1024, 32, 32), weight, 2)
+    assert product_is_faster(x, weight) and product_is_faster(x.repeat(2, 1, 1, 1), weight)
+    for (height, width), padding, fits in (((32, 32), 1, True), ((33, 31), 1, False), ((33, 33), 0, True)):
+        assert product_is_faster(torch.zeros(1, 1024, height, width), weight, 2, padding) is fits
     refused = {"a large map": (x.repeat(1, 1, 1, 2), weight), "few weights": maps(1024, 16, 16, 1023)}
     refused |= {"no batch": (x[0], weight), "nothing": (x[:, :, :0], weight), "two dtypes": (x, weight.bfloat16())}
     refused |= {"float64": (x.double(), weight.double()), "float16": (x.half(), weight.half())}
     for what, pair in refused.items():
-        assert not product_is_faster(*pair, 1), what
+        assert not product_is_faster(*pair), what
     for tiles in (True, False):
         monkeypatch.setattr(convolution, "has_tiles", lambda tiles=tiles: tiles)
-        assert product_is_faster(x.bfloat16(), weight.bfloat16(), 1) is tiles
-        assert product_is_faster(x, weight, 1)
-    assert not product_is_faster(x, nn.Parameter(weight), 1)
+        assert product_is_faster(x.bfloat16(), weight.bfloat16()) is tiles
+        assert product_is_faster(x, weight)
+    assert not product_is_faster(x, nn.Parameter(weight))
     with torch.no_grad():
-        assert product_is_faster(x, nn.Parameter(weight), 1)
+        assert product_is_faster(x, nn.Parameter(weight))
+
+
+def test_products_that_may_be_of_less_precision_stand_for_no_convolution(monkeypatch):
+    large, small = maps(192, 64, 48, 256), maps(1024, 16, 16, 1024)
+    for precision, exact in (("highest", True), ("high", True), ("medium", False)):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        assert is_faster(*large) is exact and product_is_faster(*small) is exact
+
+
+@torch.no_grad()
+def test_layers_that_were_changed_convolve_as_they_say(products, seen):
+    """Seamless tiles are made by setting the padding of every convolution; the short ways know zeros alone."""
+    for layer, size in ((Conv3x3(1024, 1024), 8), (Conv3x3(1024, 1024, stride=2), 8), (Conv3x3(192, 256), 64)):
+        layer.padding_mode, layer._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+        x = torch.randn(1, layer.in_channels, size, size)
+        expected = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), layer.weight, layer.bias, layer.stride)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+    assert not products and not seen
+
+
+@torch.no_grad()
+def test_one_product_covers_some_pictures_at_a_time(monkeypatch):
+    """Of any number, none included. Observed in float64: 0."""
+    weight, sizes = torch.randn(14, 10, 3, 3, dtype=torch.float64), []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *others: sizes.append(len(x)) or linear(x, *others))
+    monkeypatch.setattr(convolution, "COVERED_BYTES", 2 * 9 * 10 * 6 * 9 * 8)
+    for count, parts in ((5, [2, 2, 1]), (2, [2]), (0, [0])):
+        x = torch.randn(count, 10, 6, 9, dtype=torch.float64)
+        result = im2col_conv3x3(x, weight, None, 1, 1)
+        torch.testing.assert_close(result, F.conv2d(x, weight, padding=1), rtol=0, atol=1e-12)
+        assert sizes == parts
+        sizes.clear()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
@@ -345,6 +380,10 @@ def test_small_maps_go_by_one_product(dtype, bound, products, monkeypatch):
     assert len(products) == 2
 
 
+needs_fusing = pytest.mark.skipif(not fuses_bfloat16(), reason="needs a processor on which oneDNN does bfloat16")
+
+
+@needs_fusing
 @torch.no_grad()
 def test_the_gate_within_the_products():
     """The fused layer rounds less often than the plain one. Observed: 2.4e-3 and 3.2e-3 of the exact result's norm."""
@@ -359,6 +398,7 @@ def test_the_gate_within_the_products():
     assert (fused_gate(x, layer) - exact).norm() < (plain_value * F.gelu(plain_gate) - exact).norm()
 
 
+@needs_fusing
 @torch.no_grad()
 def test_the_gate_is_the_exact_gelu():
     """Not one of its approximations, which are 3e-4 off. Observed in float32: 2.4e-7 of the norm."""
@@ -369,6 +409,8 @@ def test_the_gate_is_the_exact_gelu():
     assert (fused_gate(x, layer.float()) - exact).norm() < 2e-6 * exact.norm()
 
 
+@needs_fusing
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @torch.no_grad()
 def test_a_gate_is_fused_only_where_nothing_else_is_asked(monkeypatch):
     """Hooks are called, wrapped layers too; what records or changes dtypes goes the plain way."""
@@ -384,7 +426,19 @@ def test_a_gate_is_fused_only_where_nothing_else_is_asked(monkeypatch):
         feed(x)
         assert len(seen) == 1
         handle.remove()
-    assert not gate_is_fused(x.float(), layer) and not gate_is_fused(x, nn.Sequential(layer))
+    handle = nn.modules.module.register_module_forward_hook(lambda *parts: None)
+    assert not gate_is_fused(x, layer)
+    handle.remove()
+    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias) + 100
+    assert not gate_is_fused(x, layer) and feed(x).abs().max() > 100 * plain.abs().max()
+    del layer.forward
+    assert not gate_is_fused(x, nn.Linear(8, 64, bias=False).bfloat16()) and not gate_is_fused(x.float(), layer)
+    feed.proj_in = nn.Sequential(layer)
+    assert not gate_is_fused(x, feed.proj_in)
+    torch.testing.assert_close(feed(x).float(), plain, rtol=0, atol=0.02)
+    feed.proj_in = layer
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not gate_is_fused(x, layer)
     assert not gate_is_fused(x.float(), feed.float().proj_in)
     feed.bfloat16()
     with torch.enable_grad():
@@ -394,5 +448,6 @@ def test_a_gate_is_fused_only_where_nothing_else_is_asked(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         pretended = mode.from_tensor(x)
         assert not gate_is_fused(pretended, layer) and feed(pretended).shape == x.shape
-    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
-    assert not gate_is_fused(x, layer)
+    for operators in (SimpleNamespace(), SimpleNamespace(_linear_pointwise=1, _is_mkldnn_bf16_supported=lambda: False)):
+        monkeypatch.setattr(torch.ops, "mkldnn", operators)
+        assert not gate_is_fused(x, layer)

@@ -6,16 +6,21 @@ levels, that takes longer than the convolution itself, and the filters as they l
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models import winograd
-from depthdiff.models.plain import has_tiles, only_computes
+from depthdiff.models.plain import has_tiles, only_computes, products_are_exact
 
 MOST_PIXELS, FEWEST_WEIGHTS = 256, 2**20
 """Largest map of a result, and fewest pairs of channels, for which a matrix product is faster. The batch does not
-count, so that a picture does not depend on its company."""
+count, so that the way a picture takes does not depend on its company."""
+
+COVERED_BYTES = 2**25
+"""What the filters cover, of so many pictures at a time as this holds: nine times the input."""
 
 
 class Conv3x3(nn.Conv2d):
@@ -35,23 +40,26 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K, H', W')."""
         stride, padding = self.stride[0], int(self.padding[0])
+        if (self.padding_mode, self.dilation, self.groups) != ("zeros", (1, 1), 1):  # as set by those who make tiles
+            return super().forward(x)
         if (stride, padding) == (1, 1) and winograd.is_faster(x, self.weight):
             return winograd.winograd_conv3x3(x, self.weight, self.bias)
-        if product_is_faster(x, self.weight, stride):
+        if product_is_faster(x, self.weight, stride, padding):
             return im2col_conv3x3(x, self.weight, self.bias, stride, padding)
         return super().forward(x)
 
 
-def product_is_faster(x: Tensor, weight: Tensor, stride: int) -> bool:
+def product_is_faster(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> bool:
     """Tell whether to prefer `im2col_conv3x3`: for small maps of many channels, where nothing is trained.
 
     In float32 on any processor, in bfloat16 on those that multiply it in tiles (AMX).
     """
     if x.dim() != 4 or x.dtype != weight.dtype or not only_computes(x, weight):
         return False
-    if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and has_tiles()):
+    ways = {torch.float32: products_are_exact, torch.bfloat16: has_tiles}
+    if x.dtype not in ways or not ways[x.dtype]():
         return False
-    pixels = x.shape[2] * x.shape[3] // stride**2
+    pixels = math.prod((side + 2 * padding - 3) // stride + 1 for side in x.shape[2:])
     return 0 < pixels <= MOST_PIXELS and weight.shape[0] * weight.shape[1] >= FEWEST_WEIGHTS
 
 
@@ -71,8 +79,9 @@ def im2col_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
     Source: Chellapilla et al., High performance convolutional neural networks for document processing, 2006.
     """
     pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, *(padding,) * 4))
-    covered = pixels.unfold(1, 3, stride).unfold(2, 3, stride)  # (B, H', W', C, 3, 3)
+    covered = pixels.unfold(1, 3, stride).unfold(2, 3, stride)  # (B, H', W', C, 3, 3), a view
     if weight.is_contiguous(memory_format=torch.channels_last):
         covered, weight = covered.movedim(3, 5), weight.movedim(1, 3)
-    result = F.linear(covered.flatten(3), weight.flatten(1), bias)
-    return result.movedim(3, 1)
+    few = max(1, COVERED_BYTES // (covered[:1].numel() * x.itemsize or COVERED_BYTES))
+    matrix = weight.flatten(1)
+    return torch.cat([F.linear(some.flatten(3), matrix, bias) for some in covered.split(few)]).movedim(3, 1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from depthdiff.models.attention import KeysValues, MultiHeadAttention
 from depthdiff.models.convolution import Conv3x3
-from depthdiff.models.plain import only_computes
+from depthdiff.models.plain import fuses_bfloat16, is_bare, only_computes
 from depthdiff.models.shortcuts import TokenMerging
 
 
@@ -147,7 +147,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        if not only_computes(x, self.proj_in.weight) or x.shape[:-1].numel() <= TOKENS_AT_ONCE:
+        if not only_computes(x, *self.proj_in.parameters()) or x.shape[:-1].numel() <= TOKENS_AT_ONCE:
             return self._feed(x)
         parts = x.flatten(0, 1).split(TOKENS_AT_ONCE)
         return torch.cat([self._feed(part) for part in parts]).view_as(x)
@@ -160,24 +160,24 @@ class FeedForward(nn.Module):
 
 
 def gate_is_fused(x: Tensor, layer: nn.Module) -> bool:
-    """Tell whether `fused_gate` can stand for a layer: in bfloat16 on a processor, where nothing is trained or hooked.
+    """Tell whether `fused_gate` can stand for a layer: in bfloat16 on a processor, where nothing is trained.
 
     Args:
         x: what the layer reads.
-        layer: a linear one; of another kind, as one that an adapter has wrapped, it is called as it is.
+        layer: a linear one. One of another kind, hooked, or with a `forward` put in its place is called as it is.
     """
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) is not nn.Linear or layer.bias is None or not is_bare(layer):
         return False
     if not x.dtype == layer.weight.dtype == layer.bias.dtype == torch.bfloat16:
         return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and only_computes(x, layer.weight, layer.bias)
+    return fuses_bfloat16() and only_computes(x, layer.weight, layer.bias)
 
 
 def fused_gate(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Multiply one half of what a layer gives by the GELU of the other, within its products: (L, C) -> (L, C').
+    """Multiply the first half of what a layer gives by the GELU of the second: (..., C) -> (..., C').
 
-    oneDNN adds, gates and multiplies while the products are at hand, and rounds them once at the end. Its operators are
-    those that torch.compile uses; torch has no public name for them.
+    oneDNN adds, gates and multiplies while the products of each half are at hand, and rounds once a half. Its operators
+    are those that torch.compile uses; torch has no public name for them.
     """
     (value, gate), (value_bias, gate_bias) = layer.weight.chunk(2), layer.bias.chunk(2)
     linear = torch.ops.mkldnn._linear_pointwise

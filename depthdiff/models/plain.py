@@ -5,11 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module
 
 
 def has_tiles() -> bool:
     """Tell whether the processor multiplies bfloat16 in tiles (AMX); yes where torch cannot tell."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
+
+
+def fuses_bfloat16() -> bool:
+    """Tell whether oneDNN is in use, with operators that fuse a linear layer in bfloat16 on this processor."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def products_are_exact() -> bool:
+    """Tell whether products of float32 are as exact as convolutions; torch's precision "medium" lets them be less."""
+    return torch.get_float32_matmul_precision() != "medium"
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Tell whether a layer's call is its class's `forward` and no more: no hook, no other `forward` in its place."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks
+    everywhere = module._global_forward_hooks, module._global_forward_pre_hooks
+    return "forward" not in vars(layer) and not any((*hooks, *everywhere))
 
 
 def only_computes(*tensors: Tensor) -> bool:

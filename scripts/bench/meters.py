@@ -108,7 +108,8 @@ def flops_of(action: Callable[[], Any]) -> int:
         return 2 * math.prod(x) * weight[0]
 
     kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # which torch does not count
-    kernels[torch.ops.mkldnn._linear_pointwise] = linear
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        kernels[torch.ops.mkldnn._linear_pointwise] = linear
     with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         seconds_of(action)
     return counter.get_total_flops()

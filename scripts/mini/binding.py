@@ -73,7 +73,7 @@ def facts(scene: Scene, seen: list[int], flip: bool) -> Tensor:
 
     Args:
         scene: of the picture.
-        seen: the objects that can be seen; of others all is `UNKNOWN`, as is a place that no word tells.
+        seen: the objects that can be seen; of others all is `UNKNOWN`, as is a place among one or among four.
         flip: whether the picture is the scene's mirror image.
     """
     told = torch.full((MAX_OBJECTS, 3), UNKNOWN)
@@ -103,7 +103,7 @@ def at_places(places: Tensor, count: int, of_object: Tensor) -> Tensor:
 
 
 def looking_loss(looks: list[Look], places: Tensor, tokens: Tensor) -> Tensor:
-    """Ask half of the heads that an object's places look at the object's name.
+    """Ask half of the heads that an object's places look at the words that tell it from the others.
 
     Args:
         looks: of each layer.
@@ -139,7 +139,7 @@ class Guesses(nn.Module):
         self.colours = nn.Linear(width, len(COLOURS))
 
     def forward(
-        self, looks: list[Look], context: Tensor, places: Tensor, tokens: Tensor, facts: Tensor
+        self, looks: list[Look], context: Tensor, places: Tensor, tokens: Tensor, told: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the cross-entropies of the guesses: shape and place from queries, colour from words.
 
@@ -148,18 +148,18 @@ class Guesses(nn.Module):
             context: (B, L, width), the text encoder's result.
             places: (B, h, w), int64, 0 or the number of the object there, from 1.
             tokens: (B, K, L), bool, the tokens that name each object.
-            facts: (B, K, 3), int64, as `facts` tells them.
+            told: (B, K, 3), int64, of each picture what `facts` returns.
         """
-        told = torch.cat([torch.full_like(facts[:, :1], UNKNOWN), facts], 1)
+        known = torch.cat([torch.full_like(told[:, :1], UNKNOWN), told], 1)
         shapes, sides = [], []
         for layer, (queries, _) in zip(self.things, looks, strict=True):
-            truth = at_places(places, queries.shape[1], told)
+            truth = at_places(places, queries.shape[1], known)
             shape, side = layer(queries.float()).split((len(SHAPES), len(PLACES)), 2)
             shapes.append(cross_entropy(shape, truth[:, :, 0]))
             sides.append(cross_entropy(side, truth[:, :, 1]))
         # the article comes first, when nothing is known yet
         after_article = tokens & tokens.roll(1, 2)
-        named = torch.where(after_article, facts[:, :, 2:], UNKNOWN).amax(1)
+        named = torch.where(after_article, told[:, :, 2:], UNKNOWN).amax(1)
         colour = cross_entropy(self.colours(context.float()), named)
         return torch.stack(shapes).mean(), torch.stack(sides).mean(), colour
 

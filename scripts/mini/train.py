@@ -72,7 +72,8 @@ caption was painted, but on any of the objects: 90 % of them had a colour of the
 
 GUESSING = 0.1
 """Weight of each of the losses that teach queries to tell the shape and the place of an object, and words its colour.
-Without them "on the left" was never learnt: of two objects of one shape 37 % got their own colour, 50 % the other's."""
+Until these came, and the words that tell a side were what is to be looked at (`binding.name_tokens`), "on the left" was
+not learnt: of two objects of one shape 37 % got their own colour, 50 % the other's."""
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 TOKENS = 48
@@ -486,13 +487,14 @@ class Trainer:
             bound = looking_loss(looks, places.to(self.device), telling)
             guesses = model["guesses"](looks, context, places.to(self.device), names, told.to(self.device))
             looks.clear()
-            shares.append([math.exp(-loss) for loss in torch.stack([bound, *guesses]).tolist()])
+            losses = torch.stack([bound, *guesses]).tolist()
+            shares.append([math.exp(-loss) if loss > 0 else math.nan for loss in losses])  # 0: nothing to tell
             return F.mse_loss(out.float(), target) + BINDING * bound + GUESSING * sum(guesses)
 
         def export(model: nn.Module) -> None:
             if shares:
-                means = " ".join(f"{share:.2f}" for share in np.mean(shares, axis=0))
-                log(self.run, f"unet looks at an object's name, tells its shape, its place, words its colour: {means}")
+                means = " ".join(f"{share:.2f}" for share in np.nanmean(shares, axis=0))
+                log(self.run, f"unet looks at what tells objects apart, knows shape, place; words know colour: {means}")
             shares.clear()
             StableDiffusionDepth2ImgPipeline(
                 vae=vae,
