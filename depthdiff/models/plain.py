@@ -1,4 +1,4 @@
-"""Where a processor may take a way that writes into buffers of its own, which nothing but plain computing allows."""
+"""Where a processor may take a way of its own, which nothing but plain computing of bare layers allows."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def name_tokens(tokenizer: CLIPTokenizer, texts: list[tuple[str, dict[int, str]]
     telling = torch.zeros_like(names)
     for n, (text, parts) in enumerate(texts):
         for k, name in parts.items():
-            before, after = text.index(name), text.index(name) + len(name)
+            before = text.index(name)
+            after = before + len(name)
             told = after - len(name.split()[-1]) if name.endswith(PLACES) else before
             start, last, stop = (1 + len(tokenizer.tokenize(text[:end])) for end in (before, told, after))
             names[n, k, start:stop] = telling[n, k, last:stop] = True  # after the start token

@@ -246,15 +246,20 @@ def describe(scene: Scene, k: int, seen: list[int], rng: random.Random, vague: b
     article = "an" if colour[0] in "aeiou" else "a"
     text = f"{article} {colour} {material}{shape}"
     place = place_among(scene, k, group_of(scene, k, seen))
-    alone = sum(scene.bodies[other].shape == body.shape for other in seen) == 1
+    alone = len(alike(scene, k, seen)) == 1
     told = rng.random() < (0.1 if alone else 0.85 if vague else 1.0)
     return f"{text} {place}" if place and told else text
 
 
+def alike(scene: Scene, k: int, seen: list[int]) -> list[int]:
+    """List the objects seen that have an object's shape, itself among them."""
+    return [other for other in seen if scene.bodies[other].shape == scene.bodies[k].shape]
+
+
 def group_of(scene: Scene, k: int, seen: list[int]) -> list[int]:
     """List the objects among which an object's place is told: those of its shape, or all where it is the only one."""
-    alike = [other for other in seen if scene.bodies[other].shape == scene.bodies[k].shape]
-    return alike if len(alike) > 1 else seen
+    same = alike(scene, k, seen)
+    return same if len(same) > 1 else seen
 
 
 def place_among(scene: Scene, k: int, group: list[int]) -> str:
