@@ -25,6 +25,10 @@ look, broadcastable to (B, H, Lq, Lk)."""
 
 AttentionName = Literal["sdpa", "sliced", "math", "efficient"]
 
+KEYS_AT_ONCE, FEW_KEYS = 16, 256
+"""How many keys a processor's kernel takes at a time, slowing down for what remains: with three more, masked out, a
+prompt's 77 take 0.7 of the time in float32, and 0.4 in bfloat16 with AMX. And up to how many keys to append some."""
+
 CHUNK = 2**21
 """Scores that `chunked_attention` holds at a time; 4 MiB in bfloat16."""
 
@@ -57,7 +61,15 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = Non
     """
     if mask is None and chunks_are_faster(q, k, v):
         return chunked_attention(q, k, v)
+    if mask is None and q.device.type == "cpu" and k.shape[2] % KEYS_AT_ONCE and k.shape[2] <= FEW_KEYS:
+        k, v, mask = rounded_up(k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def rounded_up(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring keys and values to a multiple of `KEYS_AT_ONCE`; return a mask (1, Lk') too, which leaves new ones out."""
+    count, more = k.shape[2], -k.shape[2] % KEYS_AT_ONCE
+    return F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more)), (torch.arange(count + more) < count)[None]
 
 
 def chunks_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
