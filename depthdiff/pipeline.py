@@ -218,6 +218,8 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             token_merging=token_merging,
             preset=preset,
         )
+        if guidance_scale > 1 and "depth_mask" in callback_on_step_end_tensor_inputs:
+            run.depth = torch.cat([run.depth] * 2)  # diffusers' form, whose halves a callback may make differ
         self._guidance_scale, self._clip_skip, self._num_timesteps = guidance_scale, clip_skip, len(run)
         repeated = len(run) - int(num_inference_steps * strength)  # PNDM's second call for one step is none of its own
         for step in self.progress_bar(self.denoise(run), total=len(run)):
@@ -299,7 +301,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         context = positive if negative is None else torch.cat([negative, positive])
 
         depth = self._depth(images, depths)
-        depth = torch.cat([expand(depth, pictures, num_images_per_prompt).to(context.dtype)] * (1 + guided))
+        depth = expand(depth, pictures, num_images_per_prompt).to(context.dtype)
         clean = self._encode(images, context.dtype)
         latents = noisy_latents(clean, plan, pictures, num_images_per_prompt, self.vae.config.scaling_factor, generator)
         return Run(plan, latents, context, depth, guidance_scale, generator, lora_scale, shortcuts)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from depthdiff.models.plain import is_bare
 from depthdiff.models.shortcuts import DeepFeatures
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.run import Run
@@ -23,7 +24,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 @contextmanager
 def noise_predictor(unet: UNet2DConditionModel, run: Run) -> Iterator[Predict]:
     """Make the function that a run's loop calls; within, the UNet embeds timesteps and reads prompts once."""
-    sample, told = UNetInput(unet.conv_in.weight), Told()
+    sample, told = UNetInput(unet.conv_in.weight), Told(shares=type(unet) is UNet2DConditionModel and is_bare(unet))
     deep, merging = run.shortcuts.deep_features(), run.shortcuts.merging()
     steps = zip(run.plan.calls, run.plan.numbers, strict=True)
     outside = {id(t) for t, number in steps if not run.shortcuts.guides(number / run.plan.config.num_train_timesteps)}
@@ -31,11 +32,10 @@ def noise_predictor(unet: UNet2DConditionModel, run: Run) -> Iterator[Predict]:
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         guided = run.guidance_scale > 1
         whole = not guided or id(timestep) not in outside
+        check_rows(run, latents)
         context, depth = told.look_up(run, deep, whole)
-        copies = 2 if guided and whole else 1
-        inputs = sample.filled(latents, depth, copies)
-        noise = unet(inputs, timestep, context, deep=deep, merging=merging).sample
-        if copies == 1:
+        noise = unet(sample.filled(latents, depth), timestep, context, deep=deep, merging=merging).sample
+        if not (guided and whole):
             return noise
         uncond, cond = noise.chunk(2)
         return guide(uncond, cond, run.guidance_scale)
@@ -44,14 +44,31 @@ def noise_predictor(unet: UNet2DConditionModel, run: Run) -> Iterator[Predict]:
         yield predict
 
 
+def check_rows(run: Run, latents: Tensor) -> None:
+    """Refuse a context that does not fit guidance, as a callback may leave it that turns guidance off."""
+    wanted, each = (2 * len(latents), "two") if run.guidance_scale > 1 else (len(latents), "one")
+    if len(run.context) != wanted:
+        rows = "row" if wanted == 1 else "rows"
+        raise ValueError(
+            f"context must have {wanted} {rows}, {each} for each of the latents, got {len(run.context)}; with guidance "
+            f"it is the negative prompts and then the prompts, without it the prompts alone"
+        )
+
+
 class Told:
     """What the UNet is told of a run: context and depth, whole or, where guidance pauses, their half for the prompt.
 
-    The halves stay the same tensors while the run's do, by which the UNet recognises a prompt that it has read.
+    These stay the same tensors while the run's do, by which the UNet recognises a prompt that it has read.
+
+    Args:
+        shares: whether the UNet may get one depth for both halves of guidance. One that is hooked, or whose `forward`
+            is another's, gets two, as one would of diffusers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shares: bool) -> None:
+        self.shares = shares
         self.source: tuple[Tensor, int, Tensor, int] | None = None
+        self.all: tuple[Tensor, Tensor] | None = None
         self.half: tuple[Tensor, Tensor] | None = None
         self.whole = True
 
@@ -66,16 +83,19 @@ class Told:
         source = (run.context, run.context._version, run.depth, run.depth._version)
         known = self.source
         if known is None or known[0] is not source[0] or known[2] is not source[2] or known[1::2] != source[1::2]:
-            self.source, self.half = source, None
+            self.source, self.all, self.half = source, None, None
             if deep is not None:
                 deep.forget()
         if deep is not None and self.whole and not whole:
             deep.keep_second_half()
         self.whole = whole
+        one_depth = len(run.depth) < len(run.context)
         if whole:
-            return run.context, run.depth
+            if self.all is None:
+                self.all = run.context, torch.cat([run.depth] * 2) if one_depth and not self.shares else run.depth
+            return self.all
         if self.half is None:
-            self.half = run.context.chunk(2)[1], run.depth.chunk(2)[1]
+            self.half = run.context.chunk(2)[1], run.depth if one_depth else run.depth.chunk(2)[1]
         return self.half
 
 
@@ -90,15 +110,16 @@ class UNetInput:
         last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.depth: Tensor | None = None
-        self.copies = 0
+        self.version = 0
         self.sample = torch.empty(0)
 
-    def filled(self, latents: Tensor, depth: Tensor, copies: int) -> Tensor:
-        """Return (copies B, 5, h, w): the latents, `copies` times, and the depth (copies B, 1, h, w)."""
-        channels = latents.shape[1]
-        if depth is not self.depth or copies != self.copies:
+    def filled(self, latents: Tensor, depth: Tensor) -> Tensor:
+        """Return (N, 5, h, w): the latents (B, 4, h, w), N / B times, and the depth (N, 1, h, w)."""
+        channels, copies = latents.shape[1], len(depth) // len(latents)
+        if depth is not self.depth or depth._version != self.version:
             sample = torch.cat([torch.cat([latents] * copies), depth], dim=1)
-            self.sample, self.depth, self.copies = sample.contiguous(memory_format=self.memory_format), depth, copies
+            self.sample = sample.contiguous(memory_format=self.memory_format)
+            self.depth, self.version = depth, depth._version
         else:
             self.sample[:, :channels].unflatten(0, (copies, -1)).copy_(latents)
         return self.sample

@@ -43,7 +43,8 @@ class Run:
         plan: the scheduler's steps, already cut by the strength.
         latents: (B, 4, h, w), as noisy as the next step expects.
         context: (B, L, C), the prompts; with guidance (2B, L, C), the negative ones first.
-        depth: (B, 1, h, w) in [-1, 1], near is large; with guidance (2B, 1, h, w), twice the same.
+        depth: (B, 1, h, w) in [-1, 1], near is large; with guidance it may be (2B, 1, h, w), one for each prompt, and
+            then what both halves of guidance have in common is computed twice.
         guidance_scale: guidance is on above 1.
         generator: for schedulers that add noise on the way.
         lora_scale: times the weights of the active adapters.

@@ -16,7 +16,7 @@ import benchmark
 ROOT = Path(__file__).parent.parent
 COST = {
     "text": "text, two prompts",
-    "unet": "UNet, batch 2 (guidance)",
+    "unet": "UNet, one picture with guidance",
     "call": "whole call, ",
     "fast": "whole call, preset",
 }

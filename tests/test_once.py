@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from depthdiff.cache import Cache, fingerprint, state_of
+from depthdiff.models.layers import TransformerBlock
 from depthdiff.predictor import UNetInput
 
 
@@ -87,13 +88,52 @@ def test_a_callback_may_replace_the_prompt(pipe, call, monkeypatch):
 def test_the_guidance_batch_is_written_in_place():
     latents, depth = torch.randn(3, 4, 6, 8), torch.randn(6, 1, 6, 8)
     filler = UNetInput(nn.Conv2d(5, 8, 3).weight)
-    first = filler.filled(latents, depth, 2)
+    first = filler.filled(latents, depth)
     torch.testing.assert_close(first, torch.cat([torch.cat([latents, latents]), depth], 1))
-    again = filler.filled(latents + 1, depth, 2)
+    again = filler.filled(latents + 1, depth)
     assert again is first
     torch.testing.assert_close(again, torch.cat([torch.cat([latents + 1, latents + 1]), depth], 1))
-    half = filler.filled(latents, depth[:3], 1)
+    half = filler.filled(latents, depth[:3])
     torch.testing.assert_close(half, torch.cat([latents, depth[:3]], 1))
+    filler.filled(latents, depth)
+    depth.mul_(-1)
+    torch.testing.assert_close(filler.filled(latents, depth), torch.cat([torch.cat([latents, latents]), depth], 1))
+
+
+class Rows:
+    """Notes how many rows layers read."""
+
+    def __init__(self, *layers):
+        self.seen = [set() for _ in layers]
+        for layer, seen in zip(layers, self.seen, strict=True):
+            layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.add(len(args[0])))
+
+
+def test_what_comes_before_the_prompt_is_computed_once_for_both_halves(pipe, call):
+    """And gives what both halves of their own give. Observed: at most 1e-6."""
+    whole = call(guidance_scale=5.0)
+    block = next(module for module in pipe.unet.modules() if isinstance(module, TransformerBlock))
+    rows = Rows(pipe.unet.conv_in, block.self_attn.to_q, block.cross_attn.to_q, pipe.unet.conv_out)
+    assert torch.equal(call(guidance_scale=5.0), whole)
+    assert rows.seen == [{1}, {1}, {2}, {2}]
+    own = Rows(pipe.unet)
+    torch.testing.assert_close(call(guidance_scale=5.0), whole, rtol=0, atol=1e-5)
+    assert own.seen == [{2}], "a hooked UNet gets what one of diffusers gets"
+    assert rows.seen == [{1, 2}, {1, 2}, {2}, {2}]
+
+
+def test_a_unet_with_another_forward_gets_both_halves(pipe, call, monkeypatch):
+    """Such as those that scripts put in its place, which split what they get in two. Observed: at most 1e-6."""
+    expected, forward, seen = call(), pipe.unet.forward, set()
+
+    def other(sample, timestep, context, **options):
+        assert torch.equal(*sample.chunk(2))
+        seen.add(tuple(sample.shape[:2]))
+        return forward(sample, timestep, context, **options)
+
+    monkeypatch.setattr(pipe.unet, "forward", other)
+    torch.testing.assert_close(call(), expected, rtol=0, atol=1e-5)
+    assert seen == {(2, 5)}
 
 
 @pytest.mark.parametrize("network", ["text_encoder", "vae", "depth_estimator"])

@@ -240,7 +240,18 @@ def test_guidance_of_one_is_the_prompt_alone(pipe, small_photo):
     run = pipe.prepare("x", small_photo, guidance_scale=1.0)
     assert (len(run.context), len(run.depth)) == (1, 1)
     run = pipe.prepare("x", small_photo, guidance_scale=2.0)
-    assert (len(run.context), len(run.depth)) == (2, 2)
+    assert (len(run.context), len(run.depth)) == (2, 1)
+
+
+def test_guidance_and_context_have_to_fit(pipe, small_photo):
+    run = pipe.prepare("x", small_photo, num_inference_steps=STEPS)
+    run.guidance_scale = 1.0
+    with pytest.raises(ValueError, match="context must have 1 row, one for each of the latents, got 2"):
+        next(iter(pipe.denoise(run)))
+    run = pipe.prepare("x", small_photo, num_inference_steps=STEPS, guidance_scale=1.0)
+    run.guidance_scale = 2.0
+    with pytest.raises(ValueError, match="context must have 2 rows, two for each of the latents, got 1"):
+        next(iter(pipe.denoise(run)))
 
 
 def test_exact_schedulers_in_the_pipeline(pipe, small_photo):

@@ -184,6 +184,11 @@ def fused_gate(x: Tensor, layer: nn.Linear) -> Tensor:
     return linear.binary(x, linear(x, gate, gate_bias, "gelu", [], "none"), value, value_bias, "mul")
 
 
+def widened(x: Tensor, rows: int) -> Tensor:
+    """Repeat a batch until it has as many rows as wanted, a multiple of those that it has."""
+    return x if len(x) == rows else x.repeat(rows // len(x), *(1,) * (x.dim() - 1))
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the prompt and a gated feed-forward, each after a norm and around a short cut."""
 
@@ -205,13 +210,17 @@ class TransformerBlock(nn.Module):
         merging: TokenMerging | None = None,
         size: torch.Size | None = None,
     ) -> Tensor:
-        """(B, L, C) and the prompt as each block reads it -> (B, L, C); `size` is that of the tokens' map."""
+        """(B, L, C) and prompts as each block reads them -> (B', L, C), B' being the number of prompts.
+
+        `size` is that of the tokens' map.
+        """
         tokens = self.norm1(x)
         groups = None if merging is None or size is None else merging.group(tokens, size)
         if groups is None:
             x = x + self.self_attn(tokens)
         else:
             x = x + groups.unmerge(self.self_attn(groups.merge(tokens)))
+        x = widened(x, len(context[self.slot].keys))
         x = x + self.cross_attn(self.norm2(x), context[self.slot])
         return x + self.ff(self.norm3(x))
 
@@ -242,7 +251,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(inner, channels) if use_linear else nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor, context: Sequence[KeysValues], merging: TokenMerging | None = None) -> Tensor:
-        """(B, C, H, W) and the prompt as each block reads it -> (B, C, H, W)."""
+        """(B, C, H, W) and prompts as each block reads them -> (B', C, H, W), B' being the number of prompts."""
         size = x.shape[-2:]
         if self.use_linear:
             tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, HW, C)
@@ -250,6 +259,7 @@ class SpatialTransformer(nn.Module):
             tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
             tokens = block(tokens, context, merging, size)
+        x = widened(x, len(tokens))
         if self.use_linear:
             return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
         return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, size))

@@ -35,10 +35,10 @@ class DeepFeatures:
     kept: Tensor | None = None
     age: int = 0
 
-    def recall(self, x: Tensor) -> Tensor | None:
-        """Return what is kept for a call whose finest feature map is `x` (B, C', h, w); None where it must be anew."""
+    def recall(self, rows: int, size: torch.Size) -> Tensor | None:
+        """Return what is kept for a call of so many rows and this size (h, w); None where it must be computed anew."""
         kept = self.kept
-        if kept is None or self.age >= self.every or (len(kept), *kept.shape[2:]) != (len(x), *x.shape[2:]):
+        if kept is None or self.age >= self.every or (len(kept), kept.shape[2:]) != (rows, size):
             return None
         self.age += 1
         return kept
@@ -88,7 +88,9 @@ class TokenMerging:
     the same, and comes from a generator of this object: two runs of the same calls draw the same.
 
     Source: arXiv:2303.17604 (token merging for Stable Diffusion), sec. 4, in the form that merges for self-attention
-    alone. Sums of several tokens have no fixed order on CUDA: results may differ there in the last bits.
+    alone. Sums of several tokens have no fixed order on CUDA: results may differ there in the last bits. Where pairs of
+    tokens are nearly as much alike as others, rounding decides which merge, and a picture may change visibly with what
+    else changes the last bits, such as the size of a batch.
 
     Args:
         ratio: of tokens to merge away, in [0, 0.75].

@@ -3,8 +3,8 @@
 Source: arXiv:2112.10752 (latent diffusion), with the depth map as one more input channel (Stability-AI/stablediffusion,
 ldm/models/diffusion/ddpm.py, `LatentDepth2ImageDiffusion`).
 
-Letters: B batch, C channels, h and w height and width of the latents, L tokens of the prompt, D their channels,
-T channels of the time embedding.
+Letters: B latents, P prompts for them, as many or a multiple of B, C channels, h and w height and width of the latents,
+L tokens of a prompt, D their channels, T channels of the time embedding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from depthdiff.config import Config, Output
 from depthdiff.models.attention import KeysValues
-from depthdiff.models.layers import ACTIVATIONS, TimestepEmbedding, TransformerBlock, timestep_embedding
+from depthdiff.models.layers import ACTIVATIONS, TimestepEmbedding, TransformerBlock, timestep_embedding, widened
 from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
 from depthdiff.models.unet_blocks import DownBlock, Level, MidBlock, UpBlock
 from depthdiff.models.visits import LayerwiseCasting
@@ -119,7 +119,7 @@ class UNet2DConditionConfig(Config):
 
 @dataclass
 class UNet2DConditionOutput(Output):
-    """`sample`: (B, out_channels, h, w), the predicted noise (or v, or clean latents: the scheduler knows)."""
+    """`sample`: (P, out_channels, h, w), the predicted noise (or v, or clean latents: the scheduler knows)."""
 
     sample: Tensor
 
@@ -199,16 +199,26 @@ class UNet2DConditionModel(LayerwiseCasting):
         Args:
             sample: (B, in_channels, h, w); for depth-to-image four noisy latent channels and the depth in [-1, 1].
             timestep: how noisy the latents are, 0..999: a number, or a tensor of no dimension or (B,).
-            encoder_hidden_states: (B, L, D), the prompt as the text encoder reads it.
+            encoder_hidden_states: (P, L, D), prompts as the text encoder reads them. The latents are taken again and
+                again, each time with the next B prompts; so guidance needs them once, and what comes before the first
+                attention to a prompt is computed once for all.
             return_dict: return a record, else a tuple of its one field.
             deep: what earlier calls of the same run computed in the deeper part, to reuse it.
             merging: of tokens, in the finest level that attends.
 
         Returns:
-            A record with `sample` (B, out_channels, h, w).
+            A record with `sample` (P, out_channels, h, w).
+
+        Raises:
+            ValueError: a number of prompts that is no multiple of that of the latents.
         """
+        rows = len(encoder_hidden_states)
+        if rows % max(1, len(sample)):
+            raise ValueError(
+                f"encoder_hidden_states must have as many rows as sample or a multiple, got {rows} for {len(sample)}"
+            )
         time, context = self._embed_time(timestep, sample), self._read_context(encoder_hidden_states)
-        noise_pred = self.predict(sample, time, context, deep, merging)
+        noise_pred = widened(self.predict(sample, time, context, deep, merging), rows)  # none may read a prompt
         return UNet2DConditionOutput(noise_pred) if return_dict else (noise_pred,)
 
     def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -223,7 +233,7 @@ class UNet2DConditionModel(LayerwiseCasting):
         return self.act(self.time_embedding(sinusoids.to(dtype)))
 
     def read_context(self, context: Tensor) -> list[KeysValues]:
-        """Compute what each block attends to in the prompt (B, L, D)."""
+        """Compute what each block attends to in the prompts (P, L, D)."""
         return [block.cross_attn.read(context) for block in self._readers()]
 
     def predict(
@@ -244,22 +254,27 @@ class UNet2DConditionModel(LayerwiseCasting):
             merging: see `forward`.
 
         Returns:
-            (B, out_channels, h, w).
+            (P, out_channels, h, w); (B, ...) where no block attends to prompts.
         """
+        rows = len(context[0].keys) if context else len(sample)
+        time = time if len(time) == 1 else widened(time, rows)
         x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
-        features = None if deep is None else deep.recall(x)
+        features = None if deep is None else deep.recall(rows, x.shape[2:])
         if features is None:
-            features = self._go_deep(x, time, context, merging)
+            features = self._go_deep(x, rows, time, context, merging)
             features = features if deep is None else deep.keep(features)
         x = self.up_blocks[-1](features, [x], time, context, self._merging(merging, 0), slice(-1, None))
         return self.conv_out(self.act(self.conv_norm_out(x)))
 
-    def _go_deep(self, x: Tensor, time: Tensor, context: Sequence[KeysValues], merging: TokenMerging | None) -> Tensor:
+    def _go_deep(
+        self, x: Tensor, rows: int, time: Tensor, context: Sequence[KeysValues], merging: TokenMerging | None
+    ) -> Tensor:
         """Run everything between the first convolution, whose result `x` is, and the last residual block."""
         skips = [x]
         for level, down_block in enumerate(self.down_blocks):
             x, more = down_block(x, time, context, self._merging(merging, level))
             skips.extend(more)
+        x = widened(x, rows)
         if self.mid_block is not None:
             x = self.mid_block(x, time, context)
         for level, up_block in zip(range(len(self.up_blocks) - 1, -1, -1), self.up_blocks, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from depthdiff.models.attention import KeysValues
-from depthdiff.models.layers import Downsample2D, ResnetBlock2D, SpatialTransformer, Upsample2D
+from depthdiff.models.layers import Downsample2D, ResnetBlock2D, SpatialTransformer, Upsample2D, widened
 from depthdiff.models.shortcuts import TokenMerging
 
 if TYPE_CHECKING:
@@ -73,10 +73,13 @@ class DownBlock(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, context: Sequence[KeysValues], merging: TokenMerging | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the block's result and every intermediate one, the result included."""
+        """Return the block's result and every intermediate one, the result included.
+
+        Up to the first attention to the prompts, `x` may have fewer rows than there are prompts.
+        """
         skips = []
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(x, time), context, merging)
+            x = attention(resnet(x, time[: len(x)]), context, merging)
             skips.append(x)
         if self.downsample is not None:
             x = self.downsample(x)
@@ -125,5 +128,5 @@ class UpBlock(nn.Module):
         `part` names the residual blocks to run, of a level that does not upsample.
         """
         for resnet, attention in list(zip(self.resnets, self.attentions, strict=True))[part]:
-            x = attention(resnet(torch.cat([x, skips.pop()], dim=1), time), context, merging)
+            x = attention(resnet(torch.cat([x, widened(skips.pop(), len(x))], dim=1), time), context, merging)
         return x if self.upsample is None else self.upsample(x, skips[-1].shape[-2:])

@@ -37,6 +37,7 @@ def load_both(folder: Path, dtype: str, device: str) -> dict[str, Any]:
 
 def actions_of(pipe: Any, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """List what each stage does, with the interface that both packages share."""
+    ours = hasattr(pipe, "cache")
     device, dtype, size = pipe.device, pipe.unet.dtype, options.size
     latent = size // pipe.vae_scale_factor
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +45,9 @@ def actions_of(pipe: Any, options: argparse.Namespace) -> dict[str, Callable[[],
     def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    sample, context = random(2, 5, latent, latent), random(2, 77, pipe.unet.config.cross_attention_dim)
+    sample, context = random(1, 5, latent, latent), random(2, 77, pipe.unet.config.cross_attention_dim)
+    if not ours:
+        sample = torch.cat([sample] * 2)  # each package's own loop calls it so
     pixels, latents = (
         random(*shape, dtype=pipe.vae.dtype).clamp(-1, 1) for shape in ((1, 3, size, size), (1, 4, latent, latent))
     )
@@ -55,7 +58,7 @@ def actions_of(pipe: Any, options: argparse.Namespace) -> dict[str, Callable[[],
         photo = file.convert("RGB").resize((size, size))
 
     def forget() -> None:
-        if hasattr(pipe, "cache"):
+        if ours:
             pipe.cache.clear()
 
     def text() -> Any:
@@ -79,7 +82,7 @@ def actions_of(pipe: Any, options: argparse.Namespace) -> dict[str, Callable[[],
 
     def fast() -> Any:
         forget()
-        return again(preset="fast") if hasattr(pipe, "cache") else again()
+        return again(preset="fast") if ours else again()
 
     return {
         "text": text,
@@ -116,7 +119,7 @@ def label_of(stage: str, options: argparse.Namespace) -> str:
     call = f"{options.steps} steps, strength {options.strength:g}, guidance {options.guidance:g}"
     labels = {
         "text": "text, two prompts",
-        "unet": "UNet, batch 2 (guidance)",
+        "unet": "UNet, one picture with guidance",
         "call": f"whole call, {call}",
         "again": f"whole call again, same prompt and photo, {call}",
         "fast": f'whole call, preset="fast" beside all of diffusers\' work, {call}',

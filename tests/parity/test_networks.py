@@ -123,6 +123,11 @@ def test_unet(name, tmp_path):
         assert distance(mine(x, timestep, encoder_hidden_states=context).sample, expected) <= TOLERANCE
         assert torch.equal(mine(x, timestep, context, return_dict=False)[0], mine(x, timestep, context).sample)
 
+        more = torch.cat([context, torch.randn_like(context), torch.randn_like(context)])
+        thrice = timestep.repeat(3) if isinstance(timestep, torch.Tensor) else timestep
+        expected = reference(x.repeat(3, 1, 1, 1), thrice, encoder_hidden_states=more).sample
+        assert distance(mine(x, timestep, more).sample, expected) <= TOLERANCE
+
 
 VAES = {
     "tiny": GEOMETRIES["tiny"]["vae"],

@@ -223,6 +223,34 @@ def test_callbacks_see_and_change_the_same(pair, small_photo):
     assert np.abs(pictures[0] - pictures[1]).max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_callback_may_give_each_half_of_guidance_its_depth(pair, small_photo, in_place):
+    """Observed: at most 4e-6; the change of depth moves pixels by up to 0.1."""
+
+    def at_step(pipeline, index, timestep, tensors):
+        depth = tensors["depth_mask"] if in_place else tensors["depth_mask"].clone()
+        assert len(depth) == 2
+        if index == 1:
+            depth[:1].mul_(-1)
+        return {} if in_place else {"depth_mask": depth}
+
+    options = {"num_inference_steps": STEPS, "strength": 1.0, "output_type": "np"}
+    pictures = [
+        pipe(
+            "two tigers",
+            small_photo,
+            generator=torch.Generator().manual_seed(0),
+            callback_on_step_end=at_step,
+            callback_on_step_end_tensor_inputs=["depth_mask"],
+            **options,
+        ).images
+        for pipe in pair
+    ]
+    assert np.abs(pictures[0] - pictures[1]).max() <= TOLERANCE
+    plain = pair[0]("two tigers", small_photo, generator=torch.Generator().manual_seed(0), **options).images
+    assert np.abs(pictures[0] - plain).max() > 10 * TOLERANCE
+
+
 def test_legacy_callback(pair, small_photo):
     calls = []
     for pipe in pair:
