@@ -185,8 +185,8 @@ def fused_gate(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def widened(x: Tensor, rows: int) -> Tensor:
-    """Repeat a batch until it has as many rows as wanted, a multiple of those that it has."""
-    return x if len(x) == rows else x.repeat(rows // len(x), *(1,) * (x.dim() - 1))
+    """Repeat a batch until it has as many rows as wanted, a multiple of those that it has; its layout is kept."""
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
 
 
 class TransformerBlock(nn.Module):
