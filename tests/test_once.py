@@ -122,6 +122,19 @@ def test_what_comes_before_the_prompt_is_computed_once_for_both_halves(pipe, cal
     assert rows.seen == [{1, 2}, {1, 2}, {2}, {2}]
 
 
+def test_prompts_have_to_be_a_multiple_of_the_latents(pipe):
+    sample, context = torch.randn(2, 5, 8, 12), torch.randn(3, 7, pipe.unet.config.cross_attention_dim)
+    with pytest.raises(ValueError, match="encoder_hidden_states must have as many rows as sample or a multiple, got 3"):
+        pipe.unet(sample, 500, context)
+
+
+def test_a_callback_that_sees_the_depth_changes_nothing(pipe, call):
+    """Where guidance pauses, too. Observed: at most 1e-6."""
+    looking = {"callback_on_step_end": lambda *_: {}, "callback_on_step_end_tensor_inputs": ["depth_mask"]}
+    for options in ({}, {"guidance_interval": (0.3, 0.8)}):
+        torch.testing.assert_close(call(**looking, **options), call(**options), rtol=0, atol=1e-5)
+
+
 def test_a_unet_with_another_forward_gets_both_halves(pipe, call, monkeypatch):
     """Such as those that scripts put in its place, which split what they get in two. Observed: at most 1e-6."""
     expected, forward, seen = call(), pipe.unet.forward, set()

@@ -16,6 +16,7 @@ from depthdiff.models.attention import KeysValues, MultiHeadAttention
 from depthdiff.models.convolution import Conv3x3
 from depthdiff.models.plain import fuses_bfloat16, is_bare, only_computes
 from depthdiff.models.shortcuts import TokenMerging
+from depthdiff.models.strips import striped_conv3x3, strips_are_faster
 
 
 class QuickGELU(nn.Module):
@@ -91,14 +92,24 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """(B, C, H, W) and, where the block has a time projection, (B, T) after its activation -> (B, C', H, W)."""
-        h = self.act(self.norm1(x))  # one step a line from here on, so that what was read is given back at once
-        h = self.conv1(h)
+        h = activated_conv(self.norm1(x), self.act, self.conv1)
         if time is not None:
             h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.norm2(h)
+        h = self.norm2(h)  # one step a line from here on, so that what was read is given back at once
+        if strips_are_faster(h, self.conv2, self.act):
+            return striped_conv3x3(h, self.conv2, self.act, plus=self.conv_shortcut(x))
         h = self.act(h)
         h = self.conv2(h)
         return self.conv_shortcut(x) + h
+
+
+def activated_conv(x: Tensor, act: nn.Module | None, conv: nn.Conv2d) -> Tensor:
+    """Convolve (B, C, H, W), activated if there is an activation; in strips where that is faster."""
+    if strips_are_faster(x, conv, act):
+        return striped_conv3x3(x, conv, act)
+    x = x if act is None else act(x)
+    result: Tensor = conv(x)
+    return result
 
 
 class Downsample2D(nn.Module):
@@ -128,8 +139,8 @@ class Upsample2D(nn.Module):
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size), twice the input's size if that is None."""
         if size is None:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+            return activated_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"), None, self.conv)
+        return activated_conv(F.interpolate(x, size=size, mode="nearest"), None, self.conv)
 
 
 TOKENS_AT_ONCE = 2048
