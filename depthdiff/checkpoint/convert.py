@@ -24,9 +24,10 @@ from depthdiff.checkpoint.single_pipeline import load_single_components, refuse_
 from depthdiff.checkpoint.stream import Entry, write_safetensors
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import KEPT, PREFIXES, TABLES_LDM
-from depthdiff.checkpoint.weights import DTYPES, Source, check_floats, give_back, open_folder
+from depthdiff.checkpoint.weights import DTYPES, Source, check_floats, open_folder
 from depthdiff.config import CheckpointError
 from depthdiff.models.base import Model
+from depthdiff.models.pages import give_back
 
 KEPT_TABLE = Table(KEPT)
 

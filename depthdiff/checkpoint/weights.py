@@ -6,14 +6,11 @@ file's own pages; those that are cast are cast one by one, each giving its pages
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +23,7 @@ from depthdiff.checkpoint.remap import Table, split_part
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.config import CheckpointError
 from depthdiff.models.base import Model
+from depthdiff.models.pages import give_back
 
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
 PICKLE_STEMS = {"model": "pytorch_model"}
@@ -247,16 +245,3 @@ def check_floats(keys: Iterable[str], sources: Mapping[str, Source]) -> None:
     for key in (split_part(key)[1] for key in keys):
         if sources[key].dtype not in FLOATS:
             raise CheckpointError(f"{sources[key].path}: {key!r} is of type {sources[key].dtype}, expected floats")
-
-
-def give_back(tensor: Tensor) -> None:
-    """Tell the system that a file's pages, mapped as this tensor, are read and not needed again.
-
-    They would count as this process's memory until the file is closed. Only whole pages within the tensor are given
-    back; who reads it again has them read again from the file.
-    """
-    advise: Any = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
-    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
-    if advise is not None and length > 0:
-        advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)

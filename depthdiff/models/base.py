@@ -11,6 +11,7 @@ from torch import nn
 
 from depthdiff.config import Config
 from depthdiff.models.attention import AttentionName, use_attention
+from depthdiff.models.pages import give_back_unwritten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -209,8 +210,10 @@ class Model(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 rearranged = half or (processor and layer.in_channels <= IMAGE_CHANNELS)
                 if rearranged and not layer.weight.is_contiguous(memory_format=torch.channels_last):
+                    before = layer.weight.data
                     with torch.inference_mode(False):  # weights made in inference mode could not be trained later
                         layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                    give_back_unwritten(before)  # what is mapped from a file would count twice
 
     def num_parameters(self) -> int:
         """Count the weights."""

@@ -1,0 +1,81 @@
+"""Pages of a file are given back once they are copied, and nothing that was written is ever lost."""
+
+import mmap
+
+import numpy as np
+import pytest
+import torch
+from random_checkpoint import build_pipeline
+
+from depthdiff import UNet2DConditionModel
+from depthdiff.models.pages import OF_FILE, PAGEMAP, PRESENT, give_back_unwritten, whole_pages
+
+pytestmark = pytest.mark.skipif(not PAGEMAP.exists(), reason="the system does not tell which pages are written")
+COUNT = 16 * mmap.PAGESIZE
+
+
+def present(tensor):
+    """Count the whole pages of a tensor that lie in memory, and those of them that are a file's."""
+    first, count = whole_pages(tensor)
+    with PAGEMAP.open("rb", buffering=0) as file:
+        file.seek(8 * first)
+        entries = np.frombuffer(file.read(8 * count), np.uint64)
+    here = (entries & PRESENT) > 0
+    return int(here.sum()), int((here & ((entries & OF_FILE) > 0)).sum())
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """A tensor that is a file's own pages, all of them read."""
+    path = tmp_path / "numbers"
+    np.arange(COUNT, dtype=np.uint8).tofile(path)
+    tensor = torch.from_file(str(path), shared=False, size=COUNT, dtype=torch.uint8)
+    tensor.sum()
+    return tensor
+
+
+def test_unwritten_pages_are_given_back_and_can_be_read_again(mapped):
+    before = mapped.clone()
+    assert present(mapped) == (16, 16)
+    assert give_back_unwritten(mapped)
+    assert present(mapped) == (0, 0)
+    assert torch.equal(mapped, before)
+
+
+@pytest.mark.parametrize("place", [0, 5 * mmap.PAGESIZE + 7, COUNT - 1])
+def test_one_written_byte_keeps_all(mapped, place):
+    mapped[place] = 200 if mapped[place] != 200 else 201
+    before = mapped.clone()
+    assert not give_back_unwritten(mapped)
+    assert present(mapped)[0] == 16
+    assert torch.equal(mapped, before)
+
+
+def test_other_memory_is_kept(mapped):
+    own = torch.arange(COUNT, dtype=torch.int32)
+    assert not give_back_unwritten(own)
+    assert torch.equal(own, torch.arange(COUNT, dtype=torch.int32))
+    assert not give_back_unwritten(mapped[:7])
+    assert not give_back_unwritten(torch.empty(COUNT, device="meta"))
+
+
+def test_convolutions_laid_out_anew_count_once(tmp_path):
+    """The file's pages of a weight are gone; where it was written to, another name for it keeps what was written."""
+    build_pipeline("small").unet.to(torch.bfloat16).save_pretrained(tmp_path)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    convs = [layer for layer in unet.modules() if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3)]
+    names = [layer.weight.data for layer in convs]
+    expected = [name.clone() for name in names]
+    large = [i for i, name in enumerate(names) if whole_pages(name)[1] >= 4]
+    written, *others = large
+    assert len(others) >= 4
+    assert all(present(names[i])[1] == whole_pages(names[i])[1] for i in large), "loading maps the file"
+    names[written].mul_(2)
+    unet.use_fast_layout()
+    left = sum(present(names[i])[0] for i in others)
+    assert left < sum(whole_pages(names[i])[1] for i in others) / 5, "more than the system reads around other weights"
+    assert torch.equal(convs[written].weight.data, 2 * expected[written])
+    assert torch.equal(names[written], 2 * expected[written])
+    for i in others:
+        assert torch.equal(convs[i].weight.data, expected[i])
+        assert torch.equal(names[i], expected[i]), "read again from the file"
