@@ -11,6 +11,7 @@ from torch import Tensor
 
 from depthdiff.models.attention import MultiHeadAttention
 from depthdiff.models.base import Model, hooked, layers_of
+from depthdiff.models.plain import version_of
 
 
 class Cache:
@@ -77,6 +78,6 @@ def state_of(network: Model, *more: Hashable) -> tuple[Hashable, ...] | None:
     """
     if hooked(network):
         return None
-    weights = tuple((weight.data_ptr(), weight._version) for weight in network.state_dict(keep_vars=True).values())
+    weights = tuple((weight.data_ptr(), version_of(weight)) for weight in network.state_dict(keep_vars=True).values())
     forms = tuple(repr(layer.attn_fn) for layer in layers_of(network) if isinstance(layer, MultiHeadAttention))
     return network.mark, weights, forms, str(network.device), str(network.dtype), *more

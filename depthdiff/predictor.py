@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from depthdiff.models.plain import is_bare
+from depthdiff.models.plain import is_bare, version_of
 from depthdiff.models.shortcuts import DeepFeatures
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.run import Run
@@ -61,8 +61,8 @@ class Told:
     These stay the same tensors while the run's do, by which the UNet recognises a prompt that it has read.
 
     Args:
-        shares: whether the UNet may get one depth for both halves of guidance. One that is hooked, or whose `forward`
-            is another's, gets two, as one would of diffusers.
+        shares: whether the UNet may get one depth for both halves of guidance. One that is hooked itself, or whose
+            `forward` is another's, gets two, as one would of diffusers; hooks on layers within do not count.
     """
 
     def __init__(self, shares: bool) -> None:
@@ -80,7 +80,7 @@ class Told:
             deep: forgets where they were; goes on with the prompt's half where guidance has stopped.
             whole: whether all rows are wanted.
         """
-        source = (run.context, run.context._version, run.depth, run.depth._version)
+        source = (run.context, version_of(run.context), run.depth, version_of(run.depth))
         known = self.source
         if known is None or known[0] is not source[0] or known[2] is not source[2] or known[1::2] != source[1::2]:
             self.source, self.all, self.half = source, None, None
@@ -116,10 +116,10 @@ class UNetInput:
     def filled(self, latents: Tensor, depth: Tensor) -> Tensor:
         """Return (N, 5, h, w): the latents (B, 4, h, w), N / B times, and the depth (N, 1, h, w)."""
         channels, copies = latents.shape[1], len(depth) // len(latents)
-        if depth is not self.depth or depth._version != self.version:
+        if depth is not self.depth or version_of(depth) != self.version:
             sample = torch.cat([torch.cat([latents] * copies), depth], dim=1)
             self.sample = sample.contiguous(memory_format=self.memory_format)
-            self.depth, self.version = depth, depth._version
+            self.depth, self.version = depth, version_of(depth)
         else:
             self.sample[:, :channels].unflatten(0, (copies, -1)).copy_(latents)
         return self.sample

@@ -135,6 +135,18 @@ def test_a_callback_that_sees_the_depth_changes_nothing(pipe, call):
         torch.testing.assert_close(call(**looking, **options), call(**options), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("hook", [False, True])
+def test_in_inference_mode(pipe, call, hook):
+    """Where torch does not count what is written."""
+    expected = call()
+    pipe.cache.clear()
+    if hook:
+        pipe.unet.register_forward_pre_hook(lambda *_: None)
+    with torch.inference_mode():
+        torch.testing.assert_close(call(guidance_interval=(0.0, 1.0)), expected, rtol=0, atol=1e-5)
+        assert call(deep_cache=2, guidance_interval=(0.2, 0.8)).isfinite().all()
+
+
 def test_a_unet_with_another_forward_gets_both_halves(pipe, call, monkeypatch):
     """Such as those that scripts put in its place, which split what they get in two. Observed: at most 1e-6."""
     expected, forward, seen = call(), pipe.unet.forward, set()

@@ -8,6 +8,7 @@ import torch
 from random_checkpoint import build_pipeline
 
 from depthdiff import UNet2DConditionModel
+from depthdiff.models import pages
 from depthdiff.models.pages import OF_FILE, PAGEMAP, PRESENT, give_back_unwritten, whole_pages
 
 pytestmark = pytest.mark.skipif(not PAGEMAP.exists(), reason="the system does not tell which pages are written")
@@ -57,6 +58,14 @@ def test_other_memory_is_kept(mapped):
     assert torch.equal(own, torch.arange(COUNT, dtype=torch.int32))
     assert not give_back_unwritten(mapped[:7])
     assert not give_back_unwritten(torch.empty(COUNT, device="meta"))
+
+
+def test_a_system_that_does_not_tell(mapped, tmp_path, monkeypatch):
+    """No such file, or one that may not be opened."""
+    for path in (tmp_path / "missing", tmp_path):
+        monkeypatch.setattr(pages, "PAGEMAP", path)
+        assert not give_back_unwritten(mapped)
+    assert present(mapped)[0] == 16
 
 
 def test_convolutions_laid_out_anew_count_once(tmp_path):

@@ -78,6 +78,7 @@ NOT = {
     "circular": {"conv": nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular").to(bf16)},
     "groups": {"conv": nn.Conv2d(8, 6, 3, padding=1, groups=2).to(bf16)},
     "many channels": {"conv": nn.Conv2d(8, 2**14, 3, padding=1).to(bf16)},
+    "an activation that is not element by element": {"act": nn.Softmax(1)},
     "hooked activation": {"act": hooked(nn.SiLU())},
     "activation in place": {"act": nn.SiLU(inplace=True)},
     "float32": {"x": torch.randn(2, 8, 11, 13), "conv": Conv3x3(8, 6)},
@@ -105,6 +106,21 @@ def test_strips_are_not_used_in_training_nor_for_small_maps(monkeypatch):
         assert strips_are_faster(x, conv)
         monkeypatch.setattr(strips, "LARGE_BYTES", x[:1].nbytes + 1)
         assert not strips_are_faster(x, conv), "the size of the batch must not count"
+
+
+@pytest.mark.parametrize("trained", ["conv_shortcut", "conv2", "norm1"])
+def test_a_part_of_a_block_can_be_trained(trained):
+    """As without strips. Observed: the same."""
+    block = layers.ResnetBlock2D(8, 6, None, groups=2, eps=1e-5, act_fn="silu").to(bf16).requires_grad_(False)
+    getattr(block, trained).requires_grad_(True)
+    x, gradients = torch.randn(2, 8, 11, 13).to(bf16), []
+    for large in (1, 2**60):
+        strips.LARGE_BYTES = large  # the fixture brings the old one back
+        block.zero_grad()
+        block(x).float().square().sum().backward()
+        gradients.append(next(getattr(block, trained).parameters()).grad.clone())
+    assert gradients[0].abs().sum() > 0
+    assert relative(*gradients) <= 1e-2
 
 
 @torch.no_grad()

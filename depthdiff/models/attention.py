@@ -69,7 +69,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = Non
 def rounded_up(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Bring keys and values to a multiple of `KEYS_AT_ONCE`; return a mask (1, Lk') too, which leaves new ones out."""
     count, more = k.shape[2], -k.shape[2] % KEYS_AT_ONCE
-    return F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more)), (torch.arange(count + more) < count)[None]
+    mask = F.pad(k.new_ones(1, count, dtype=torch.bool), (0, more))
+    return F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more)), mask
 
 
 def chunks_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:

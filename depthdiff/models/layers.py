@@ -92,11 +92,16 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """(B, C, H, W) and, where the block has a time projection, (B, T) after its activation -> (B, C', H, W)."""
-        h = activated_conv(self.norm1(x), self.act, self.conv1)
+        h = self.norm1(x)  # one step a line from here on, so that what was read is given back at once
+        if strips_are_faster(h, self.conv1, self.act):
+            h = striped_conv3x3(h, self.conv1, self.act)
+        else:
+            h = self.act(h)
+            h = self.conv1(h)
         if time is not None:
             h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.norm2(h)  # one step a line from here on, so that what was read is given back at once
-        if strips_are_faster(h, self.conv2, self.act):
+        h = self.norm2(h)
+        if strips_are_faster(h, self.conv2, self.act, x, *self.conv_shortcut.parameters()):
             return striped_conv3x3(h, self.conv2, self.act, plus=self.conv_shortcut(x))
         h = self.act(h)
         h = self.conv2(h)

@@ -37,16 +37,19 @@ def give_back_unwritten(tensor: Tensor) -> bool:
     """Do what `give_back` does if a tensor is mapped and nothing was written to it; tell whether that is so.
 
     A page of a file that was written to is a page of the process's own, whose contents would be lost. Where the system
-    cannot tell (it is not Linux), nothing is given back.
+    does not tell (it is not Linux, or does not allow it), nothing is given back.
     """
-    if tensor.device.type != "cpu" or not PAGEMAP.exists():
+    if tensor.device.type != "cpu":
         return False
     first, count = whole_pages(tensor)
     if count == 0:
         return False
-    with PAGEMAP.open("rb", buffering=0) as file:
-        file.seek(8 * first)
-        entries = np.frombuffer(file.read(8 * count), np.uint64)
+    try:
+        with PAGEMAP.open("rb", buffering=0) as file:
+            file.seek(8 * first)
+            entries = np.frombuffer(file.read(8 * count), np.uint64)
+    except OSError:
+        return False
     if len(entries) < count or (entries & SWAPPED).any() or ((entries & PRESENT > 0) & (entries & OF_FILE == 0)).any():
         return False
     give_back(tensor)

@@ -32,6 +32,11 @@ def is_bare(layer: nn.Module) -> bool:
     return "forward" not in vars(layer) and not any((*hooks, *everywhere))
 
 
+def version_of(x: Tensor) -> int:
+    """Count how often a tensor was written to; 0 for one made in inference mode, where torch does not count."""
+    return 0 if x.is_inference() else x._version
+
+
 def only_computes(*tensors: Tensor) -> bool:
     """Tell whether tensors lie on a processor and are only computed with.
 

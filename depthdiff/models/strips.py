@@ -20,18 +20,21 @@ filters for every strip."""
 STRIP_BYTES = 2**23
 """Of the map that is read at a time."""
 
+ELEMENTWISE = (nn.SiLU, nn.GELU, nn.ReLU, nn.Mish)
+
 GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 """Of a convolution that keeps height and width: filters, stride, padding, dilation, groups, and zeros beyond."""
 
 
-def strips_are_faster(x: Tensor, conv: nn.Module, act: nn.Module | None = None) -> bool:
+def strips_are_faster(x: Tensor, conv: nn.Module, act: nn.Module | None = None, *others: Tensor) -> bool:
     """Tell whether to prefer `striped_conv3x3`: for large maps in bfloat16 on a processor, where nothing is trained.
 
     Args:
         x: what is activated and convolved.
         conv: a 3x3 convolution that keeps height and width. One of another kind, hooked, or with a `forward` put in its
             place is called as it is.
-        act: the activation before it, in the same way.
+        act: the activation before it, in the same way; one of those that work element by element.
+        *others: what else goes into the result.
     """
     if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, Conv3x3) or not is_bare(conv):
         return False
@@ -41,9 +44,9 @@ def strips_are_faster(x: Tensor, conv: nn.Module, act: nn.Module | None = None) 
         return False
     if x[:1].nbytes < LARGE_BYTES or conv.in_channels * conv.out_channels > MOST_WEIGHTS:
         return False
-    if act is not None and (not is_bare(act) or getattr(act, "inplace", False)):
+    if act is not None and (type(act) not in ELEMENTWISE or not is_bare(act) or getattr(act, "inplace", False)):
         return False
-    return only_computes(x, *conv.parameters())
+    return only_computes(x, *conv.parameters(), *others)
 
 
 def striped_conv3x3(x: Tensor, conv: nn.Conv2d, act: nn.Module | None = None, plus: Tensor | None = None) -> Tensor:

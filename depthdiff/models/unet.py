@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from depthdiff.config import Config, Output
 from depthdiff.models.attention import KeysValues
 from depthdiff.models.layers import ACTIVATIONS, TimestepEmbedding, TransformerBlock, timestep_embedding, widened
+from depthdiff.models.plain import version_of
 from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
 from depthdiff.models.unet_blocks import DownBlock, Level, MidBlock, UpBlock
 from depthdiff.models.visits import LayerwiseCasting
@@ -315,7 +316,12 @@ class UNet2DConditionModel(LayerwiseCasting):
         if memory is None or torch.compiler.is_compiling():
             return self.read_context(context)
         weights = [weight for block in memory.readers for weight in block.cross_attn.parameters()]
-        source = (context, context._version, self.mark, [(weight.data_ptr(), weight._version) for weight in weights])
+        source = (
+            context,
+            version_of(context),
+            self.mark,
+            [(weight.data_ptr(), version_of(weight)) for weight in weights],
+        )
         for i, (known, reading) in enumerate(memory.contexts):
             if known[0] is context and known[1:] == source[1:]:
                 memory.contexts.append(memory.contexts.pop(i))
