@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench import meters, peak, warm
 
-from depthdiff.models.layers import FeedForward, gate_is_fused
+from depthdiff.models.layers import FeedForward, Upsample2D, gate_is_fused
 from depthdiff.models.plain import fuses_bfloat16
 
 pytest.importorskip("diffusers")
@@ -57,6 +57,9 @@ def test_meters():
     feed, x = FeedForward(16).bfloat16().requires_grad_(False), torch.ones(3, 5, 16, dtype=torch.bfloat16)
     assert gate_is_fused(x, feed.proj_in) is fuses_bfloat16()
     assert meters.flops_of(lambda: feed(x)) == 2 * 3 * 5 * (16 * 128 + 64 * 16)
+    step, x = Upsample2D(8).requires_grad_(False), torch.ones(1, 8, 128, 128)
+    both = 2 * 8 * 8 * 16 * 128 * 128, 2 * 8 * 8 * 16 * 9  # of the convolution, and of its filters
+    assert meters.flops_of(lambda: step(x)) == sum(both), "counted on the way that is taken"
     times = iter(range(8))
     actions = {name: (lambda: next(times)) for name in meters.PACKAGES}
     assert meters.in_turns(actions, 2) == {"depthdiff": [0, 3], "diffusers": [1, 2]}

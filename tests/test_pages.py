@@ -1,6 +1,7 @@
 """Pages of a file are given back once they are copied, and nothing that was written is ever lost."""
 
 import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from random_checkpoint import build_pipeline
 
 from depthdiff import UNet2DConditionModel
 from depthdiff.models import pages
-from depthdiff.models.pages import OF_FILE, PAGEMAP, PRESENT, give_back_unwritten, whole_pages
+from depthdiff.models.pages import OF_FILE, PAGEMAP, PRESENT, ask_for_large_pages, give_back_unwritten, whole_pages
 
 pytestmark = pytest.mark.skipif(not PAGEMAP.exists(), reason="the system does not tell which pages are written")
 COUNT = 16 * mmap.PAGESIZE
@@ -88,3 +89,41 @@ def test_convolutions_laid_out_anew_count_once(tmp_path):
     for i in others:
         assert torch.equal(convs[i].weight.data, expected[i])
         assert torch.equal(names[i], expected[i]), "read again from the file"
+
+
+def flags_of(tensor):
+    """List the system's flags of the memory that a tensor's middle lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= tensor.data_ptr() + tensor.nbytes // 2 < end
+        elif inside and first == "VmFlags:":
+            return rest
+    raise AssertionError("the memory is not listed")
+
+
+def test_large_pages():
+    """Memory asked for in large pages is marked so ("hg") where the system has them, and holds what is written."""
+    plain, room = torch.empty(2**25, dtype=torch.uint8), ask_for_large_pages(torch.empty(2**25, dtype=torch.uint8))
+    room.copy_(torch.arange(2**25).to(torch.uint8))
+    assert torch.equal(room[::251], torch.arange(0, 2**25, 251).to(torch.uint8))
+    assert "hg" not in flags_of(plain)
+    assert ("hg" in flags_of(room)) == Path("/sys/kernel/mm/transparent_hugepage").exists()
+
+
+def test_large_pages_of_what_is_large_and_here(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pages, "advise", lambda tensor, advice: asked.append((tensor.nbytes, advice)))
+    for tensor in (torch.empty(2**25 - 1, dtype=torch.uint8), torch.empty(2**25, dtype=torch.uint8, device="meta")):
+        assert ask_for_large_pages(tensor) is tensor
+    assert not asked
+    ask_for_large_pages(torch.empty(2**23))
+    assert asked == [(2**25, "MADV_HUGEPAGE")]
+
+
+def test_advice_that_the_system_does_not_know(mapped):
+    before = mapped.clone()
+    pages.advise(mapped, "MADV_OF_ANOTHER_SYSTEM")
+    assert present(mapped) == (16, 16) and torch.equal(mapped, before)

@@ -1,4 +1,4 @@
-"""Large maps are convolved in strips of rows: the same numbers, and only where nothing but plain computing goes on."""
+"""Large maps are normed, activated and convolved in strips of rows: the same numbers, and only in plain computing."""
 
 import copy
 
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from depthdiff import AutoencoderKL
-from depthdiff.models import layers, strips
+from depthdiff.models import layers, pages, strips
 from depthdiff.models.convolution import Conv3x3
-from depthdiff.models.strips import striped_conv3x3, strips_are_faster
+from depthdiff.models.strips import LARGE_BYTES, group_statistics, striped_conv3x3, strips_are_faster
 
 bf16 = torch.bfloat16
 
@@ -26,26 +26,90 @@ def relative(mine, expected):
     return ((mine.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def image(*shape):
+    return torch.randn(*shape).to(bf16).contiguous(memory_format=torch.channels_last)
+
+
+def group_norm(groups, channels):
+    norm = nn.GroupNorm(groups, channels, eps=1e-3)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    return norm.to(bf16)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2, 5, 9, 11, 100])
 @pytest.mark.parametrize("act", [None, nn.SiLU(), nn.GELU()])
-@pytest.mark.parametrize("added", [False, True])
-def test_strips_equal_the_whole(rows, act, added, monkeypatch):
-    """11 rows, which most strips do not go into; against float64 with weights rounded alike. Observed: at most 3e-3."""
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("added", [None, nn.Identity(), nn.Conv2d(5, 6, 1).to(bf16)])
+def test_strips_equal_the_whole(rows, act, normed, added, monkeypatch):
+    """11 rows, which most strips do not go into; against float64 with weights rounded alike. Observed: at most 4e-3."""
     monkeypatch.setattr(strips, "STRIP_BYTES", rows * 8 * 13 * 2)
-    x = torch.randn(2, 8, 11, 13).to(bf16).contiguous(memory_format=torch.channels_last)
-    conv, plus = Conv3x3(8, 6).to(bf16), torch.randn(2, 6, 11, 13).to(bf16) if added else None
+    x, plus = image(2, 8, 11, 13) + 3, image(2, 5 if isinstance(added, nn.Conv2d) else 6, 11, 13)
+    conv, norm = Conv3x3(8, 6).to(bf16), group_norm(2, 8) if normed else None
     calls = []
-    monkeypatch.setattr(F, "conv2d", lambda *a, conv2d=F.conv2d, **k: calls.append(1) or conv2d(*a, **k))
-    mine = striped_conv3x3(x, conv, act, plus)
-    assert len(calls) == 2 * -(-11 // rows)
-    wide = x.double() if act is None else act(x).double()
-    expected = F.conv2d(wide, conv.weight.double(), conv.bias.double(), padding=1)
-    expected = expected if plus is None else expected + plus.double()
+    monkeypatch.setattr(F, "conv2d", lambda *a, conv2d=F.conv2d, **k: calls.append(a[1]) or conv2d(*a, **k))
+    extra = {} if added is None else {"plus": plus, "shortcut": added}
+    mine = striped_conv3x3(x, conv, norm=norm, act=act, **extra)
+    assert [weight is conv.weight for weight in calls].count(True) == 2 * -(-11 // rows)
+    wide = x.double()
+    if norm is not None:
+        wide = F.group_norm(wide, 2, norm.weight.double(), norm.bias.double(), 1e-3)
+    expected = F.conv2d(wide if act is None else act(wide), conv.weight.double(), conv.bias.double(), padding=1)
+    if added is not None:
+        expected = expected + copy.deepcopy(added).double()(plus.double())
     assert mine.is_contiguous(memory_format=torch.channels_last)
-    assert relative(mine, expected) <= 5e-3
-    alone = striped_conv3x3(x[1:], conv, act, None if plus is None else plus[1:])
+    assert relative(mine, expected) <= 6e-3
+    alone = striped_conv3x3(x[1:], conv, norm=norm, act=act, **{**extra, **({"plus": plus[1:]} if added else {})})
     assert torch.equal(mine[1:], alone), "a picture must not depend on its company"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+@pytest.mark.parametrize("size", [(12, 14), (11, 13), (12, 13), (2, 2), (3, 5)])
+def test_halving_in_strips(rows, size, monkeypatch):
+    """With a row and a column of zeros below and to the right. Observed: 2e-3, as without strips."""
+    monkeypatch.setattr(strips, "STRIP_BYTES", rows * 2 * 8 * size[1] * 2)
+    block, x = layers.Downsample2D(8, padding=0).to(bf16), image(2, 8, *size)
+    expected = F.conv2d(F.pad(x, (0, 1, 0, 1)).double(), block.conv.weight.double(), block.conv.bias.double(), 2)
+    mine = striped_conv3x3(x, block.conv)
+    assert mine.shape == expected.shape and relative(mine, expected) <= 6e-3
+    assert torch.equal(block(x), mine), "the block must go this way"
+    other = layers.Downsample2D(8, padding=1).to(bf16)
+    assert not strips_are_faster(x, other.conv)
+    assert relative(other(x), F.conv2d(x.double(), *(w.double() for w in other.conv.parameters()), 2, 1)) <= 6e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 4, 100])
+@pytest.mark.parametrize(("channels", "filters"), [(8, 8), (8, 6), (6, 8)])
+def test_a_block_in_strips(rows, channels, filters, monkeypatch):
+    """The second half writes over what it reads; against float64 with weights rounded alike. Observed: 3e-3."""
+    monkeypatch.setattr(strips, "STRIP_BYTES", rows * 8 * 13 * 2)
+    block = layers.ResnetBlock2D(channels, filters, None, groups=2, eps=1e-3, act_fn="silu").to(bf16)
+    for weight in block.parameters():
+        weight.uniform_(-0.5, 0.5)
+    x = image(2, channels, 11, 13)
+    before, made = x.clone(), []
+    monkeypatch.setattr(layers, "empty_map", lambda *a: made.append(strips.empty_map(*a)) or made[-1])
+    mine = block(x)
+    assert [room.shape for room in made] == [(2, filters, 12, 13)], "one map for both"
+    assert torch.equal(x, before)
+    expected = copy.deepcopy(block).double()(x.double())
+    assert relative(mine, expected) <= 6e-3
+    assert torch.equal(block(x[1:]), mine[1:])
+
+
+@torch.no_grad()
+def test_statistics_are_those_of_groups():
+    """Of means far from zero, against float64. Observed: 5e-8 of the deviation, 3e-7 of the variance."""
+    x = image(1, 12, 40, 50) * torch.arange(1, 13)[:, None, None] + 20 * torch.randn(12, 1, 1)
+    x = x.to(bf16)
+    mean, variance = group_statistics(x, 4)
+    groups = x.double().reshape(4, -1)
+    assert mean.dtype == variance.dtype == torch.float32
+    expected = groups.mean(1).repeat_interleave(3), groups.var(1, correction=0).repeat_interleave(3)
+    assert ((mean - expected[0]) / expected[1].sqrt()).abs().max() <= 1e-6
+    assert (variance / expected[1] - 1).abs().max() <= 2e-6
 
 
 def layer(**options):
@@ -67,21 +131,30 @@ class Wrapped(Conv3x3):
     """What an adapter may put in a layer's place."""
 
 
+class WrappedNorm(nn.GroupNorm):
+    """The same for a norm."""
+
+
 NOT = {
     "another stride": {"conv": layer(stride=2)},
     "no border": {"conv": layer(padding=0)},
-    "other size": {"conv": nn.Conv2d(8, 6, 1).to(bf16)},
+    "other size": {"conv": nn.Conv2d(8, 6, 5, padding=2).to(bf16)},
     "another kind": {"conv": Wrapped(8, 6).to(bf16)},
     "wide weights": {"conv": Conv3x3(8, 6)},
     "hooked": {"conv": hooked(layer())},
     "another forward": {"conv": other_forward()},
     "circular": {"conv": nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular").to(bf16)},
     "groups": {"conv": nn.Conv2d(8, 6, 3, padding=1, groups=2).to(bf16)},
-    "many channels": {"conv": nn.Conv2d(8, 2**14, 3, padding=1).to(bf16)},
+    "many channels": {"conv": nn.Conv2d(8, 2**14 + 1, 3, padding=1).to(bf16)},
     "an activation that is not element by element": {"act": nn.Softmax(1)},
     "hooked activation": {"act": hooked(nn.SiLU())},
     "activation in place": {"act": nn.SiLU(inplace=True)},
-    "float32": {"x": torch.randn(2, 8, 11, 13), "conv": Conv3x3(8, 6)},
+    "another norm": {"norm": nn.BatchNorm2d(8).to(bf16)},
+    "another kind of norm": {"norm": WrappedNorm(2, 8).to(bf16)},
+    "norm without weights": {"norm": nn.GroupNorm(2, 8, affine=False)},
+    "norm in float32": {"norm": nn.GroupNorm(2, 8)},
+    "hooked norm": {"norm": hooked(group_norm(2, 8))},
+    "float32": {"x": torch.randn(2, 8, 11, 13), "conv": Conv3x3(8, 6), "norm": nn.GroupNorm(2, 8)},
     "not a map": {"x": torch.randn(8, 11, 13).to(bf16)},
     "without data": {"x": torch.empty(2, 8, 11, 13, dtype=bf16, device="meta")},
 }
@@ -90,9 +163,9 @@ NOT = {
 @torch.no_grad()
 @pytest.mark.parametrize("why", NOT)
 def test_strips_are_not_used_otherwise(why):
-    usual = {"x": torch.randn(2, 8, 11, 13).to(bf16), "conv": layer(), "act": nn.SiLU()}
-    assert strips_are_faster(**usual)
-    assert not strips_are_faster(**{**usual, **NOT[why]})
+    usual = {"x": torch.randn(2, 8, 11, 13).to(bf16), "norm": group_norm(2, 8), "act": nn.SiLU(), "conv": layer()}
+    assert strips_are_faster(*usual.values())
+    assert not strips_are_faster(*{**usual, **NOT[why]}.values())
 
 
 def test_strips_are_not_used_in_training_nor_for_small_maps(monkeypatch):
@@ -106,6 +179,7 @@ def test_strips_are_not_used_in_training_nor_for_small_maps(monkeypatch):
         assert strips_are_faster(x, conv)
         monkeypatch.setattr(strips, "LARGE_BYTES", x[:1].nbytes + 1)
         assert not strips_are_faster(x, conv), "the size of the batch must not count"
+        assert strips_are_faster(x, nn.Conv2d(8, 9, 3, padding=1).to(bf16)), "the larger of both maps counts"
 
 
 @pytest.mark.parametrize("trained", ["conv_shortcut", "conv2", "norm1"])
@@ -125,7 +199,7 @@ def test_a_part_of_a_block_can_be_trained(trained):
 
 @torch.no_grad()
 def test_the_autoencoder_in_strips(monkeypatch):
-    """Every 3x3 convolution after a norm, and those after repeating pixels. Observed: at most 4e-3."""
+    """Every 3x3 convolution after a norm, and the one that halves. Observed: at most 5e-3."""
     config = {"block_out_channels": [8, 16], "norm_num_groups": 4, "down_block_types": ["DownEncoderBlock2D"] * 2}
     net = AutoencoderKL.from_config({**config, "up_block_types": ["UpDecoderBlock2D"] * 2}).to(bf16)
     for weight in net.parameters():
@@ -133,19 +207,33 @@ def test_the_autoencoder_in_strips(monkeypatch):
     x, z = (torch.randn(2, *shape).to(bf16) for shape in ((3, 24, 40), (4, 12, 20)))
     wide, shapes = copy.deepcopy(net).float(), []
 
-    def watched(x, conv, act=None, plus=None):
-        shapes.append((act is not None, plus is not None))
-        return striped_conv3x3(x, conv, act, plus)
+    def watched(x, conv, *, norm=None, act=None, plus=None, shortcut=None, out=None):
+        shapes.append((norm is not None and act is not None, plus is not None))
+        return striped_conv3x3(x, conv, norm=norm, act=act, plus=plus, shortcut=shortcut, out=out)
 
     monkeypatch.setattr(layers, "striped_conv3x3", watched)
     mine = net.encode(x).latent_dist.mode(), net.decode(z).sample
     blocks = [module for module in net.modules() if isinstance(module, layers.ResnetBlock2D)]
     assert shapes.count((True, True)) == len(blocks), "the second of a block, with the short cut"
-    assert shapes.count((True, False)) == len(blocks) + 1, "the first of a block, and the decoder's last"
-    assert shapes.count((False, False)) == 1, "the decoder's one step up"
+    assert shapes.count((True, False)) == len(blocks) + 2, "the first of a block, and the last of encoder and decoder"
+    assert shapes.count((False, False)) == 1, "the encoder's one step down"
     monkeypatch.setattr(strips, "LARGE_BYTES", 2**60)
     plain = net.encode(x).latent_dist.mode(), net.decode(z).sample
     exact = wide.encode(x.float()).latent_dist.mode(), wide.decode(z.float()).sample
     for striped, whole, true in zip(mine, plain, exact, strict=True):
         assert relative(striped, whole) <= 1e-2
         assert relative(striped, true) <= 2e-2
+
+
+@torch.no_grad()
+def test_what_a_hook_keeps_is_not_written_over(monkeypatch):
+    """A hook on a layer of a block has the block computed layer by layer."""
+    block = layers.ResnetBlock2D(8, 8, None, groups=2, eps=1e-3, act_fn="silu").to(bf16)
+    x, kept = image(1, 8, 11, 13), []
+    block.conv1.register_forward_hook(lambda conv, inputs, result: kept.append((inputs[0], result)))
+    block(x)
+    assert torch.equal(kept[0][1], block.conv1.forward(kept[0][0]))
+
+
+def test_only_large_maps_by_default():
+    assert LARGE_BYTES == 2**25 == pages.LARGE_BYTES

@@ -7,13 +7,14 @@ levels, that takes longer than the convolution itself, and the filters as they l
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models import winograd
-from depthdiff.models.plain import has_tiles, only_computes, products_are_exact
+from depthdiff.models.plain import has_tiles, is_bare, only_computes, products_are_exact
 
 MOST_PIXELS, FEWEST_WEIGHTS = 256, 2**20
 """Largest map of a result, and fewest pairs of channels, for which a matrix product is faster. The batch does not
@@ -21,6 +22,12 @@ count, so that the way a picture takes does not depend on its company."""
 
 COVERED_BYTES = 2**25
 """What the filters cover, of so many pictures at a time as this holds: nine times the input."""
+
+DOUBLED = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
+"""Which of a filter's weights along one axis fall on the copies of a pixel, by where the filter lies."""
+
+FEWEST_DOUBLED = 128 * 128
+"""Pixels of a map from which on `doubled_conv3x3` is faster: its filters are summed anew at every call."""
 
 
 class Conv3x3(nn.Conv2d):
@@ -85,3 +92,44 @@ def im2col_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
     few = max(1, COVERED_BYTES // (covered[:1].numel() * x.itemsize or COVERED_BYTES))
     matrix = weight.flatten(1)
     return torch.cat([F.linear(some.flatten(3), matrix, bias) for some in covered.split(few)]).movedim(3, 1)
+
+
+def doubling_is_faster(x: Tensor, conv: nn.Module, size: Sequence[int] | None) -> bool:
+    """Tell whether to prefer `doubled_conv3x3`: for all but small maps on a processor, where nothing is trained.
+
+    Args:
+        x: (B, C, H, W), before its pixels are repeated.
+        conv: what reads them then. One of another kind than `Conv3x3`, hooked, or with a `forward` put in its place is
+            called as it is.
+        size: height and width that are wanted; None for twice those of `x`.
+    """
+    if type(conv) is not Conv3x3 or not only_computes(x, *conv.parameters()) or not is_bare(conv):
+        return False
+    if (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != ((1, 1),) * 3 + (1, "zeros"):
+        return False
+    if x.dtype != conv.weight.dtype or x.dtype not in (torch.float32, torch.bfloat16) or not products_are_exact():
+        return False
+    if x.dim() != 4 or x.shape[2:].numel() < FEWEST_DOUBLED:
+        return False
+    return size is None or list(size) == [2 * side for side in x.shape[2:]]
+
+
+def doubled_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Repeat every pixel twice in height and width and convolve with 3x3 filters, with 4/9 of the multiplications.
+
+    Each pixel meets the sums of the weights that fall on its copies: a transposed convolution with 4x4 filters and
+    stride 2. In bfloat16 the sums are rounded once: an error of 2.4e-3 of the result's norm, 1.7e-3 without.
+
+    Args:
+        x: (B, C, H, W), float.
+        weight: (K, C, 3, 3), float.
+        bias: (K,), float, or None.
+
+    Returns:
+        (B, K, 2 H, 2 W), float.
+    """
+    one = torch.tensor(DOUBLED, dtype=weight.dtype, device=weight.device)
+    both = torch.kron(one, one)
+    filters = torch.matmul(both, weight.permute(0, 2, 3, 1).flatten(1, 2))  # (16, 9) x (K, 9, C) -> (K, 16, C)
+    filters = filters.unflatten(1, (4, 4)).permute(3, 0, 1, 2)
+    return F.conv_transpose2d(x, filters, bias, stride=2, padding=1)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models.attention import KeysValues, MultiHeadAttention
-from depthdiff.models.convolution import Conv3x3
+from depthdiff.models.convolution import Conv3x3, doubled_conv3x3, doubling_is_faster
 from depthdiff.models.plain import fuses_bfloat16, is_bare, only_computes
 from depthdiff.models.shortcuts import TokenMerging
-from depthdiff.models.strips import striped_conv3x3, strips_are_faster
+from depthdiff.models.strips import empty_map, striped_conv3x3, strips_are_faster
 
 
 class QuickGELU(nn.Module):
@@ -92,29 +92,36 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """(B, C, H, W) and, where the block has a time projection, (B, T) after its activation -> (B, C', H, W)."""
+        if time is None and strips_are_faster(x, *self.children()):
+            room = empty_map(x, self.conv1.out_channels, x.shape[2] + 1, x.shape[3])
+            h = striped_conv3x3(x, self.conv1, norm=self.norm1, act=self.act, out=room[:, :, 1:])
+            return striped_conv3x3(
+                h,
+                self.conv2,
+                norm=self.norm2,
+                act=self.act,
+                plus=x,
+                shortcut=self.conv_shortcut,
+                out=room[:, :, :-1],  # over h, each row over the one above it, which was read by then
+            )
         h = self.norm1(x)  # one step a line from here on, so that what was read is given back at once
-        if strips_are_faster(h, self.conv1, self.act):
-            h = striped_conv3x3(h, self.conv1, self.act)
-        else:
-            h = self.act(h)
-            h = self.conv1(h)
+        h = self.act(h)
+        h = self.conv1(h)
         if time is not None:
             h = h + self.time_emb_proj(time)[:, :, None, None]
         h = self.norm2(h)
-        if strips_are_faster(h, self.conv2, self.act, x, *self.conv_shortcut.parameters()):
-            return striped_conv3x3(h, self.conv2, self.act, plus=self.conv_shortcut(x))
         h = self.act(h)
         h = self.conv2(h)
         return self.conv_shortcut(x) + h
 
 
-def activated_conv(x: Tensor, act: nn.Module | None, conv: nn.Conv2d) -> Tensor:
-    """Convolve (B, C, H, W), activated if there is an activation; in strips where that is faster."""
-    if strips_are_faster(x, conv, act):
-        return striped_conv3x3(x, conv, act)
-    x = x if act is None else act(x)
-    result: Tensor = conv(x)
-    return result
+def normed_conv(x: Tensor, norm: nn.GroupNorm, act: nn.Module, conv: nn.Conv2d) -> Tensor:
+    """Norm, activate and convolve (B, C, H, W); in strips where that is faster."""
+    if strips_are_faster(x, norm, act, conv):
+        return striped_conv3x3(x, conv, norm=norm, act=act)
+    x = norm(x)
+    x = act(x)
+    return conv(x)
 
 
 class Downsample2D(nn.Module):
@@ -131,6 +138,8 @@ class Downsample2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)), the floor for `padding` 0."""
+        if any(self.pad) and strips_are_faster(x, self.conv):
+            return striped_conv3x3(x, self.conv)
         return self.conv(F.pad(x, self.pad))
 
 
@@ -143,9 +152,11 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size), twice the input's size if that is None."""
+        if doubling_is_faster(x, self.conv, size):
+            return doubled_conv3x3(x, self.conv.weight, self.conv.bias)
         if size is None:
-            return activated_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"), None, self.conv)
-        return activated_conv(F.interpolate(x, size=size, mode="nearest"), None, self.conv)
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 TOKENS_AT_ONCE = 2048

@@ -1,7 +1,7 @@
-"""3x3 convolutions of maps far larger than a processor's cache, a strip of rows at a time, with what is around them.
+"""Norm, activation, 3x3 convolution and short cut of maps far larger than a processor's cache, some rows at a time.
 
-So the activation before and the addition after work on what is in the cache, and have no memory of their own, which the
-system would hand out page by page: a map of 128 channels of 512x512 takes 64 MiB. In float32 `winograd.py` does so.
+What one of them passes to the next stays in the cache, and has no memory of its own, which the system would hand out
+page by page: a map of 128 channels of 512x512 takes 64 MiB. For bfloat16; in float32 `winograd.py` does so.
 """
 
 from __future__ import annotations
@@ -11,69 +11,123 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models.convolution import Conv3x3
+from depthdiff.models.pages import ask_for_large_pages
 from depthdiff.models.plain import is_bare, only_computes
 
-LARGE_BYTES, MOST_WEIGHTS = 2**25, 2**16
-"""Of one picture's map, from which on strips are faster, and up to how many pairs of channels: torch rearranges the
-filters for every strip."""
+LARGE_BYTES, MOST_WEIGHTS = 2**25, 2**17
+"""Of the larger of one picture's maps before and after, from which on strips are faster, and up to how many pairs of
+channels: torch rearranges the filters for every strip."""
 
 STRIP_BYTES = 2**23
-"""Of the map that is read at a time."""
+"""Of the larger map that is worked on at a time."""
 
 ELEMENTWISE = (nn.SiLU, nn.GELU, nn.ReLU, nn.Mish)
 
-GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
-"""Of a convolution that keeps height and width: filters, stride, padding, dilation, groups, and zeros beyond."""
+KEEPING, HALVING, PIXELWISE = ((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (0, 0)), ((1, 1), (1, 1), (0, 0))
+"""Filters, stride and padding: of a convolution that keeps height and width; of one that halves them, with a row and a
+column of zeros at the end; of a short cut."""
 
 
-def strips_are_faster(x: Tensor, conv: nn.Module, act: nn.Module | None = None, *others: Tensor) -> bool:
+def strips_are_faster(x: Tensor, *layers: nn.Module) -> bool:
     """Tell whether to prefer `striped_conv3x3`: for large maps in bfloat16 on a processor, where nothing is trained.
 
     Args:
-        x: what is activated and convolved.
-        conv: a 3x3 convolution that keeps height and width. One of another kind, hooked, or with a `forward` put in its
-            place is called as it is.
-        act: the activation before it, in the same way; one of those that work element by element.
-        *others: what else goes into the result.
+        x: (B, C, H, W), what is normed or convolved first.
+        layers: the norms, activations, convolutions and short cuts that it would stand for. Those of another kind,
+            hooked, or with a `forward` put in their place are called as they are.
     """
-    if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, Conv3x3) or not is_bare(conv):
+    if x.dim() != 4 or x.dtype != torch.bfloat16:
         return False
-    if (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != GEOMETRY:
+    channels = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)]
+    if max(x.shape[1], *channels) * x.shape[2:].numel() * x.itemsize < LARGE_BYTES:
         return False
-    if x.dim() != 4 or not x.dtype == conv.weight.dtype == torch.bfloat16:
+    if not all(fits_in_strips(layer) and is_bare(layer) for layer in layers):
         return False
-    if x[:1].nbytes < LARGE_BYTES or conv.in_channels * conv.out_channels > MOST_WEIGHTS:
-        return False
-    if act is not None and (type(act) not in ELEMENTWISE or not is_bare(act) or getattr(act, "inplace", False)):
-        return False
-    return only_computes(x, *conv.parameters(), *others)
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    return all(weight.dtype == torch.bfloat16 for weight in weights) and only_computes(x, *weights)
 
 
-def striped_conv3x3(x: Tensor, conv: nn.Conv2d, act: nn.Module | None = None, plus: Tensor | None = None) -> Tensor:
-    """Activate, convolve, and add: plus + conv(act(x)).
+def fits_in_strips(layer: nn.Module) -> bool:
+    """Tell whether a layer computes what `striped_conv3x3` does for its kind."""
+    if isinstance(layer, nn.Conv2d):
+        if type(layer) not in (nn.Conv2d, Conv3x3) or layer.in_channels * layer.out_channels > MOST_WEIGHTS:
+            return False
+        if (layer.dilation, layer.groups, layer.padding_mode) != ((1, 1), 1, "zeros"):
+            return False
+        return (layer.kernel_size, layer.stride, layer.padding) in (KEEPING, HALVING, PIXELWISE)
+    if type(layer) is nn.GroupNorm:
+        return layer.affine
+    return type(layer) in (*ELEMENTWISE, nn.Identity) and not getattr(layer, "inplace", False)
+
+
+def striped_conv3x3(
+    x: Tensor,
+    conv: nn.Conv2d,
+    *,
+    norm: nn.GroupNorm | None = None,
+    act: nn.Module | None = None,
+    plus: Tensor | None = None,
+    shortcut: nn.Module | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Norm, activate, convolve, and add: shortcut(plus) + conv(act(norm(x))), of which all but `conv` may be missing.
 
     Args:
         x: (B, C, H, W), bfloat16.
-        conv: a 3x3 convolution that keeps height and width, C -> K.
-        act: works element by element, if there is one.
-        plus: (B, K, H, W), if there is something to add.
+        conv: a 3x3 convolution, C -> K, that keeps or halves height and width.
+        norm: of C channels.
+        act: works element by element.
+        plus: (B, C', H', W'), what is added.
+        shortcut: a 1x1 convolution or the identity, C' -> K.
+        out: (B, K, H', W'), what is filled, from the first row to the last. Where it lies over `x`, a row of it must
+            come before the row of `x` with the same number. New memory if it is missing.
 
     Returns:
-        (B, K, H, W), channels last in memory.
+        (B, K, H', W'), channels last in memory unless `out` was given.
     """
-    batch, _, height, width = x.shape
-    out = x.new_empty(batch, height, width, conv.out_channels).movedim(3, 1)
-    rows = max(1, STRIP_BYTES // max(1, x[:1, :, :1].nbytes))
-    for b in range(batch):
-        for top in range(0, height, rows):
-            bottom = min(top + rows, height)
-            part = x[b : b + 1, :, max(0, top - 1) : bottom + 1]  # with the rows above and below
+    stride, above = conv.stride[0], int(conv.padding[0])  # so many rows of zeros above, and one below
+    height, width = x.shape[2:]
+    down, across = ((side + above - 2) // stride + 1 for side in (height, width))
+    out = empty_map(x, conv.out_channels, down, across) if out is None else out
+    rows = max(1, STRIP_BYTES // (x.itemsize * stride * width * max(x.shape[1], conv.out_channels)))
+    for b in range(len(x)):
+        statistics = None if norm is None else group_statistics(x[b : b + 1], norm.num_groups)
+        for top in range(0, down, rows):
+            bottom = min(top + rows, down)
+            first, last = stride * top - above, stride * (bottom - 1) - above + 3  # what the filters cover
+            part = x[b : b + 1, :, max(first, 0) : min(last, height)]
+            if norm is not None and statistics is not None:
+                part = F.batch_norm(part, *statistics, norm.weight.float(), norm.bias.float(), eps=norm.eps)
             part = part if act is None else act(part)
-            part = F.pad(part, (0, 0, int(top == 0), int(bottom == height)))
-            part = F.conv2d(part, conv.weight, conv.bias, padding=(0, 1))
+            if first < 0 or last > height or above == 0:
+                part = F.pad(part, (0, 1 - above, max(-first, 0), max(last - height, 0)))
+            part = F.conv2d(part, conv.weight, conv.bias, stride, (0, above))
             place = out[b : b + 1, :, top:bottom]
             if plus is None:
                 place.copy_(part)
             else:
-                torch.add(plus[b : b + 1, :, top:bottom], part, out=place)
+                added = plus[b : b + 1, :, top:bottom]
+                torch.add(added if shortcut is None else shortcut(added), part, out=place)
     return out
+
+
+def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Make (B, C, H, W) for the batch and of the kind of `x`, channels last in memory, in large pages."""
+    return ask_for_large_pages(x.new_empty(len(x), height, width, channels)).movedim(3, 1)
+
+
+def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of a picture's groups of channels, as each of its channels has them.
+
+    Args:
+        x: (1, C, H, W).
+        groups: how many; they divide C.
+
+    Returns:
+        Two of (C,), float32.
+    """
+    kept = x.new_zeros(2, x.shape[1], dtype=torch.float32)  # so that they are float32
+    means, variances = (part.view(groups, -1) for part in torch.batch_norm_update_stats(x, kept[0], kept[1], 1.0))
+    mean = means.mean(1, keepdim=True)
+    variance = (variances + (means - mean).square()).mean(1, keepdim=True)
+    return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()

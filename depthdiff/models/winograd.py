@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from depthdiff.models.pages import ask_for_large_pages
 from depthdiff.models.plain import only_computes, products_are_exact
 
 TILE = 4
@@ -78,7 +79,7 @@ def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     batch, channels, height, width = x.shape
     filters, across = weight.shape[0], width // TILE
     pixels = x.permute(0, 2, 3, 1)
-    out = x.new_empty(batch, height, width, filters)
+    out = ask_for_large_pages(x.new_empty(batch, height, width, filters))
     few = split(filters, FILTER_BYTES // (36 * 4 * channels))  # filters at once
     rows = split(batch * height // TILE, PRODUCT_BYTES // (36 * 4 * across * (channels + few)))  # of tiles at once
     strip_rows = min(rows, STRIP_BYTES * torch.get_num_threads() // (4 * TILE * width * channels))
