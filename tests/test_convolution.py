@@ -49,9 +49,9 @@ def seen(monkeypatch):
     """List the shapes of the maps that take the short way."""
     shapes = []
 
-    def watched(x, weight, bias):
+    def watched(x, weight, bias, **others):
         shapes.append(tuple(x.shape))
-        return winograd_conv3x3(x, weight, bias)
+        return winograd_conv3x3(x, weight, bias, **others)
 
     monkeypatch.setattr(winograd, "winograd_conv3x3", watched)
     return shapes
@@ -95,6 +95,27 @@ def test_equals_the_convolution(shape, parts, bias, last, budgets):
     result = winograd_conv3x3(x, weight, offset)
     torch.testing.assert_close(result, F.conv2d(x, weight, offset, padding=1), rtol=0, atol=1e-11)
     assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("parts", [(1, 1, 1), (3000, 20_000, 5000), (10**9, 10**9, 10**9)])
+def test_reading_adding_and_writing_over(parts, budgets):
+    """What is read may be changed on its way, and written over a row above. Observed in float64: at most 3e-14."""
+    budgets(*parts)
+    room, plus = torch.randn(2, 5, 13, 20, dtype=torch.float64), torch.randn(2, 5, 12, 20, dtype=torch.float64)
+    weight, bias = torch.randn(5, 5, 3, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    x, asked = room[:, :, 1:], []
+    expected = F.conv2d(F.silu(x), weight, bias, padding=1) + plus
+
+    def read(picture, first, last):
+        asked.append((picture, first, last))
+        return F.silu(x[picture : picture + 1, :, first:last])
+
+    result = winograd_conv3x3(
+        x, weight, bias, read=read, add=lambda b, first, last: plus[b : b + 1, :, first:last], out=room[:, :, :-1]
+    )
+    assert result.data_ptr() == room.data_ptr()
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-11)
+    assert asked == sorted(asked) and {last for _, _, last in asked if last == 12}, "from the first row to the last"
 
 
 def test_parts_cover_everything_once():

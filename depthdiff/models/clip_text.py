@@ -138,12 +138,13 @@ class CLIPTextModel(Model):
         if attention_mask is not None:
             mask = mask & attention_mask[:, None, None, :].bool()  # (B, 1, L, L)
         x = self.token_embedding(input_ids) + self.position_embedding(torch.arange(length, device=input_ids.device))
-        hidden_states = [x]
+        hidden_states = [x] if output_hidden_states else []  # else each is given back once it was read
         for layer in self.layers:
             x = layer(x, mask)
-            hidden_states.append(x)
+            if output_hidden_states:
+                hidden_states.append(x)
         x = self.final_layer_norm(x)
-        output = CLIPTextOutput(x, self._pool(x, input_ids), tuple(hidden_states) if output_hidden_states else None)
+        output = CLIPTextOutput(x, self._pool(x, input_ids), tuple(hidden_states) or None)
         return output if return_dict else output.to_tuple()
 
     def _pool(self, x: Tensor, input_ids: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from depthdiff.models.attention import KeysValues, MultiHeadAttention
 from depthdiff.models.convolution import Conv3x3, doubled_conv3x3, doubling_is_faster
+from depthdiff.models.pages import empty_map
 from depthdiff.models.plain import fuses_bfloat16, is_bare, only_computes
 from depthdiff.models.shortcuts import TokenMerging
-from depthdiff.models.strips import empty_map, striped_conv3x3, strips_are_faster
+from depthdiff.models.strips import striped_conv3x3, strips_are_faster
 
 
 class QuickGELU(nn.Module):

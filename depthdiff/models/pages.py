@@ -56,6 +56,11 @@ def ask_for_large_pages(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Make (B, C, H, W) for the batch and of the kind of `x`, channels last in memory, in large pages."""
+    return ask_for_large_pages(x.new_empty(len(x), height, width, channels)).movedim(3, 1)
+
+
 def give_back_unwritten(tensor: Tensor) -> bool:
     """Do what `give_back` does if a tensor is mapped and nothing was written to it; tell whether that is so.
 

@@ -1,7 +1,7 @@
 """Norm, activation, 3x3 convolution and short cut of maps far larger than a processor's cache, some rows at a time.
 
 What one of them passes to the next stays in the cache, and has no memory of its own, which the system would hand out
-page by page: a map of 128 channels of 512x512 takes 64 MiB. For bfloat16; in float32 `winograd.py` does so.
+page by page: a map of 128 channels of 512x512 takes 64 MiB in bfloat16.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from depthdiff.models import winograd
 from depthdiff.models.convolution import Conv3x3
-from depthdiff.models.pages import ask_for_large_pages
+from depthdiff.models.pages import empty_map
 from depthdiff.models.plain import is_bare, only_computes
 
 LARGE_BYTES, MOST_WEIGHTS = 2**25, 2**17
@@ -29,14 +30,14 @@ column of zeros at the end; of a short cut."""
 
 
 def strips_are_faster(x: Tensor, *layers: nn.Module) -> bool:
-    """Tell whether to prefer `striped_conv3x3`: for large maps in bfloat16 on a processor, where nothing is trained.
+    """Tell whether to prefer `striped_conv3x3`: for large maps on a processor, where nothing is trained.
 
     Args:
         x: (B, C, H, W), what is normed or convolved first.
         layers: the norms, activations, convolutions and short cuts that it would stand for. Those of another kind,
             hooked, or with a `forward` put in their place are called as they are.
     """
-    if x.dim() != 4 or x.dtype != torch.bfloat16:
+    if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     channels = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)]
     if max(x.shape[1], *channels) * x.shape[2:].numel() * x.itemsize < LARGE_BYTES:
@@ -44,7 +45,7 @@ def strips_are_faster(x: Tensor, *layers: nn.Module) -> bool:
     if not all(fits_in_strips(layer) and is_bare(layer) for layer in layers):
         return False
     weights = [weight for layer in layers for weight in layer.parameters()]
-    return all(weight.dtype == torch.bfloat16 for weight in weights) and only_computes(x, *weights)
+    return all(weight.dtype == x.dtype for weight in weights) and only_computes(x, *weights)
 
 
 def fits_in_strips(layer: nn.Module) -> bool:
@@ -73,7 +74,7 @@ def striped_conv3x3(
     """Norm, activate, convolve, and add: shortcut(plus) + conv(act(norm(x))), of which all but `conv` may be missing.
 
     Args:
-        x: (B, C, H, W), bfloat16.
+        x: (B, C, H, W), float32 or bfloat16.
         conv: a 3x3 convolution, C -> K, that keeps or halves height and width.
         norm: of C channels.
         act: works element by element.
@@ -85,35 +86,51 @@ def striped_conv3x3(
     Returns:
         (B, K, H', W'), channels last in memory unless `out` was given.
     """
+    read = Part(x, norm, act)
+    add = None if plus is None else Part(plus, None, shortcut)
     stride, above = conv.stride[0], int(conv.padding[0])  # so many rows of zeros above, and one below
+    if stride == 1 and winograd.is_faster(x, conv.weight):
+        return winograd.winograd_conv3x3(x, conv.weight, conv.bias, read=read, add=add, out=out)
     height, width = x.shape[2:]
     down, across = ((side + above - 2) // stride + 1 for side in (height, width))
     out = empty_map(x, conv.out_channels, down, across) if out is None else out
     rows = max(1, STRIP_BYTES // (x.itemsize * stride * width * max(x.shape[1], conv.out_channels)))
-    for b in range(len(x)):
-        statistics = None if norm is None else group_statistics(x[b : b + 1], norm.num_groups)
+    for picture in range(len(x)):
         for top in range(0, down, rows):
             bottom = min(top + rows, down)
             first, last = stride * top - above, stride * (bottom - 1) - above + 3  # what the filters cover
-            part = x[b : b + 1, :, max(first, 0) : min(last, height)]
-            if norm is not None and statistics is not None:
-                part = F.batch_norm(part, *statistics, norm.weight.float(), norm.bias.float(), eps=norm.eps)
-            part = part if act is None else act(part)
+            part = read(picture, max(first, 0), min(last, height))
             if first < 0 or last > height or above == 0:
                 part = F.pad(part, (0, 1 - above, max(-first, 0), max(last - height, 0)))
             part = F.conv2d(part, conv.weight, conv.bias, stride, (0, above))
-            place = out[b : b + 1, :, top:bottom]
-            if plus is None:
+            place = out[picture : picture + 1, :, top:bottom]
+            if add is None:
                 place.copy_(part)
             else:
-                added = plus[b : b + 1, :, top:bottom]
-                torch.add(added if shortcut is None else shortcut(added), part, out=place)
+                torch.add(add(picture, top, bottom), part, out=place)
     return out
 
 
-def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Make (B, C, H, W) for the batch and of the kind of `x`, channels last in memory, in large pages."""
-    return ask_for_large_pages(x.new_empty(len(x), height, width, channels)).movedim(3, 1)
+class Part:
+    """Some rows of a picture, normed and then passed through a layer.
+
+    Args:
+        x: (B, C, H, W).
+        norm: of C channels, if there is one.
+        layer: an activation or a 1x1 convolution, if there is one.
+    """
+
+    def __init__(self, x: Tensor, norm: nn.GroupNorm | None, layer: nn.Module | None) -> None:
+        self.x, self.norm, self.layer = x, norm, layer
+        self.statistics = [] if norm is None else [group_statistics(one, norm.num_groups) for one in x.split(1)]
+
+    def __call__(self, picture: int, first: int, last: int) -> Tensor:
+        """(1, C', last - first, W)."""
+        part = self.x[picture : picture + 1, :, first:last]
+        if self.norm is not None:
+            weights = self.norm.weight.float(), self.norm.bias.float()
+            part = F.batch_norm(part, *self.statistics[picture], *weights, eps=self.norm.eps)
+        return part if self.layer is None else self.layer(part)
 
 
 def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -126,8 +143,12 @@ def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     Returns:
         Two of (C,), float32.
     """
-    kept = x.new_zeros(2, x.shape[1], dtype=torch.float32)  # so that they are float32
-    means, variances = (part.view(groups, -1) for part in torch.batch_norm_update_stats(x, kept[0], kept[1], 1.0))
-    mean = means.mean(1, keepdim=True)
-    variance = (variances + (means - mean).square()).mean(1, keepdim=True)
-    return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()
+    parts = x.split(max(1, STRIP_BYTES // x[:, :, :1].nbytes), 2)
+    kept = x.new_zeros(2, x.shape[1], dtype=torch.float32)  # so that what is returned is float32
+    moments = [torch.batch_norm_update_stats(part, kept[0], kept[1], 1.0) for part in parts]
+    means, variances = (torch.stack(one).double() for one in zip(*moments, strict=True))  # (parts, C)
+    share = torch.tensor([part.shape[2] / x.shape[2] for part in parts], dtype=torch.float64, device=x.device)[:, None]
+    mean = (share * means).sum(0).view(groups, -1).mean(1, keepdim=True)
+    square = (share * (variances + means.square())).sum(0).view(groups, -1)
+    variance = square.mean(1, keepdim=True) - mean.square()
+    return mean.expand_as(square).flatten().float(), variance.expand_as(square).flatten().float()

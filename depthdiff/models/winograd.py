@@ -14,13 +14,14 @@ Letters: B batch, C channels in, K channels out, H and W height and width in pix
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from depthdiff.models.pages import ask_for_large_pages
+from depthdiff.models.pages import empty_map
 from depthdiff.models.plain import only_computes, products_are_exact
 
 TILE = 4
@@ -65,40 +66,54 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     return tiles >= FEWEST_TILES and tiles * channels * weight.shape[0] >= FEWEST_PRODUCTS
 
 
-def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def winograd_conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    read: Callable[[int, int, int], Tensor] | None = None,
+    add: Callable[[int, int, int], Tensor] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Convolve with 3x3 filters and a border of zeros. Fastest where channels come last in memory; no gradients.
 
     Args:
         x: (B, C, H, W), float32; H and W multiples of TILE.
         weight: (K, C, 3, 3), float32.
         bias: (K,), float32, or None.
+        read: returns what is convolved in place of `x`, (1, C, rows, W), of a picture, from a row to another.
+        add: returns what is added to the result, (1, K, rows, W), in the same way.
+        out: (B, K, H, W), what is filled, from the first row to the last; new memory if None.
 
     Returns:
-        (B, K, H, W), float32, channels last in memory.
+        (B, K, H, W), float32, channels last in memory unless `out` was given.
     """
     batch, channels, height, width = x.shape
     filters, across = weight.shape[0], width // TILE
-    pixels = x.permute(0, 2, 3, 1)
-    out = ask_for_large_pages(x.new_empty(batch, height, width, filters))
+    read = read or (lambda picture, first, last: x[picture : picture + 1, :, first:last])
+    out = empty_map(x, filters, height, width) if out is None else out
     few = split(filters, FILTER_BYTES // (36 * 4 * channels))  # filters at once
     rows = split(batch * height // TILE, PRODUCT_BYTES // (36 * 4 * across * (channels + few)))  # of tiles at once
     strip_rows = min(rows, STRIP_BYTES * torch.get_num_threads() // (4 * TILE * width * channels))
     for group in grouped_strips(batch, height // TILE, strip_rows, rows):
         v = x.new_empty(6, 6, group[-1].place.stop, across, channels)  # the transformed pixels
         for strip in group:
-            transform_strip(pixels[strip.picture], strip.start, strip.stop, v[:, :, strip.place])
+            transform_strip(with_border(read, strip, height), v[:, :, strip.place])
         for k in range(0, filters, few):
             u = transform_filters(weight[k : k + few])
             products = torch.bmm(v.flatten(2, 3).flatten(0, 1), u)  # (36, T, C) x (36, C, K) -> (36, T, K)
             products = products.unflatten(1, (-1, across)).unflatten(0, (6, 6))
             for strip in group:
-                here = out[strip.picture, TILE * strip.start : TILE * strip.stop, :, k : k + few]
+                first, last = TILE * strip.start, TILE * strip.stop
+                here = out[strip.picture, k : k + few, first:last].permute(1, 2, 0)
                 restore_strip(products[:, :, strip.place], here)
                 if bias is not None:
                     here += bias[k : k + few]
+                if add is not None:
+                    here += add(strip.picture, first, last)[0, k : k + few].permute(1, 2, 0)
             del u, products  # before the next ones are made
         del v
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
 class Strip(NamedTuple):
@@ -137,22 +152,24 @@ def transform_filters(weight: Tensor) -> Tensor:
     return torch.matmul(both, weight.permute(0, 2, 3, 1).flatten(1, 2)).permute(1, 2, 0)
 
 
-def transform_strip(pixels: Tensor, start: int, stop: int, out: Tensor) -> None:
+def with_border(read: Callable[[int, int, int], Tensor], strip: Strip, height: int) -> Tensor:
+    """Read the pixels of some rows of tiles, (rows, W + 2, C), with what lies around them, zeros beyond the picture."""
+    first, last = TILE * strip.start - 1, TILE * strip.stop + 1
+    inside = read(strip.picture, max(first, 0), min(last, height))[0].permute(1, 2, 0)
+    return F.pad(inside, (0, 0, 1, 1, max(-first, 0), max(last - height, 0)))
+
+
+def transform_strip(pixels: Tensor, out: Tensor) -> None:
     """Transform the tiles of some rows.
 
     Args:
-        pixels: (H, W, C), of one picture.
-        start: the first row of tiles.
-        stop: the row of tiles after the last.
+        pixels: (TILE * rows + 2, W + 2, C).
         out: (6, 6, rows, W / TILE, C), which is filled.
     """
-    height, width, channels = pixels.shape
-    rows, first = stop - start, TILE * start - 1
-    strip = pixels.new_zeros(TILE * rows + 2, width + 2, channels)
-    inside = slice(max(first, 0), min(first + len(strip), height))
-    strip[inside.start - first : inside.stop - first, 1:-1] = pixels[inside]
+    _, _, rows, across, channels = out.shape
+    height, width = TILE * rows, TILE * across
     down = pixels.new_empty(6, rows, width + 2, channels)
-    transform_axis([strip[i : i + TILE * rows - 3 : TILE] for i in range(6)], down)
+    transform_axis([pixels[i : i + height - 3 : TILE] for i in range(6)], down)
     transform_axis([down[:, :, i : i + width - 3 : TILE] for i in range(6)], out.transpose(0, 1))
 
 
