@@ -65,30 +65,33 @@ def test_strips_equal_the_whole(rows, act, normed, added, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2, 3, 100])
-@pytest.mark.parametrize("size", [(12, 14), (11, 13), (12, 13), (2, 2), (3, 5)])
-def test_halving_in_strips(rows, size, monkeypatch):
-    """With a row and a column of zeros below and to the right. Observed: 2e-3, as without strips."""
-    monkeypatch.setattr(strips, "STRIP_BYTES", rows * 2 * 8 * size[1] * 2)
-    block, x = layers.Downsample2D(8, padding=0).to(bf16), image(2, 8, *size)
+@pytest.mark.parametrize("size", [(12, 16), (12, 14), (11, 13), (12, 13), (2, 2), (3, 5)])
+@pytest.mark.parametrize(("dtype", "bound"), [(bf16, 6e-3), (f32, 1e-6)])
+def test_halving_in_strips(dtype, bound, rows, size, monkeypatch):
+    """With a row and a column of zeros below and to the right. Observed: 2e-3 and 2e-7, as without strips."""
+    monkeypatch.setattr(strips, "STRIP_BYTES", rows * 2 * 8 * size[1] * dtype.itemsize)
+    for name in ("FEWEST_TILES", "FEWEST_CHANNELS", "FEWEST_PRODUCTS"):
+        monkeypatch.setattr(winograd, name, 1)
+    block, x = layers.Downsample2D(8, padding=0).to(dtype), image(2, 8, *size, dtype=dtype)
     expected = F.conv2d(F.pad(x, (0, 1, 0, 1)).double(), block.conv.weight.double(), block.conv.bias.double(), 2)
     mine = striped_conv3x3(x, block.conv)
-    assert mine.shape == expected.shape and relative(mine, expected) <= 6e-3
+    assert mine.shape == expected.shape and relative(mine, expected) <= bound
     assert torch.equal(block(x), mine), "the block must go this way"
-    other = layers.Downsample2D(8, padding=1).to(bf16)
+    other = layers.Downsample2D(8, padding=1).to(dtype)
     assert not strips_are_faster(x, other.conv)
-    assert relative(other(x), F.conv2d(x.double(), *(w.double() for w in other.conv.parameters()), 2, 1)) <= 6e-3
+    assert relative(other(x), F.conv2d(x.double(), *(w.double() for w in other.conv.parameters()), 2, 1)) <= bound
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2, 4, 100])
 @pytest.mark.parametrize(("channels", "filters"), [(8, 8), (8, 6), (6, 8)])
 @pytest.mark.parametrize(
-    ("size", "dtype", "bound"), [((11, 13), bf16, 6e-3), ((11, 13), f32, 1e-6), ((12, 16), f32, 2e-6)]
+    ("size", "dtype", "bound"), [((11, 13), bf16, 6e-3), ((11, 13), f32, 6e-7), ((12, 16), f32, 1e-6)]
 )
 def test_a_block_in_strips(size, dtype, bound, rows, channels, filters, monkeypatch):
     """The second half writes over what it reads. In bfloat16, in float32, and there by Winograd's algorithm.
 
-    Against float64 with weights rounded alike. Observed: 3e-3, 4e-7, 9e-7.
+    Against float64 with weights rounded alike. Observed: 3e-3, 2e-7, 2e-7.
     """
     monkeypatch.setattr(strips, "STRIP_BYTES", rows * 8 * size[1] * dtype.itemsize)
     for name in ("FEWEST_TILES", "FEWEST_CHANNELS", "FEWEST_PRODUCTS"):
@@ -116,7 +119,7 @@ def test_a_block_in_strips(size, dtype, bound, rows, channels, filters, monkeypa
 
 @torch.no_grad()
 def test_statistics_are_those_of_groups():
-    """Of means far from zero, against float64. Observed: 5e-8 of the deviation, 3e-7 of the variance."""
+    """Of means far from zero, against float64. Observed: 3e-8 of the deviation, 4e-8 of the variance."""
     x = image(1, 12, 40, 50) * torch.arange(1, 13)[:, None, None] + 20 * torch.randn(12, 1, 1)
     x = x.to(bf16)
     mean, variance = group_statistics(x, 4)

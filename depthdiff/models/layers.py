@@ -139,7 +139,7 @@ class Downsample2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)), the floor for `padding` 0."""
-        if any(self.pad) and strips_are_faster(x, self.conv):
+        if strips_are_faster(x, self.conv):
             return striped_conv3x3(x, self.conv)
         return self.conv(F.pad(x, self.pad))
 
