@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from depthdiff.config import CheckpointError
 
 Shape = tuple[int, ...]
+
+NUMBER, PLACE = re.compile(r"\d+"), re.compile(r"\{(\w)\}|(\d+)")
+"""A number in a key, and in a template: `{i}` or a number."""
 
 PART = re.compile(r"\[(\d)\](.*)", re.DOTALL)
 """The name of a part of a stacked tensor: its number, and the tensor's name."""
@@ -33,50 +37,37 @@ def nest(published: str, ours: str, rows: Mapping[str, str]) -> dict[str, str]:
     return {f"{published}.{left}": f"{ours}.{right}" for left, right in rows.items()}
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """A template with `{i}` for numbers, ready to be matched against whole keys."""
-
-    template: str
-
-    def __post_init__(self) -> None:
-        parts = re.split(r"\{(\w)\}", self.template)
-        expression = "".join(rf"(?P<{part}>\d+)" if odd else re.escape(part) for part, odd in _with_oddness(parts))
-        object.__setattr__(self, "_match", re.compile(rf"{expression}(?P<_leaf>\.weight|\.bias|)").fullmatch)
-
-    def rewrite(self, key: str, template: str) -> str | None:
-        """Return `template` with the numbers and the last segment that `key` has, or None where it does not match."""
-        found = self._match(key)  # type: ignore[attr-defined]
-        if found is None:
-            return None
-        values = found.groupdict()
-        leaf: str = values.pop("_leaf")
-        return template.format(**values) + leaf
-
-
 class Rows:
-    """Templates on the left and on the right; those without numbers are looked up, the others tried in turn.
+    """Templates on the left and on the right; the left ones are found by what remains of a key without its numbers.
 
     Args:
         rows: left template -> right template.
     """
 
     def __init__(self, rows: Mapping[str, str]) -> None:
-        self.plain = {left: right for left, right in rows.items() if "{" not in left}
-        self.patterns = [(Pattern(left), right) for left, right in rows.items() if "{" in left]
+        self.rows = rows
+
+    @cached_property
+    def index(self) -> dict[str, list[tuple[list[tuple[str, str]], str]]]:
+        """A left template without numbers -> what stands in their places, `{i}` or a number, and the right template."""
+        index: dict[str, list[tuple[list[tuple[str, str]], str]]] = {}
+        for left, right in self.rows.items():
+            index.setdefault(PLACE.sub("#", left), []).append((PLACE.findall(left), right))
+        return index
+
+    def find(self, key: str) -> Iterator[tuple[str, dict[str, str], str]]:
+        """Find the rows that a key matches: the right template, the numbers for it, and the last segment, kept."""
+        stem, dot, leaf = key.rpartition(".")
+        for name, end in [(key, ""), (stem, dot + leaf)][: 2 if leaf in ("weight", "bias") else 1]:
+            numbers = NUMBER.findall(name)
+            for places, right in self.index.get(NUMBER.sub("#", name), ()):
+                pairs = list(zip(places, numbers, strict=False))
+                if len(places) == len(numbers) and all(fixed in ("", number) for (_, fixed), number in pairs):
+                    yield right, {letter: number for (letter, _), number in pairs if letter}, end
 
     def matches(self, key: str) -> list[str]:
         """Rewrite a key by every row that it matches."""
-        stem, dot, leaf = key.rpartition(".")
-        results = [self.plain[key]] if key in self.plain else []
-        if leaf in ("weight", "bias") and stem in self.plain:
-            results.append(f"{self.plain[stem]}{dot}{leaf}")
-        rewritten = (pattern.rewrite(key, template) for pattern, template in self.patterns)
-        return results + [result for result in rewritten if result is not None]
-
-
-def _with_oddness(parts: list[str]) -> Iterable[tuple[str, bool]]:
-    return ((part, bool(position % 2)) for position, part in enumerate(parts))
+        return [right.format(**numbers) + end for right, numbers, end in self.find(key)]
 
 
 @dataclass(frozen=True)
@@ -96,16 +87,16 @@ class Table:
     reshaped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        counts = Counter(template for index, template in map(split_part, self.rows) if index is not None)
         for name, rows in (
             ("_rows", self.rows),
             ("_back", {right: left for left, right in self.rows.items()}),
             ("_aliases", self.aliases),
             ("_ignored", {template: "" for template in self.ignored}),
+            ("_reshaped", {template: "" for template in self.reshaped}),
+            ("_stacked", {template: str(count) for template, count in counts.items()}),
         ):
             object.__setattr__(self, name, Rows(rows))
-        object.__setattr__(self, "_reshaped", [Pattern(template) for template in self.reshaped])
-        counts = Counter(template for index, template in map(split_part, self.rows) if index is not None)
-        object.__setattr__(self, "_stacked", [(Pattern(template), count) for template, count in counts.items()])
 
     def ours(self, key: str) -> str | None:
         """Translate a published key; None for one that is ignored.
@@ -125,14 +116,11 @@ class Table:
 
     def is_reshaped(self, key: str) -> bool:
         """Tell whether the weights behind one of our keys may also come as a 1x1 convolution."""
-        return any(pattern.rewrite(key, "") is not None for pattern in self._reshaped)  # type: ignore[attr-defined]
+        return bool(self._reshaped.matches(key))  # type: ignore[attr-defined]
 
     def parts(self, key: str) -> int:
         """Count the layers that a published key stacks; 1 for an ordinary one."""
-        for pattern, count in self._stacked:  # type: ignore[attr-defined]
-            if pattern.rewrite(key, "") is not None:
-                return int(count)
-        return 1
+        return next((int(count) for count, _, _ in self._stacked.find(key)), 1)  # type: ignore[attr-defined]
 
     def cut(self, published: Mapping[str, Shape]) -> dict[str, Shape]:
         """Put the parts of stacked tensors in the place of the whole, key -> shape, where they divide it."""
