@@ -1,5 +1,7 @@
 """Tables of names: one to one, invertible, and strict."""
 
+import re
+
 import pytest
 
 from depthdiff import CheckpointError
@@ -65,6 +67,15 @@ def test_a_key_that_two_rows_match_is_refused():
     with pytest.raises(ValueError, match="matches 2 rows"):
         table.ours("a.0.weight")
     assert table.ours("a.1.weight") == "b.1.weight"
+
+
+def test_templates_are_read_without_doubt():
+    """Each number has a name of its own, and nothing but other signs beside it."""
+    for table in TABLES.values():
+        for template in [*table.rows, *table.rows.values(), *table.aliases, *table.ignored, *table.reshaped]:
+            names = re.findall(r"\{(\w)\}", template)
+            assert len(set(names)) == len(names), template
+            assert not re.search(r"\d\{|\}\d|\}\{|#", template), template
 
 
 def test_every_ignored_key_has_a_reason_and_rows_are_few():

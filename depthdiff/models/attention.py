@@ -61,8 +61,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = Non
     """
     if mask is None and chunks_are_faster(q, k, v):
         return chunked_attention(q, k, v)
-    if mask is None and q.device.type == "cpu" and k.shape[2] % KEYS_AT_ONCE and k.shape[2] <= FEW_KEYS:
-        k, v, mask = rounded_up(k, v)
+    if mask is None and q.device.type == "cpu" and not torch.compiler.is_compiling():  # there lengths may be free
+        if k.shape[2] % KEYS_AT_ONCE and k.shape[2] <= FEW_KEYS:
+            k, v, mask = rounded_up(k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -2,6 +2,8 @@
 
 torch's rearranges its filters at every call. Where a map is small and its channels many, as at the UNet's coarsest
 levels, that takes longer than the convolution itself, and the filters as they lie in memory are a matrix already.
+
+A convolution of a map whose pixels were repeated is one of the map as it was, with other filters.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models import winograd
-from depthdiff.models.plain import has_tiles, is_bare, only_computes, products_are_exact
+from depthdiff.models.plain import has_tiles, is_bare, only_computes, products_are_exact, uses_onednn
 
 MOST_PIXELS, FEWEST_WEIGHTS = 256, 2**20
 """Largest map of a result, and fewest pairs of channels, for which a matrix product is faster. The batch does not
@@ -47,13 +49,22 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K, H', W')."""
         stride, padding = self.stride[0], int(self.padding[0])
-        if (self.padding_mode, self.dilation, self.groups) != ("zeros", (1, 1), 1):  # as set by those who make tiles
+        if not is_plain(self):
             return super().forward(x)
         if (stride, padding) == (1, 1) and winograd.is_faster(x, self.weight):
             return winograd.winograd_conv3x3(x, self.weight, self.bias)
         if product_is_faster(x, self.weight, stride, padding):
             return im2col_conv3x3(x, self.weight, self.bias, stride, padding)
         return super().forward(x)
+
+
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Tell whether a convolution has zeros beyond its borders, filters in one piece, and its class's way to work.
+
+    Those who make tiles set another padding, or put another `_conv_forward` in its place.
+    """
+    usual = (conv.padding_mode, conv.dilation, conv.groups) == ("zeros", (1, 1), 1)
+    return usual and "_conv_forward" not in vars(conv)
 
 
 def product_is_faster(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> bool:
@@ -105,9 +116,9 @@ def doubling_is_faster(x: Tensor, conv: nn.Module, size: Sequence[int] | None) -
     """
     if type(conv) is not Conv3x3 or not only_computes(x, *conv.parameters()) or not is_bare(conv):
         return False
-    if (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != ((1, 1),) * 3 + (1, "zeros"):
+    if not (is_plain(conv) and conv.stride == conv.padding == (1, 1) and uses_onednn() and products_are_exact()):
         return False
-    if x.dtype != conv.weight.dtype or x.dtype not in (torch.float32, torch.bfloat16) or not products_are_exact():
+    if x.dtype != conv.weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if x.dim() != 4 or x.shape[2:].numel() < FEWEST_DOUBLED:
         return False

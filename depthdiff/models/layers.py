@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from depthdiff.models.attention import KeysValues, MultiHeadAttention
 from depthdiff.models.convolution import Conv3x3, doubled_conv3x3, doubling_is_faster
-from depthdiff.models.pages import empty_map
+from depthdiff.models.pages import ask_for_large_pages
 from depthdiff.models.plain import fuses_bfloat16, is_bare, only_computes
 from depthdiff.models.shortcuts import TokenMerging
 from depthdiff.models.strips import striped_conv3x3, strips_are_faster
@@ -93,18 +93,8 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """(B, C, H, W) and, where the block has a time projection, (B, T) after its activation -> (B, C', H, W)."""
-        if time is None and strips_are_faster(x, *self.children()):
-            room = empty_map(x, self.conv1.out_channels, x.shape[2] + 1, x.shape[3])
-            h = striped_conv3x3(x, self.conv1, norm=self.norm1, act=self.act, out=room[:, :, 1:])
-            return striped_conv3x3(
-                h,
-                self.conv2,
-                norm=self.norm2,
-                act=self.act,
-                plus=x,
-                shortcut=self.conv_shortcut,
-                out=room[:, :, :-1],  # over h, each row over the one above it, which was read by then
-            )
+        if time is None and self._goes_by_strips(x):
+            return self._by_strips(x)
         h = self.norm1(x)  # one step a line from here on, so that what was read is given back at once
         h = self.act(h)
         h = self.conv1(h)
@@ -115,10 +105,25 @@ class ResnetBlock2D(nn.Module):
         h = self.conv2(h)
         return self.conv_shortcut(x) + h
 
+    def _goes_by_strips(self, x: Tensor) -> bool:
+        return strips_are_faster(x, self.conv1, norm=self.norm1, act=self.act) and strips_are_faster(
+            x, self.conv2, norm=self.norm2, act=self.act, shortcut=self.conv_shortcut
+        )
+
+    def _by_strips(self, x: Tensor) -> Tensor:
+        """Write the result over what is between the convolutions, each row over the one above it, read by then."""
+        batch, _, height, width = x.shape
+        room = ask_for_large_pages(x.new_empty(batch * height + 1, width, self.conv1.out_channels))
+        h, result = (rows.unflatten(0, (batch, height)).movedim(3, 1) for rows in (room[1:], room[:-1]))
+        striped_conv3x3(x, self.conv1, norm=self.norm1, act=self.act, out=h)
+        return striped_conv3x3(
+            h, self.conv2, norm=self.norm2, act=self.act, plus=x, shortcut=self.conv_shortcut, out=result
+        )
+
 
 def normed_conv(x: Tensor, norm: nn.GroupNorm, act: nn.Module, conv: nn.Conv2d) -> Tensor:
     """Norm, activate and convolve (B, C, H, W); in strips where that is faster."""
-    if strips_are_faster(x, norm, act, conv):
+    if strips_are_faster(x, conv, norm=norm, act=act):
         return striped_conv3x3(x, conv, norm=norm, act=act)
     x = norm(x)
     x = act(x)
@@ -139,7 +144,7 @@ class Downsample2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)), the floor for `padding` 0."""
-        if strips_are_faster(x, self.conv):
+        if strips_are_faster(x, self.conv, halving=True):
             return striped_conv3x3(x, self.conv)
         return self.conv(F.pad(x, self.pad))
 

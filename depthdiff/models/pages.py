@@ -15,7 +15,7 @@ PRESENT, SWAPPED, OF_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 
 """Bits of a page's entry. Source: Linux, Documentation/admin-guide/mm/pagemap.rst."""
 
 LARGE_BYTES = 2**25
-"""Of memory that glibc always gets anew from the system. Source: malloc/malloc.c, `DEFAULT_MMAP_THRESHOLD_MAX`."""
+"""Of memory that glibc gets anew from the system, unless told otherwise: `DEFAULT_MMAP_THRESHOLD_MAX` in malloc.c."""
 
 
 def whole_pages(tensor: Tensor) -> tuple[int, int]:

@@ -13,9 +13,14 @@ def has_tiles() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
 
 
+def uses_onednn() -> bool:
+    """Tell whether convolutions on a processor are oneDNN's."""
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+
+
 def fuses_bfloat16() -> bool:
     """Tell whether oneDNN is in use, with operators that fuse a linear layer in bfloat16 on this processor."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not uses_onednn():
         return False
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -26,10 +31,13 @@ def products_are_exact() -> bool:
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Tell whether a layer's call is its class's `forward` and no more: no hook, no other `forward` in its place."""
+    """Tell whether a layer's call is its class's `forward` and no more: no hook, no other `forward` in its place.
+
+    Nor another `_conv_forward`, which those put there who have pictures continue beyond their borders.
+    """
     hooks = layer._forward_hooks, layer._forward_pre_hooks
     everywhere = module._global_forward_hooks, module._global_forward_pre_hooks
-    return "forward" not in vars(layer) and not any((*hooks, *everywhere))
+    return vars(layer).keys().isdisjoint(("forward", "_conv_forward")) and not any((*hooks, *everywhere))
 
 
 def version_of(x: Tensor) -> int:

@@ -6,18 +6,19 @@ page by page: a map of 128 channels of 512x512 takes 64 MiB in bfloat16.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models import winograd
-from depthdiff.models.convolution import Conv3x3
-from depthdiff.models.pages import empty_map
+from depthdiff.models.convolution import Conv3x3, is_plain
+from depthdiff.models.pages import LARGE_BYTES, empty_map
 from depthdiff.models.plain import is_bare, only_computes
 
-LARGE_BYTES, MOST_WEIGHTS = 2**25, 2**17
-"""Of the larger of one picture's maps before and after, from which on strips are faster, and up to how many pairs of
-channels: torch rearranges the filters for every strip."""
+MOST_WEIGHTS = 2**17
+"""Pairs of channels up to which strips are faster: torch rearranges the filters for every strip."""
 
 STRIP_BYTES = 2**23
 """Of the larger map that is worked on at a time."""
@@ -29,36 +30,50 @@ KEEPING, HALVING, PIXELWISE = ((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (0, 0))
 column of zeros at the end; of a short cut."""
 
 
-def strips_are_faster(x: Tensor, *layers: nn.Module) -> bool:
+def strips_are_faster(
+    x: Tensor,
+    conv: nn.Module,
+    *,
+    norm: nn.Module | None = None,
+    act: nn.Module | None = None,
+    shortcut: nn.Module | None = None,
+    halving: bool = False,
+) -> bool:
     """Tell whether to prefer `striped_conv3x3`: for large maps on a processor, where nothing is trained.
 
+    Layers of another kind, hooked, or with a `forward` put in their place are called as they are.
+
     Args:
-        x: (B, C, H, W), what is normed or convolved first.
-        layers: the norms, activations, convolutions and short cuts that it would stand for. Those of another kind,
-            hooked, or with a `forward` put in their place are called as they are.
+        x: (B, C, H, W), about what is read; its dtype and size count, and the width of `conv`.
+        conv: a convolution.
+        norm: before it, if there is one.
+        act: after the norm, if there is one.
+        shortcut: around them, if there is one.
+        halving: whether `conv` halves height and width; it keeps them otherwise.
     """
-    if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in (torch.float32, torch.bfloat16) or not only_computes(x) or x.dim() != 4:
         return False
-    channels = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)]
-    if max(x.shape[1], *channels) * x.shape[2:].numel() * x.itemsize < LARGE_BYTES:
+    if not is_conv(conv, HALVING if halving else KEEPING) or len(x) == 0 or min(x.shape[2:]) < 2:
         return False
-    if not all(fits_in_strips(layer) and is_bare(layer) for layer in layers):
+    if max(x.shape[1], conv.out_channels) * x.shape[2:].numel() * x.itemsize < LARGE_BYTES:
         return False
+    if norm is not None and (type(norm) is not nn.GroupNorm or norm.weight is None or norm.bias is None):
+        return False
+    if act is not None and (type(act) not in ELEMENTWISE or getattr(act, "inplace", False)):
+        return False
+    if shortcut is not None and type(shortcut) is not nn.Identity and not is_conv(shortcut, PIXELWISE):
+        return False
+    layers = [layer for layer in (conv, norm, act, shortcut) if layer is not None]
     weights = [weight for layer in layers for weight in layer.parameters()]
-    return all(weight.dtype == x.dtype for weight in weights) and only_computes(x, *weights)
+    return all(map(is_bare, layers)) and all(w.dtype == x.dtype for w in weights) and only_computes(*weights)
 
 
-def fits_in_strips(layer: nn.Module) -> bool:
-    """Tell whether a layer computes what `striped_conv3x3` does for its kind."""
-    if isinstance(layer, nn.Conv2d):
-        if type(layer) not in (nn.Conv2d, Conv3x3) or layer.in_channels * layer.out_channels > MOST_WEIGHTS:
-            return False
-        if (layer.dilation, layer.groups, layer.padding_mode) != ((1, 1), 1, "zeros"):
-            return False
-        return (layer.kernel_size, layer.stride, layer.padding) in (KEEPING, HALVING, PIXELWISE)
-    if type(layer) is nn.GroupNorm:
-        return layer.affine
-    return type(layer) in (*ELEMENTWISE, nn.Identity) and not getattr(layer, "inplace", False)
+def is_conv(layer: nn.Module, geometry: tuple[tuple[int, int], ...]) -> TypeGuard[nn.Conv2d]:
+    """Tell whether a layer is a plain convolution with these filters, stride and padding, and not too wide."""
+    if not isinstance(layer, nn.Conv2d) or type(layer) not in (nn.Conv2d, Conv3x3) or not is_plain(layer):
+        return False
+    narrow = layer.in_channels * layer.out_channels <= MOST_WEIGHTS
+    return narrow and (layer.kernel_size, layer.stride, layer.padding) == geometry
 
 
 def striped_conv3x3(
@@ -88,7 +103,7 @@ def striped_conv3x3(
     """
     read = Part(x, norm, act)
     add = None if plus is None else Part(plus, None, shortcut)
-    stride, above = conv.stride[0], int(conv.padding[0])  # so many rows of zeros above, and one below
+    stride, above = conv.stride[0], int(conv.padding[0])  # so many rows of zeros above, and one below where it is read
     if stride == 1 and winograd.is_faster(x, conv.weight):
         return winograd.winograd_conv3x3(x, conv.weight, conv.bias, read=read, add=add, out=out)
     height, width = x.shape[2:]

@@ -127,7 +127,7 @@ class Strip(NamedTuple):
 
 def split(count: int, most: int) -> int:
     """Return the size of the fewest equal parts, none of them larger than `most` or empty."""
-    parts = -(-count // max(1, most))
+    parts = max(1, -(-count // max(1, most)))
     return -(-count // parts)
 
 
