@@ -61,9 +61,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = Non
     """
     if mask is None and chunks_are_faster(q, k, v):
         return chunked_attention(q, k, v)
-    if mask is None and q.device.type == "cpu" and not torch.compiler.is_compiling():  # there lengths may be free
-        if k.shape[2] % KEYS_AT_ONCE and k.shape[2] <= FEW_KEYS:
-            k, v, mask = rounded_up(k, v)
+    known = isinstance(k.shape[2], int)  # no number where the length stays free in what is exported
+    if mask is None and q.device.type == "cpu" and known and k.shape[2] % KEYS_AT_ONCE and k.shape[2] <= FEW_KEYS:
+        k, v, mask = rounded_up(k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

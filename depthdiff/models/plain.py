@@ -37,7 +37,8 @@ def is_bare(layer: nn.Module) -> bool:
     """
     hooks = layer._forward_hooks, layer._forward_pre_hooks
     everywhere = module._global_forward_hooks, module._global_forward_pre_hooks
-    return vars(layer).keys().isdisjoint(("forward", "_conv_forward")) and not any((*hooks, *everywhere))
+    replaced = "forward" in vars(layer) or "_conv_forward" in vars(layer)
+    return not replaced and not any((*hooks, *everywhere))
 
 
 def version_of(x: Tensor) -> int:
