@@ -61,8 +61,10 @@ class Rows:
         for name, end in [(key, ""), (stem, dot + leaf)][: 2 if leaf in ("weight", "bias") else 1]:
             numbers = NUMBER.findall(name)
             for places, right in self.index.get(NUMBER.sub("#", name), ()):
-                pairs = list(zip(places, numbers, strict=False))
-                if len(places) == len(numbers) and all(fixed in ("", number) for (_, fixed), number in pairs):
+                if len(places) != len(numbers):  # where a key has the sign that stands for numbers
+                    continue
+                pairs = list(zip(places, numbers, strict=True))
+                if all(fixed in ("", number) for (_, fixed), number in pairs):
                     yield right, {letter: number for (letter, _), number in pairs if letter}, end
 
     def matches(self, key: str) -> list[str]:

@@ -31,14 +31,10 @@ def products_are_exact() -> bool:
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Tell whether a layer's call is its class's `forward` and no more: no hook, no other `forward` in its place.
-
-    Nor another `_conv_forward`, which those put there who have pictures continue beyond their borders.
-    """
+    """Tell whether a layer's call is its class's `forward` and no more: no hook, no other `forward` in its place."""
     hooks = layer._forward_hooks, layer._forward_pre_hooks
     everywhere = module._global_forward_hooks, module._global_forward_pre_hooks
-    replaced = "forward" in vars(layer) or "_conv_forward" in vars(layer)
-    return not replaced and not any((*hooks, *everywhere))
+    return "forward" not in vars(layer) and not any((*hooks, *everywhere))
 
 
 def version_of(x: Tensor) -> int:
