@@ -16,6 +16,7 @@ from depthdiff.models.convolution import (
     doubled_conv3x3,
     doubling_is_faster,
     im2col_conv3x3,
+    packed_conv,
     product_is_faster,
 )
 from depthdiff.models.layers import FeedForward, fused_gate, gate_is_fused
@@ -511,7 +512,7 @@ def test_doubling_is_accurate(dtype, bound):
 
 def test_where_maps_are_doubled(monkeypatch):
     """Each of the others fails one condition alone; the batch does not count."""
-    x, conv = torch.zeros(1, 8, 128, 128), Conv3x3(8, 6)
+    x, conv = torch.zeros(1, 8, 64, 64), Conv3x3(8, 6)
     assert not doubling_is_faster(x, conv, None)
     with torch.no_grad():
         for fits in ((x, conv), (x.repeat(2, 1, 1, 1), conv), (x.bfloat16(), Conv3x3(8, 6).bfloat16())):
@@ -606,3 +607,25 @@ def test_sizes_stay_free_in_exported_networks():
             program = torch.export.export(network, tuple(given), dynamic_shapes=free).module()
             for inputs in (given, others):
                 torch.testing.assert_close(program(*inputs), network(*inputs), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("channels", [3, 12])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float32, 1e-6)])
+def test_filters_rearranged_once(stride, bias, last, channels, dtype, bound, monkeypatch):
+    """For maps of several sizes, with the layer's own padding or another. Observed: 2e-3 and 2e-7, as torch's."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    conv = Conv3x3(channels, 10, stride=stride, bias=bias).to(dtype).to(memory_format=layout)
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(convolution, "fuses_bfloat16", lambda: False)
+        convolve = packed_conv(conv, (0, 1), (1, channels, 6, 14))
+        for shape in ((1, 6, 14), (2, 5, 9), (1, 3, 14)):
+            x = torch.randn(shape[0], channels, *shape[1:]).to(dtype).contiguous(memory_format=layout)
+            bias64 = None if conv.bias is None else conv.bias.double()
+            expected = F.conv2d(x.double(), conv.weight.double(), bias64, stride, (0, 1))
+            mine = convolve(x)
+            assert mine.dtype == dtype and (mine - expected).norm() <= bound * expected.norm()

@@ -10,7 +10,7 @@ from torch import nn
 from depthdiff import AutoencoderKL
 from depthdiff.models import layers, pages, strips, winograd
 from depthdiff.models.convolution import Conv3x3
-from depthdiff.models.strips import group_statistics, striped_conv3x3, strips_are_faster
+from depthdiff.models.strips import Moments, striped_conv3x3, strips_are_faster
 
 bf16, f32 = torch.bfloat16, torch.float32
 
@@ -46,11 +46,16 @@ def test_strips_equal_the_whole(rows, act, normed, added, monkeypatch):
     monkeypatch.setattr(strips, "STRIP_BYTES", rows * 8 * 13 * 2)
     x, plus = image(2, 8, 11, 13) + 3, image(2, 5 if isinstance(added, nn.Conv2d) else 6, 11, 13)
     conv, norm = Conv3x3(8, 6).to(bf16), group_norm(2, 8) if normed else None
-    calls = []
-    monkeypatch.setattr(F, "conv2d", lambda *a, conv2d=F.conv2d, **k: calls.append(a[1]) or conv2d(*a, **k))
+    calls, packed_conv = [], strips.packed_conv
+
+    def watched(*how):
+        convolve = packed_conv(*how)
+        return lambda part: calls.append(part.shape) or convolve(part)
+
+    monkeypatch.setattr(strips, "packed_conv", watched)
     extra = {} if added is None else {"plus": plus, "shortcut": added}
     mine = striped_conv3x3(x, conv, norm=norm, act=act, **extra)
-    assert [weight is conv.weight for weight in calls].count(True) == 2 * -(-11 // rows)
+    assert len(calls) == 2 * -(-11 // rows)
     wide = x.double()
     if norm is not None:
         wide = F.group_norm(wide, 2, norm.weight.double(), norm.bias.double(), 1e-3)
@@ -127,12 +132,17 @@ def test_statistics_are_those_of_groups(monkeypatch):
     x = image(1, 12, 40, 50) * torch.arange(1, 13)[:, None, None] + 20 * torch.randn(12, 1, 1)
     x = x.to(bf16)
     monkeypatch.setattr(strips, "STRIP_BYTES", 7 * 12 * 50 * 2)  # 40 rows in six parts, the last of five
-    mean, variance = group_statistics(x, 4)
+    mean, variance = Moments().take_in(x).of_groups(4)
     groups = x.double().reshape(4, -1)
     assert mean.dtype == variance.dtype == torch.float32
     expected = groups.mean(1).repeat_interleave(3), groups.var(1, correction=0).repeat_interleave(3)
     assert ((mean - expected[0]) / expected[1].sqrt()).abs().max() <= 1e-6
     assert (variance / expected[1] - 1).abs().max() <= 2e-6
+    some = Moments()
+    for part in x.split([1, 30, 9], 2):
+        some.take_in(part)
+    for mine, other in zip(some.of_groups(4), (mean, variance), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-6, atol=0), "however it is parted"
 
 
 def layer(**options):
@@ -257,16 +267,18 @@ def test_the_autoencoder_in_strips(monkeypatch):
     x, z = (torch.randn(2, *shape).to(bf16) for shape in ((3, 24, 40), (4, 12, 20)))
     wide, shapes = copy.deepcopy(net).float(), []
 
-    def watched(x, conv, *, norm=None, act=None, plus=None, shortcut=None, out=None):
-        shapes.append((norm is not None and act is not None, plus is not None))
-        return striped_conv3x3(x, conv, norm=norm, act=act, plus=plus, shortcut=shortcut, out=out)
+    def watched(x, conv, **how):
+        normed, added = how.get("norm") is not None and how.get("act") is not None, how.get("plus") is not None
+        shapes.append((normed, added))
+        assert len(how.get("known") or how.get("found") or x) == len(x) == 2
+        return striped_conv3x3(x, conv, **how)
 
     monkeypatch.setattr(layers, "striped_conv3x3", watched)
     mine = net.encode(x).latent_dist.mode(), net.decode(z).sample
     blocks = [module for module in net.modules() if isinstance(module, layers.ResnetBlock2D)]
     assert shapes.count((True, True)) == len(blocks), "the second of a block, with the short cut"
     assert shapes.count((True, False)) == len(blocks) + 2, "the first of a block, and the last of encoder and decoder"
-    assert shapes.count((False, False)) == 1, "the encoder's one step down"
+    assert shapes.count((False, False)) == 2, "the encoder's first, and its one step down"
     monkeypatch.setattr(strips, "LARGE_BYTES", 2**60)
     plain = net.encode(x).latent_dist.mode(), net.decode(z).sample
     exact = wide.encode(x.float()).latent_dist.mode(), wide.decode(z.float()).sample

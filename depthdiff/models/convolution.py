@@ -9,14 +9,14 @@ A convolution of a map whose pixels were repeated is one of the map as it was, w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models import winograd
-from depthdiff.models.plain import has_tiles, is_bare, only_computes, products_are_exact, uses_onednn
+from depthdiff.models.plain import fuses_bfloat16, has_tiles, is_bare, only_computes, products_are_exact, uses_onednn
 
 MOST_PIXELS, FEWEST_WEIGHTS = 256, 2**20
 """Largest map of a result, and fewest pairs of channels, for which a matrix product is faster. The batch does not
@@ -28,7 +28,7 @@ COVERED_BYTES = 2**25
 DOUBLED = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 """Which of a filter's weights along one axis fall on the copies of a pixel, by where the filter lies."""
 
-FEWEST_DOUBLED = 128 * 128
+FEWEST_DOUBLED = 64 * 64
 """Pixels of a map from which on `doubled_conv3x3` is faster: its filters are summed anew at every call."""
 
 
@@ -65,6 +65,24 @@ def is_plain(conv: nn.Conv2d) -> bool:
     """
     usual = (conv.padding_mode, conv.dilation, conv.groups) == ("zeros", (1, 1), 1)
     return usual and "_conv_forward" not in vars(conv)
+
+
+def packed_conv(conv: nn.Conv2d, padding: tuple[int, int], shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Rearrange a plain convolution's filters once, for many calls; torch does it at every call.
+
+    The operators are those that torch.compile uses; torch has no public name for them.
+
+    Args:
+        conv: in bfloat16, or in any dtype where oneDNN is not in use; then nothing is gained.
+        padding: rows and columns of zeros, in place of the layer's own.
+        shape: (B, C, H, W) of what is convolved, about.
+    """
+    weight, bias, stride = conv.weight, conv.bias, list(conv.stride)
+    if weight.dtype != torch.bfloat16 or not fuses_bfloat16():
+        return lambda x: F.conv2d(x, weight, bias, stride, padding)
+    geometry = (list(padding), stride, [1, 1], 1)
+    packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *geometry, list(shape))
+    return lambda x: torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, "none", [], "")
 
 
 def product_is_faster(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> bool:
@@ -141,6 +159,6 @@ def doubled_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     one = torch.tensor(DOUBLED, dtype=weight.dtype, device=weight.device)
     both = torch.kron(one, one)
-    filters = torch.matmul(both, weight.permute(0, 2, 3, 1).flatten(1, 2))  # (16, 9) x (K, 9, C) -> (K, 16, C)
-    filters = filters.unflatten(1, (4, 4)).permute(3, 0, 1, 2)
+    matrix = both @ weight.permute(2, 3, 1, 0).flatten(0, 1).flatten(1)  # (16, C K)
+    filters = matrix.view(4, 4, *weight.shape[1::-1]).permute(2, 3, 0, 1)  # K last in memory: quickly rearranged
     return F.conv_transpose2d(x, filters, bias, stride=2, padding=1)

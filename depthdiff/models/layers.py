@@ -17,7 +17,7 @@ from depthdiff.models.convolution import Conv3x3, doubled_conv3x3, doubling_is_f
 from depthdiff.models.pages import ask_for_large_pages
 from depthdiff.models.plain import fuses_bfloat16, is_bare, only_computes
 from depthdiff.models.shortcuts import TokenMerging
-from depthdiff.models.strips import striped_conv3x3, strips_are_faster
+from depthdiff.models.strips import Moments, striped_conv3x3, strips_are_faster
 
 
 class QuickGELU(nn.Module):
@@ -115,18 +115,19 @@ class ResnetBlock2D(nn.Module):
         batch, _, height, width = x.shape
         room = ask_for_large_pages(x.new_empty(batch * height + 1, width, self.conv1.out_channels))
         h, result = (rows.unflatten(0, (batch, height)).movedim(3, 1) for rows in (room[1:], room[:-1]))
-        striped_conv3x3(x, self.conv1, norm=self.norm1, act=self.act, out=h)
-        return striped_conv3x3(
-            h, self.conv2, norm=self.norm2, act=self.act, plus=x, shortcut=self.conv_shortcut, out=result
-        )
+        moments = [Moments() for _ in range(batch)]
+        striped_conv3x3(x, self.conv1, norm=self.norm1, act=self.act, out=h, found=moments)
+        last = {"plus": x, "shortcut": self.conv_shortcut, "out": result, "known": moments}
+        return striped_conv3x3(h, self.conv2, norm=self.norm2, act=self.act, **last)
 
 
-def normed_conv(x: Tensor, norm: nn.GroupNorm, act: nn.Module, conv: nn.Conv2d) -> Tensor:
-    """Norm, activate and convolve (B, C, H, W); in strips where that is faster."""
+def convolved(x: Tensor, conv: nn.Conv2d, norm: nn.GroupNorm | None = None, act: nn.Module | None = None) -> Tensor:
+    """Norm and activate (B, C, H, W) where a layer is given for it, and convolve; in strips where that is faster."""
     if strips_are_faster(x, conv, norm=norm, act=act):
         return striped_conv3x3(x, conv, norm=norm, act=act)
-    x = norm(x)
-    x = act(x)
+    for layer in (norm, act):
+        if layer is not None:
+            x = layer(x)
     return conv(x)
 
 

@@ -6,6 +6,7 @@ page by page: a map of 128 channels of 512x512 takes 64 MiB in bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
@@ -13,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.models import winograd
-from depthdiff.models.convolution import Conv3x3, is_plain
+from depthdiff.models.convolution import Conv3x3, is_plain, packed_conv
 from depthdiff.models.pages import LARGE_BYTES, empty_map
 from depthdiff.models.plain import is_bare, only_computes
 
 MOST_WEIGHTS = 2**17
 """Pairs of channels up to which strips are faster: torch rearranges the filters for every strip."""
 
-STRIP_BYTES = 2**23
+STRIP_BYTES = 2**22
 """Of the larger map that is worked on at a time."""
 
 ELEMENTWISE = (nn.SiLU, nn.GELU, nn.ReLU, nn.Mish)
@@ -85,6 +86,8 @@ def striped_conv3x3(
     plus: Tensor | None = None,
     shortcut: nn.Module | None = None,
     out: Tensor | None = None,
+    known: Sequence[Moments] = (),
+    found: Sequence[Moments] = (),
 ) -> Tensor:
     """Norm, activate, convolve, and add: shortcut(plus) + conv(act(norm(x))), of which all but `conv` may be missing.
 
@@ -97,19 +100,25 @@ def striped_conv3x3(
         shortcut: a 1x1 convolution or the identity, C' -> K.
         out: (B, K, H', W'), what is filled, from the first row to the last. Where it lies over `x`, a row of it must
             come before the row of `x` with the same number. New memory if it is missing.
+        known: the moments of each picture of `x`, if they are known.
+        found: takes in those of each picture of the result, a strip at a time, if they are wanted.
 
     Returns:
         (B, K, H', W'), channels last in memory unless `out` was given.
     """
-    read = Part(x, norm, act)
+    read = Part(x, norm, act, known)
     add = None if plus is None else Part(plus, None, shortcut)
     stride, above = conv.stride[0], int(conv.padding[0])  # so many rows of zeros above, and one below where it is read
     if stride == 1 and winograd.is_faster(x, conv.weight):
-        return winograd.winograd_conv3x3(x, conv.weight, conv.bias, read=read, add=add, out=out)
+        out = winograd.winograd_conv3x3(x, conv.weight, conv.bias, read=read, add=add, out=out)
+        for moments, picture in zip(found, out.split(1), strict=False):
+            moments.take_in(picture)
+        return out
     height, width = x.shape[2:]
     down, across = ((side + above - 2) // stride + 1 for side in (height, width))
     out = empty_map(x, conv.out_channels, down, across) if out is None else out
     rows = max(1, STRIP_BYTES // (x.itemsize * stride * width * max(x.shape[1], conv.out_channels)))
+    convolve = packed_conv(conv, (0, above), (1, x.shape[1], stride * rows + 2, width))
     for picture in range(len(x)):
         for top in range(0, down, rows):
             bottom = min(top + rows, down)
@@ -117,12 +126,14 @@ def striped_conv3x3(
             part = read(picture, max(first, 0), min(last, height))
             if first < 0 or last > height or above == 0:
                 part = F.pad(part, (0, 1 - above, max(-first, 0), max(last - height, 0)))
-            part = F.conv2d(part, conv.weight, conv.bias, stride, (0, above))
+            part = convolve(part)
             place = out[picture : picture + 1, :, top:bottom]
             if add is None:
                 place.copy_(part)
             else:
                 torch.add(add(picture, top, bottom), part, out=place)
+            if found:
+                found[picture].take_in(place)
     return out
 
 
@@ -133,37 +144,49 @@ class Part:
         x: (B, C, H, W).
         norm: of C channels, if there is one.
         layer: an activation or a 1x1 convolution, if there is one.
+        known: the moments of each picture of `x`, if they are known.
     """
 
-    def __init__(self, x: Tensor, norm: nn.GroupNorm | None, layer: nn.Module | None) -> None:
+    def __init__(
+        self, x: Tensor, norm: nn.GroupNorm | None, layer: nn.Module | None, known: Sequence[Moments] = ()
+    ) -> None:
         self.x, self.norm, self.layer = x, norm, layer
-        self.statistics = [] if norm is None else [group_statistics(one, norm.num_groups) for one in x.split(1)]
+        self.statistics: list[tuple[Tensor, Tensor]] = []
+        if norm is not None:
+            self.weights = norm.weight.float(), norm.bias.float()
+            every = known or [Moments().take_in(picture) for picture in x.split(1)]
+            self.statistics = [moments.of_groups(norm.num_groups) for moments in every]
 
     def __call__(self, picture: int, first: int, last: int) -> Tensor:
         """(1, C', last - first, W)."""
         part = self.x[picture : picture + 1, :, first:last]
         if self.norm is not None:
-            weights = self.norm.weight.float(), self.norm.bias.float()
-            part = F.batch_norm(part, *self.statistics[picture], *weights, eps=self.norm.eps)
+            part = F.batch_norm(part, *self.statistics[picture], *self.weights, eps=self.norm.eps)
+            if type(self.layer) is nn.SiLU:
+                return F.silu(part, inplace=True)
         return part if self.layer is None else self.layer(part)
 
 
-def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of a picture's groups of channels, as each of its channels has them.
+class Moments:
+    """Mean and variance of a picture's channels, put together from those of its parts."""
 
-    Args:
-        x: (1, C, H, W).
-        groups: how many; they divide C.
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, Tensor, Tensor]] = []
 
-    Returns:
-        Two of (C,), float32.
-    """
-    parts = x.split(max(1, STRIP_BYTES // x[:, :, :1].nbytes), 2)
-    kept = x.new_zeros(2, x.shape[1], dtype=torch.float32)  # so that what is returned is float32
-    moments = [torch.batch_norm_update_stats(part, kept[0], kept[1], 1.0) for part in parts]
-    means, variances = (torch.stack(one).double() for one in zip(*moments, strict=True))  # (parts, C)
-    share = torch.tensor([part.shape[2] / x.shape[2] for part in parts], dtype=torch.float64, device=x.device)[:, None]
-    mean = (share * means).sum(0).view(groups, -1).mean(1, keepdim=True)
-    square = (share * (variances + means.square())).sum(0).view(groups, -1)
-    variance = square.mean(1, keepdim=True) - mean.square()
-    return mean.expand_as(square).flatten().float(), variance.expand_as(square).flatten().float()
+    def take_in(self, x: Tensor) -> Moments:
+        """Take in some rows of the picture, (1, C, rows, W); return these moments."""
+        kept = x.new_zeros(2, x.shape[1], dtype=torch.float32)  # so that what is found is float32
+        for part in x.split(max(1, STRIP_BYTES // x[:, :, :1].nbytes), 2):
+            mean, variance = torch.batch_norm_update_stats(part, kept[0], kept[1], 1.0)
+            self.parts.append((part.shape[2], mean, variance))
+        return self
+
+    def of_groups(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of groups of channels, as each channel of a group has them: two of (C,), float32."""
+        rows, means, variances = zip(*self.parts, strict=True)
+        mean, variance = torch.stack(means).double(), torch.stack(variances).double()  # (parts, C)
+        share = torch.tensor(rows, dtype=torch.float64, device=mean.device)[:, None] / sum(rows)
+        square = (share * (variance + mean.square())).sum(0).view(groups, -1)
+        mean = (share * mean).sum(0).view(groups, -1).mean(1, keepdim=True)
+        variance = square.mean(1, keepdim=True) - mean.square()
+        return mean.expand_as(square).flatten().float(), variance.expand_as(square).flatten().float()

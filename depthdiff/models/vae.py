@@ -17,7 +17,7 @@ from depthdiff.config import Config, Output
 from depthdiff.models.attention import MultiHeadAttention
 from depthdiff.models.base import Model
 from depthdiff.models.gaussian import DiagonalGaussianDistribution
-from depthdiff.models.layers import ACTIVATIONS, Downsample2D, ResnetBlock2D, Upsample2D, normed_conv
+from depthdiff.models.layers import ACTIVATIONS, Downsample2D, ResnetBlock2D, Upsample2D, convolved
 from depthdiff.models.tiling import run_in_tiles
 
 EPS = 1e-6
@@ -171,10 +171,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 2C, h, w)."""
-        x = self.conv_in(x)
+        x = convolved(x, self.conv_in)
         for down_block in self.down_blocks:
             x = down_block(x)
-        return normed_conv(self.mid_block(x), self.conv_norm_out, self.act, self.conv_out)
+        return convolved(self.mid_block(x), self.conv_out, self.conv_norm_out, self.act)
 
 
 class Decoder(nn.Module):
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for up_block in self.up_blocks:
             x = up_block(x)
-        return normed_conv(x, self.conv_norm_out, self.act, self.conv_out)
+        return convolved(x, self.conv_out, self.conv_norm_out, self.act)
 
 
 class AutoencoderKL(Model):
