@@ -19,19 +19,26 @@ Examples:
     (128, 128)
 """
 
-from depthdiff.config import CheckpointError
-from depthdiff.image_processor import DPTImageProcessor
-from depthdiff.models.clip_text import CLIPTextConfig, CLIPTextModel
-from depthdiff.models.dpt import DPTConfig, DPTForDepthEstimation
-from depthdiff.models.unet import UNet2DConditionConfig, UNet2DConditionModel
-from depthdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
-from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
-from depthdiff.run import Run, StableDiffusionPipelineOutput
-from depthdiff.sampler import Step
-from depthdiff.schedulers.ddim import DDIMScheduler
-from depthdiff.schedulers.lms import LMSDiscreteScheduler
-from depthdiff.schedulers.pndm import PNDMScheduler
-from depthdiff.tokenizer import CLIPTokenizer
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from depthdiff.config import CheckpointError
+    from depthdiff.image_processor import DPTImageProcessor
+    from depthdiff.models.clip_text import CLIPTextConfig, CLIPTextModel
+    from depthdiff.models.dpt import DPTConfig, DPTForDepthEstimation
+    from depthdiff.models.unet import UNet2DConditionConfig, UNet2DConditionModel
+    from depthdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+    from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
+    from depthdiff.run import Run, StableDiffusionPipelineOutput
+    from depthdiff.sampler import Step
+    from depthdiff.schedulers.ddim import DDIMScheduler
+    from depthdiff.schedulers.lms import LMSDiscreteScheduler
+    from depthdiff.schedulers.pndm import PNDMScheduler
+    from depthdiff.tokenizer import CLIPTokenizer
 
 __version__ = "0.1.0"
 
@@ -55,3 +62,42 @@ __all__ = [
     "LMSDiscreteScheduler",
     "CheckpointError",
 ]
+
+HOMES = {
+    "StableDiffusionDepth2ImgPipeline": "pipeline",
+    "StableDiffusionPipelineOutput": "run",
+    "Run": "run",
+    "Step": "sampler",
+    "UNet2DConditionModel": "models.unet",
+    "UNet2DConditionConfig": "models.unet",
+    "AutoencoderKL": "models.vae",
+    "AutoencoderKLConfig": "models.vae",
+    "CLIPTextModel": "models.clip_text",
+    "CLIPTextConfig": "models.clip_text",
+    "CLIPTokenizer": "tokenizer",
+    "DPTForDepthEstimation": "models.dpt",
+    "DPTConfig": "models.dpt",
+    "DPTImageProcessor": "image_processor",
+    "DDIMScheduler": "schedulers.ddim",
+    "PNDMScheduler": "schedulers.pndm",
+    "LMSDiscreteScheduler": "schedulers.lms",
+    "CheckpointError": "config",
+}
+"""Which module a public name comes from."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module of the package, at its first use.
+
+    So the command can set up its process, and a program ask for the version, before torch is imported.
+    """
+    if name in HOMES:
+        return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List what is public."""
+    return [*globals(), *__all__]

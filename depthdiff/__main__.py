@@ -1,7 +1,23 @@
 """`python -m depthdiff`, the same as the command `depthdiff`."""
 
+from __future__ import annotations
+
+import gc
 import sys
 
-from depthdiff.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command; return its exit status.
+
+    What is imported stays until the end: looking through it for garbage meanwhile took 0.2 of 1.3 seconds.
+    """
+    gc.disable()
+    from depthdiff.cli import main as command
+
+    gc.freeze()
+    gc.enable()
+    return command()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

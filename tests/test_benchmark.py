@@ -7,6 +7,7 @@ import pytest
 import torch
 from bench import meters, peak, warm
 
+from depthdiff.models.convolution import Conv3x3, packed_conv
 from depthdiff.models.layers import FeedForward, Upsample2D, gate_is_fused
 from depthdiff.models.plain import fuses_bfloat16
 
@@ -60,6 +61,9 @@ def test_meters():
     step, x = Upsample2D(8).requires_grad_(False), torch.ones(1, 8, 128, 128)
     both = 2 * 8 * 8 * 16 * 128 * 128, 2 * 8 * 8 * 16 * 9  # of the convolution, and of its filters
     assert meters.flops_of(lambda: step(x)) == sum(both), "counted on the way that is taken"
+    conv, x = Conv3x3(8, 6).bfloat16().requires_grad_(False), torch.ones(1, 8, 20, 30, dtype=torch.bfloat16)
+    convolve = packed_conv(conv, (0, 1), x.shape)
+    assert meters.flops_of(lambda: convolve(x)) == 2 * 8 * 6 * 9 * 18 * 30, "also with filters rearranged once"
     times = iter(range(8))
     actions = {name: (lambda: next(times)) for name in meters.PACKAGES}
     assert meters.in_turns(actions, 2) == {"depthdiff": [0, 3], "diffusers": [1, 2]}

@@ -19,9 +19,9 @@ ALLOWED = {
     "noise": set(),
 }
 DEFERRED = {"models/base.py", "models/visits.py", "schedulers/base.py", "tokenizer.py", "image_processor.py"}
-DEFERRED |= {"checkpoint/hub.py"}
+DEFERRED |= {"checkpoint/hub.py", "__main__.py"}
 """Files that import the checkpoint package only when a method is called: to load, to save, or for published names;
-and the one that imports what downloads."""
+the one that imports what downloads; and the command, which sets up its process first."""
 SLOW = {"huggingface_hub": ("checkpoint/saving.py", "checkpoint/single_file.py")}
 """Libraries that take long to import, and files that therefore import them where they need them."""
 
@@ -52,7 +52,7 @@ def test_who_imports_whom(path):
         target = [*module.split("."), ""][1]
         assert target != "cli" or name.name == "__main__.py", "nobody imports the command"
         if deferred:
-            assert target == "checkpoint"
+            assert target == ("cli" if name.name == "__main__.py" else "checkpoint")
             assert name.as_posix() in DEFERRED
         elif part in ALLOWED:
             assert target in ALLOWED[part], f"{name} imports {module}"
@@ -73,12 +73,23 @@ def test_no_long_files_or_functions(path):
 def test_public_names_exist_and_are_all():
     for name in depthdiff.__all__:
         assert getattr(depthdiff, name).__doc__, name
+    assert set(depthdiff.__all__) == set(depthdiff.HOMES) <= set(dir(depthdiff))
+    assert depthdiff.schedulers.ddim.DDIMScheduler is depthdiff.DDIMScheduler
+    for name in ("DDIM", "_private", "__path"):
+        with pytest.raises(AttributeError, match=f"module 'depthdiff' has no attribute '{name}'"):
+            getattr(depthdiff, name)
+
+
+def test_nothing_is_imported_before_it_is_asked_for():
+    code = "import sys, depthdiff; print(depthdiff.__version__, 'torch' in sys.modules, len(depthdiff.HOMES))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [depthdiff.__version__, "False", str(len(depthdiff.__all__))]
 
 
 IMPORT = """
 import sys, torch
 before = set(sys.modules)
-import depthdiff
+from depthdiff import *
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before if not name.startswith("torch.")}))
 print(*sorted(name for name in set(sys.modules) - before if name.startswith("torch.")))
 """

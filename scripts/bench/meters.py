@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
 PACKAGES = ("depthdiff", "diffusers")
 ROOT = Path(__file__).parents[2]
@@ -119,9 +119,13 @@ def flops_of(action: Callable[[], Any]) -> int:
         weight = third if third is not None and len(third) == 2 else second  # after what the result is multiplied by
         return 2 * math.prod(x) * weight[0]
 
+    def convolution(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+        return conv_flop_count(x, weight, out_shape)
+
     kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # which torch does not count
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         kernels[torch.ops.mkldnn._linear_pointwise] = linear
+        kernels[torch.ops.mkldnn._convolution_pointwise] = convolution
     counter = FlopCounterMode(display=False, custom_mapping=kernels)
     counter.mod_tracker = NoModules()
     with counter:
