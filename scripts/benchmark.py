@@ -44,7 +44,7 @@ def describe(options: argparse.Namespace, best: float) -> str:
     sizes = " and ".join(map(str, MATMUL_SIZES))
     rate = f" Best matrix product of {sizes}: {best / 1e12:.3g} TFLOP/s." if best else ""
     return (
-        f"{machine()}.\n\n{options.geometry} geometry, random weights, {options.size}x{options.size}, "
+        f"{machine()}.\n\n{options.weights}, {options.size}x{options.size}, "
         f"{options.exact_dtype} on {options.device}, {torch.get_num_threads()} threads, {kind}{kept}; medians of "
         f"{options.repeats} (lowest to highest); pairs are depthdiff / diffusers.{rate}"
     )
@@ -96,7 +96,9 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--capture", action="store_true", help="capture a step of depthdiff's (GPU)")
     parser.add_argument("--keep-freed", action="store_true", help="glibc's allocator keeps what is freed")
-    parser.add_argument("--checkpoint", type=Path, help="where to keep the random weights (a temporary folder)")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder to use, or to make with random weights (a temporary one)"
+    )
     options = parser.parse_args(arguments)
     if options.capture and not options.device.startswith("cuda"):
         parser.error("--capture needs a GPU")
@@ -115,7 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise OSError("--keep-freed needs glibc's allocator")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.checkpoint or Path(temporary) / "checkpoint"
+        options.weights = f"weights of {folder.name}"
         if not (folder / "model_index.json").exists():
+            options.weights = f"{options.geometry} geometry, random weights"
             dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
             build_pipeline(options.geometry).to(dtype).save_pretrained(folder)
             gc.collect()

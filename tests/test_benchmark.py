@@ -74,6 +74,15 @@ def test_peak_of_a_step(tiny_folder):
     assert peak.run("depthdiff", tiny_folder, "float32", "cpu", 64, "VAE tiling") > 1e6
 
 
+def test_weights_are_named(monkeypatch, capsys, tmp_path):
+    """Those that are made, and those that are there."""
+    monkeypatch.setattr(meters, "MATMUL_SIZES", (256,))
+    for expected in ("tiny geometry, random weights, 64x64", "weights of here, 64x64"):
+        arguments = ["--geometry", "tiny", "--checkpoint", str(tmp_path / "here"), "--size", "64", "--repeats", "1"]
+        benchmark.main([*arguments, "--device", "cpu", "--stage", "text"])
+        assert f"\n\n{expected}, float32 on cpu" in capsys.readouterr().out
+
+
 def test_capturing_needs_a_gpu(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--device", "cpu", "--capture"])

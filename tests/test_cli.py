@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
@@ -33,6 +34,8 @@ def test_imports_are_not_looked_through_for_garbage():
     version, line = done.stdout.splitlines()
     assert version.startswith("depthdiff ")
     assert line == "0 True True True"
+    [point] = entry_points(group="console_scripts", name="depthdiff")
+    assert point.value == "depthdiff.__main__:main"
 
 
 @pytest.fixture
