@@ -86,18 +86,20 @@ HOMES = {
 """Which module a public name comes from."""
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of the package, at its first use.
+if not TYPE_CHECKING:  # whose names are those above
 
-    So the command can set up its process, and a program ask for the version, before torch is imported.
-    """
-    if name in HOMES:
-        return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Import everything when the first public name, or module of the package, is asked for.
+
+        So the command can set up its process, and a program ask for the version, before torch is imported.
+        """
+        spec = None if name in HOMES or name[:1] == "_" or not name.isidentifier() else find_spec(f"{__name__}.{name}")
+        if name not in HOMES and (spec is None or spec.origin is None):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        modules = {home: import_module(f"{__name__}.{home}") for home in HOMES.values()}
+        return getattr(modules[HOMES[name]], name) if name in HOMES else import_module(f"{__name__}.{name}")
 
 
 def __dir__() -> list[str]:
-    """List what is public."""
-    return [*globals(), *__all__]
+    """List what is there and what can be asked for."""
+    return [*globals(), *HOMES]

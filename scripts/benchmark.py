@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise OSError("--keep-freed needs glibc's allocator")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.checkpoint or Path(temporary) / "checkpoint"
-        options.weights = f"weights of {folder.name}"
+        options.weights = f"weights of {folder.resolve().name}"
         if not (folder / "model_index.json").exists():
             options.weights = f"{options.geometry} geometry, random weights"
             dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,8 +34,10 @@ def test_imports_are_not_looked_through_for_garbage():
     version, line = done.stdout.splitlines()
     assert version.startswith("depthdiff ")
     assert line == "0 True True True"
-    [point] = entry_points(group="console_scripts", name="depthdiff")
-    assert point.value == "depthdiff.__main__:main"
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert '\ndepthdiff = "depthdiff.__main__:main"\n' in project
+    done = subprocess.run([sys.executable, "-m", "depthdiff", "inspect", "/nowhere"], capture_output=True)
+    assert done.returncode == 1, "what the command returns is the exit status"
 
 
 @pytest.fixture

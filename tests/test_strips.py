@@ -152,7 +152,10 @@ def test_statistics_that_are_known_are_taken(dtype, monkeypatch):
 
 @torch.no_grad()
 def test_statistics_are_those_of_groups(monkeypatch):
-    """Of means far from zero, against float64. Observed: 3e-8 of the deviation, 4e-8 of the variance."""
+    """Of means far from zero, against float64.
+
+    Observed: 3e-8 of the deviation, 4e-8 of the variance; over 300 seeds at most 1.7e-7 and 2.4e-7.
+    """
     x = image(1, 12, 40, 50) * torch.arange(1, 13)[:, None, None] + 20 * torch.randn(12, 1, 1)
     x = x.to(bf16)
     monkeypatch.setattr(strips, "STRIP_BYTES", 7 * 12 * 50 * 2)  # 40 rows in six parts, the last of five
@@ -160,13 +163,19 @@ def test_statistics_are_those_of_groups(monkeypatch):
     groups = x.double().reshape(4, -1)
     assert mean.dtype == variance.dtype == torch.float32
     expected = groups.mean(1).repeat_interleave(3), groups.var(1, correction=0).repeat_interleave(3)
-    assert ((mean - expected[0]) / expected[1].sqrt()).abs().max() <= 1e-7
-    assert (variance / expected[1] - 1).abs().max() <= 2e-7
+    assert ((mean - expected[0]) / expected[1].sqrt()).abs().max() <= 3e-7
+    assert (variance / expected[1] - 1).abs().max() <= 4e-7
     some = Moments()
     for part in x.split([1, 30, 9], 2):
         some.take_in(part)
     for mine, other in zip(some.of_groups(4), (mean, variance), strict=True):
         assert torch.allclose(mine, other, rtol=1e-6, atol=0), "however it is parted"
+
+
+@torch.no_grad()
+def test_a_wrong_number_of_channels_is_named():
+    with pytest.raises(ValueError, match=r"x must have 8 channels, got 4, shape \(1, 4, 11, 13\)"):
+        striped_conv3x3(image(1, 4, 11, 13), Conv3x3(8, 6).to(bf16))
 
 
 def layer(**options):

@@ -74,10 +74,24 @@ def test_public_names_exist_and_are_all():
     for name in depthdiff.__all__:
         assert getattr(depthdiff, name).__doc__, name
     assert set(depthdiff.__all__) == set(depthdiff.HOMES) <= set(dir(depthdiff))
-    assert depthdiff.schedulers.ddim.DDIMScheduler is depthdiff.DDIMScheduler
-    for name in ("DDIM", "_private", "__path"):
-        with pytest.raises(AttributeError, match=f"module 'depthdiff' has no attribute '{name}'"):
-            getattr(depthdiff, name)
+    for name in ("DDIM", "__main__", "cli.main", "no.such", "../x", "", "data"):
+        assert not hasattr(depthdiff, name), name
+
+
+@pytest.mark.parametrize("name", ["models.unet.UNet2DConditionModel", "schedulers.ddim.DDIMScheduler", "cli.main"])
+def test_modules_can_be_asked_for(name):
+    """As after an import of everything, whatever was asked for first."""
+    for first in ("", "depthdiff.CLIPTokenizer; "):
+        code = f"import depthdiff; {first}print(depthdiff.{name}.__name__)"
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        assert done.stdout.split() == [name.split(".")[-1]]
+
+
+def test_the_listed_names_are_those_that_type_checkers_see():
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if isinstance(node, ast.If) and isinstance(node.test, ast.Name)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == {name: f"depthdiff.{home}" for name, home in depthdiff.HOMES.items()}
 
 
 def test_nothing_is_imported_before_it_is_asked_for():

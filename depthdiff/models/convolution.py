@@ -73,7 +73,7 @@ def packed_conv(conv: nn.Conv2d, padding: tuple[int, int], shape: Sequence[int])
     The operators are those that torch.compile uses; torch has no public name for them.
 
     Args:
-        conv: in bfloat16, or in any dtype where oneDNN is not in use; then nothing is gained.
+        conv: of any dtype; but for bfloat16 its filters are rearranged at every call.
         padding: rows and columns of zeros, in place of the layer's own.
         shape: (B, C, H, W) of what is convolved, about.
     """
@@ -81,7 +81,7 @@ def packed_conv(conv: nn.Conv2d, padding: tuple[int, int], shape: Sequence[int])
     if weight.dtype != torch.bfloat16 or not fuses_bfloat16():
         return lambda x: F.conv2d(x, weight, bias, stride, padding)
     geometry = (list(padding), stride, [1, 1], 1)
-    packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *geometry, list(shape))
+    packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry, list(shape))
     return lambda x: torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, "none", [], "")
 
 

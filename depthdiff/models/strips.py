@@ -19,7 +19,7 @@ from depthdiff.models.pages import LARGE_BYTES, empty_map
 from depthdiff.models.plain import is_bare, only_computes
 
 MOST_WEIGHTS = 2**17
-"""Pairs of channels up to which strips are faster: torch rearranges the filters for every strip."""
+"""Pairs of channels up to which strips are faster; wider convolutions spend little on what lies between them."""
 
 STRIP_BYTES = 2**22
 """Of the larger map that is worked on at a time."""
@@ -105,13 +105,18 @@ def striped_conv3x3(
 
     Returns:
         (B, K, H', W'), channels last in memory unless `out` was given.
+
+    Raises:
+        ValueError: `x` has another number of channels than `conv` reads.
     """
+    if x.shape[1] != conv.in_channels:
+        raise ValueError(f"x must have {conv.in_channels} channels, got {x.shape[1]}, shape {tuple(x.shape)}")
     read = Part(x, norm, act, known)
     add = None if plus is None else Part(plus, None, shortcut)
     stride, above = conv.stride[0], int(conv.padding[0])  # so many rows of zeros above, and one below where it is read
     if stride == 1 and winograd.is_faster(x, conv.weight):
         out = winograd.winograd_conv3x3(x, conv.weight, conv.bias, read=read, add=add, out=out)
-        for moments, picture in zip(found, out.split(1), strict=False):
+        for moments, picture in zip(found, out.split(1) if found else (), strict=True):
             moments.take_in(picture)
         return out
     height, width = x.shape[2:]
