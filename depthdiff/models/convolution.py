@@ -73,7 +73,7 @@ def packed_conv(conv: nn.Conv2d, padding: tuple[int, int], shape: Sequence[int])
     The operators are those that torch.compile uses; torch has no public name for them.
 
     Args:
-        conv: of any dtype; but for bfloat16 its filters are rearranged at every call.
+        conv: of any dtype; filters of another one than bfloat16 are rearranged at every call all the same.
         padding: rows and columns of zeros, in place of the layer's own.
         shape: (B, C, H, W) of what is convolved, about.
     """
