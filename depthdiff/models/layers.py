@@ -117,8 +117,16 @@ class ResnetBlock2D(nn.Module):
         h, result = (rows.unflatten(0, (batch, height)).movedim(3, 1) for rows in (room[1:], room[:-1]))
         moments = [Moments() for _ in range(batch)]
         striped_conv3x3(x, self.conv1, norm=self.norm1, act=self.act, out=h, found=moments)
-        last = {"plus": x, "shortcut": self.conv_shortcut, "out": result, "known": moments}
-        return striped_conv3x3(h, self.conv2, norm=self.norm2, act=self.act, **last)
+        return striped_conv3x3(
+            h,
+            self.conv2,
+            norm=self.norm2,
+            act=self.act,
+            plus=x,
+            shortcut=self.conv_shortcut,
+            out=result,
+            known=moments,
+        )
 
 
 def convolved(x: Tensor, conv: nn.Conv2d, norm: nn.GroupNorm | None = None, act: nn.Module | None = None) -> Tensor:
