@@ -4,6 +4,7 @@
     python scripts/benchmark.py --stage unet call --dtype bfloat16 --compile --keep-freed
     python scripts/benchmark.py --stage peak --sizes 512 1024
     python scripts/benchmark.py --stage cold
+    python scripts/benchmark.py --geometry full --dtype bfloat16 --stage decode --quiet
 
 The weights are random, of the published geometry; both packages read the same files, at the same dtype. A ratio above
 1 means that depthdiff is faster. Only ratios inside one run mean something.
@@ -13,6 +14,10 @@ diffusers. text, depth, encode, unet, decode and call run in this process after 
 and photo are known from the one before. For these the table also has the peak of memory beyond what was in use before,
 the operations (matrix products, convolutions, attention), and the rate of operations as a share of the machine's best
 square matrix product. peak is a table of its own, and runs only where it is named.
+
+Who shares a machine with others times them as well. With --quiet every timing, of either package, waits until a matrix
+product comes near its best rate and counts if one does so right after it too, and turns go on until there are enough;
+what happens in between is not seen, which is the longer the slower a package is.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from pathlib import Path
 
 import torch
 from bench import fresh, peak, warm
-from bench.meters import MATMUL_SIZES, PACKAGES, Row, machine, matmul_rate
+from bench.meters import MATMUL_SIZES, PACKAGES, Quiet, Row, machine, matmul_rate
 from random_checkpoint import GEOMETRIES, build_pipeline
 
 from depthdiff.cli import build_parser
@@ -42,19 +47,24 @@ def describe(options: argparse.Namespace, best: float) -> str:
     kind += ", a step of depthdiff's captured" if options.capture else ""
     kept = ", freed memory kept by the allocator" if options.keep_freed else ""
     sizes = " and ".join(map(str, MATMUL_SIZES))
-    rate = f" Best matrix product of {sizes}: {best / 1e12:.3g} TFLOP/s." if best else ""
+    rate = f" Best matrix product of {sizes} beforehand: {best / 1e12:.3g} TFLOP/s." if best else ""
+    spread = f"medians of {options.repeats} (lowest to highest)"
+    if options.quiet:
+        spread = f"medians of the timings next to which a matrix product reached {options.quiet:.0%} of its best rate "
+        spread += f"(lowest to highest; how many, {options.repeats} were wanted)"
     return (
         f"{machine()}.\n\n{options.weights}, {options.size}x{options.size}, "
-        f"{options.exact_dtype} on {options.device}, {torch.get_num_threads()} threads, {kind}{kept}; medians of "
-        f"{options.repeats} (lowest to highest); pairs are depthdiff / diffusers.{rate}"
+        f"{options.exact_dtype} on {options.device}, {torch.get_num_threads()} threads, {kind}{kept}; {spread}; "
+        f"pairs are depthdiff / diffusers.{rate}"
     )
 
 
-def cells(row: Row, best: float) -> list[str]:
-    """Write a row of the table."""
+def cells(row: Row, best: float, quiet: float | None) -> list[str]:
+    """Write a row of the table; with the number of timings where not all count."""
     medians = [statistics.median(row.seconds[package]) for package in PACKAGES]
     spreads = [row.seconds[package] for package in PACKAGES]
-    times = [f"{m:.3g} ({min(s):.3g} to {max(s):.3g})" for m, s in zip(medians, spreads, strict=True)]
+    counts = [f"; {len(spread)}" if quiet else "" for spread in spreads]
+    times = [f"{m:.3g} ({min(s):.3g} to {max(s):.3g}{n})" for m, s, n in zip(medians, spreads, counts, strict=True)]
     rest = ["", "", "", ""]
     if row.flops:
         rates = [row.flops[package] / median for package, median in zip(PACKAGES, medians, strict=True)]
@@ -97,11 +107,21 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--capture", action="store_true", help="capture a step of depthdiff's (GPU)")
     parser.add_argument("--keep-freed", action="store_true", help="glibc's allocator keeps what is freed")
     parser.add_argument(
+        "--quiet",
+        type=float,
+        nargs="?",
+        const=0.75,
+        metavar="SHARE",
+        help="count timings only while the machine is left alone: a matrix product at this share of its best (0.75)",
+    )
+    parser.add_argument(
         "--checkpoint", type=Path, help="folder to use, or to make with random weights (a temporary one)"
     )
     options = parser.parse_args(arguments)
     if options.capture and not options.device.startswith("cuda"):
         parser.error("--capture needs a GPU")
+    if options.quiet is not None and not 0 < options.quiet <= 1:
+        parser.error(f"--quiet must be above 0 and at most 1, got {options.quiet}")
     command = build_parser().parse_args(["prompt", "image"])
     wanted = {name: getattr(options, name) for name in ("steps", "strength", "guidance")}
     options.cold = [getattr(command, name) if value is None else value for name, value in wanted.items()]
@@ -128,14 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dtype = warm.load("depthdiff", folder, "auto", options.device).unet.dtype
             options.exact_dtype = str(dtype).removeprefix("torch.")
         timed = [stage for stage in options.stage if stage != "peak"]
-        counted = any(stage in warm.STAGES for stage in timed)
-        best = matmul_rate(getattr(torch, options.exact_dtype), options.device) if counted else 0.0
+        counted, exact = any(stage in warm.STAGES for stage in timed), getattr(torch, options.exact_dtype)
+        best = matmul_rate(exact, options.device) if counted else 0.0
+        options.watch = Quiet(exact, options.device, options.quiet) if options.quiet else None
         print(describe(options, best), end="\n\n", flush=True)
         if timed:
             print(line(COLUMNS), line(["---"] * len(COLUMNS)), sep="\n")
             for measure in (fresh.measure_fresh, warm.measure_warm):
                 for row in measure(options, folder):
-                    print(line(cells(row, best)), flush=True)
+                    best = max(best, options.watch.rate) if options.watch else best
+                    print(line(cells(row, best, options.quiet)), flush=True)
             print()
         if "peak" in options.stage:
             for text in peak.measure_peak(options, folder):

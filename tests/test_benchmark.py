@@ -69,6 +69,46 @@ def test_meters():
     assert meters.in_turns(actions, 2) == {"depthdiff": [0, 3], "diffusers": [1, 2]}
 
 
+def test_timings_count_while_a_machine_is_quiet(monkeypatch):
+    """Products of 4 s are its best here, found late; with a share of 0.8 those of 5 s are quick enough, before or after
+    a timing those of 6 s are not."""
+
+    class Told(meters.Quiet):
+        def probe(self):
+            seconds = next(probes)
+            self.best = min(self.best, seconds)
+            return seconds
+
+    def turns(*seconds, repeats):
+        nonlocal probes
+        probes, times = iter(seconds), iter(range(99))
+        actions = {name: (lambda: next(times)) for name in meters.PACKAGES}
+        return meters.in_turns(actions, repeats, Told(torch.float32, "cpu", 0.8))
+
+    probes = iter((6, 4, 6, 6, 5, 9))
+    monkeypatch.setattr(meters.time, "sleep", lambda seconds: None)
+    quiet = Told(torch.float32, "cpu", 0.8)
+    assert [quiet.wait(), quiet.wait(), quiet.wait()] == [6, 4, 5], "the first is the best so far"
+    assert quiet.rate == 2 * meters.PROBE**3 / 4
+    monkeypatch.setattr(meters, "LONGEST_WAIT", 0)
+    assert quiet.wait() == 9
+    busy = 6, 6, 6, 6  # a turn's: before and after the first package's timing, and the second's
+    assert turns(*busy, 5, 5, 5, 4, 4, 4, 4, 4, repeats=2) == {"depthdiff": [3, 4], "diffusers": [2, 5]}
+    assert turns(*busy, 5, 5, 5, 4, 4, 6, 4, 4, 4, 5, 4, 4, repeats=2) == {"depthdiff": [3, 7], "diffusers": [2, 5, 6]}
+    monkeypatch.setattr(meters, "MOST_TURNS", 3)
+    assert turns(4, 4, 4, 4, repeats=1) == {"depthdiff": [0], "diffusers": [1]}, "no turn more than needed"
+    assert turns(4, 4, 4, 4, *busy * 5, repeats=2) == {"depthdiff": [0], "diffusers": [1]}, "what there is"
+    with pytest.raises(TimeoutError, match="of 3 turns none counts"):
+        turns(4, 4, *busy, *busy, 6, 6, repeats=1)
+
+
+def test_a_machine_is_quiet_near_its_best():
+    quiet = meters.Quiet(torch.float32, "cpu", 0.5)
+    assert 0 < quiet.probe() < 30
+    assert quiet.is_quiet(2 * quiet.best)
+    assert not quiet.is_quiet(2.01 * quiet.best)
+
+
 def test_peak_of_a_step(tiny_folder):
     """In a fresh process."""
     assert peak.run("depthdiff", tiny_folder, "float32", "cpu", 64, "VAE tiling") > 1e6
@@ -81,6 +121,21 @@ def test_weights_are_named(monkeypatch, capsys, tmp_path):
         arguments = ["--geometry", "tiny", "--checkpoint", str(tmp_path / "here"), "--size", "64", "--repeats", "1"]
         benchmark.main([*arguments, "--device", "cpu", "--stage", "text"])
         assert f"\n\n{expected}, float32 on cpu" in capsys.readouterr().out
+
+
+def test_quiet_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(meters, "MATMUL_SIZES", (256,))
+    monkeypatch.setattr(meters, "PROBE", 64)
+    arguments = ["--geometry", "tiny", "--size", "64", "--repeats", "2", "--device", "cpu", "--stage", "text"]
+    benchmark.main([*arguments, "--quiet", "0.01"])
+    text = capsys.readouterr().out
+    assert "a matrix product reached 1% of its best rate (lowest to highest; how many, 2 were wanted);" in text
+    [row] = rows_of(text)
+    assert all(int(cell.rpartition("; ")[2].rstrip(")")) >= 2 for cell in row[1:3])
+    for share in ("0", "1.01"):
+        with pytest.raises(SystemExit):
+            benchmark.main([*arguments, "--quiet", share])
+        assert "--quiet must be above 0 and at most 1" in capsys.readouterr().err
 
 
 def test_capturing_needs_a_gpu(capsys):

@@ -112,7 +112,7 @@ def measure_import(options: argparse.Namespace) -> Row:
     """Measure importing the pipeline."""
     code = {package: IMPORT.format(package=package, end="print(time.perf_counter() - s)") for package in PACKAGES}
     actions = {package: (lambda package=package: fresh(code[package])[0]) for package in PACKAGES}
-    return Row("import, fresh process, torch included", in_turns(actions, options.repeats))
+    return Row("import, fresh process, torch included", in_turns(actions, options.repeats, options.watch))
 
 
 def measure_cold(options: argparse.Namespace, folder: Path) -> Row:
@@ -137,7 +137,7 @@ def measure_cold(options: argparse.Namespace, folder: Path) -> Row:
     script += [steps, strength, guidance, 0, options.device, dtype]
     run(script)
     actions = {"depthdiff": lambda: run(command), "diffusers": lambda: run(script)}
-    seconds = in_turns(actions, options.repeats)
+    seconds = in_turns(actions, options.repeats, options.watch)
     pictures = [np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (ours, theirs)]
     remark = f"{dtype}; the pictures differ by at most {abs(pictures[0] - pictures[1]).max()} of 255"
     label = f"cold start to PNG, bundled model, {steps} steps, strength {strength:g}, guidance {guidance:g}"
@@ -175,7 +175,7 @@ def measure_load(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
         paths = [str(path) for path in sorted(place.glob("*/*")) if path.suffix in (".safetensors", ".bin")]
         floor = statistics.median(fresh(FLOOR.format(paths=paths))[0] for _ in range(options.repeats))
         actions = {package: (lambda package=package, load=load: load(package)) for package in PACKAGES}
-        seconds = in_turns(actions, options.repeats)
+        seconds = in_turns(actions, options.repeats, options.watch)
         remark = "; ".join(
             f"{package}: {statistics.median(row[1] for row in results[package]):.3g} s until every weight was read, "
             f"peak memory / weights {max(row[2] for row in results[package]):.2f}"
@@ -211,7 +211,7 @@ def measure_lora(options: argparse.Namespace, folder: Path) -> Row:
         return results[package][-1][0]
 
     actions = {package: (lambda package=package: load_lora(package)) for package in PACKAGES}
-    seconds = in_turns(actions, options.repeats)
+    seconds = in_turns(actions, options.repeats, options.watch)
     remark = "; ".join(
         "{}: {:.0f} MiB more, a UNet call {:.2f} times as long".format(
             package, *(statistics.median(row[i] for row in results[package]) for i in (1, 2))

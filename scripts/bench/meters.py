@@ -22,6 +22,12 @@ PHOTO = ROOT / "tests" / "data" / "coffee.png"
 
 MATMUL_SIZES = (2048, 4096)
 
+PROBE = 2048
+"""Rows and columns of the matrices whose product tells whether a machine is quiet."""
+
+LONGEST_WAIT, MOST_TURNS = 60.0, 5
+"""Seconds that a timing waits for a quiet machine, and turns for each timing that is wanted of one."""
+
 
 @dataclass
 class Row:
@@ -42,13 +48,73 @@ class Row:
     flops: dict[str, float] = field(default_factory=dict)
 
 
-def in_turns(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Run each action `repeats` times, the packages taking turns and the first of a turn alternating."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(repeats):
+class Quiet:
+    """Tells how near to its best the machine is right now, which it may share with others.
+
+    Args:
+        dtype: of the matrix product that is timed.
+        device: where it runs.
+        share: of the best rate so far, 0..1, that makes a machine quiet.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: str, share: float) -> None:
+        self.matrix = torch.randn(PROBE, PROBE, device=device).to(dtype)
+        self.share = share
+        self.best = math.inf
+
+    def probe(self) -> float:
+        """Time a matrix product, the shorter of two: seconds."""
+        seconds = min(seconds_of(lambda: self.matrix @ self.matrix) for _ in range(2))
+        self.best = min(self.best, seconds)
+        return seconds
+
+    def wait(self) -> float:
+        """Wait until the machine is quiet, though no longer than `LONGEST_WAIT`; return the last product's seconds."""
+        deadline = time.perf_counter() + LONGEST_WAIT
+        while not self.is_quiet(seconds := self.probe()) and time.perf_counter() < deadline:
+            time.sleep(0.2)
+        return seconds
+
+    @property
+    def rate(self) -> float:
+        """The best so far, in operations a second."""
+        return 2 * PROBE**3 / self.best
+
+    def is_quiet(self, seconds: float) -> bool:
+        """Judge a product by the best so far."""
+        return self.best >= self.share * seconds
+
+
+def in_turns(
+    actions: dict[str, Callable[[], float]], repeats: int, quiet: Quiet | None = None
+) -> dict[str, list[float]]:
+    """Run each action `repeats` times, the packages taking turns and the first of a turn alternating.
+
+    With `quiet`, each timing waits for a quiet machine, only those count after which it still is, and turns go on until
+    so many of each action do.
+
+    Raises:
+        TimeoutError: no timing of an action counts after `MOST_TURNS` times as many turns.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
+    counted: dict[str, list[float]] = {}
+    for turn in range(repeats * (MOST_TURNS if quiet else 1)):
         for name in list(actions) if turn % 2 == 0 else list(reversed(actions)):
-            seconds[name].append(actions[name]())
-    return seconds
+            before = quiet.wait() if quiet else 0.0
+            seconds = actions[name]()
+            taken[name].append((seconds, max(before, quiet.probe() if quiet else 0.0)))
+        counted = {
+            name: [seconds for seconds, probe in timings if quiet is None or quiet.is_quiet(probe)]
+            for name, timings in taken.items()
+        }
+        if min(map(len, counted.values())) >= repeats:
+            break
+    if not all(counted.values()):
+        raise TimeoutError(
+            f"quiet: others used the machine throughout: of {len(taken[next(iter(taken))])} turns none counts; wait, "
+            "or ask for a smaller share"
+        )
+    return counted
 
 
 def synchronize() -> None:

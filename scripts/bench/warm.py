@@ -144,7 +144,7 @@ def measure_warm(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
         first = {package: seconds_of(here[package]) for package in PACKAGES if compiled}
         gc.collect()
         timers = {package: (lambda action=action: seconds_of(action)) for package, action in here.items()}
-        seconds = in_turns(timers, options.repeats)
+        seconds = in_turns(timers, options.repeats, options.watch)
         peak = {package: float(peak_of(here[package], options.device)) for package in PACKAGES}
         remarks = []
         if compiled:
