@@ -148,9 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dtype = warm.load("depthdiff", folder, "auto", options.device).unet.dtype
             options.exact_dtype = str(dtype).removeprefix("torch.")
         timed = [stage for stage in options.stage if stage != "peak"]
-        counted, exact = any(stage in warm.STAGES for stage in timed), getattr(torch, options.exact_dtype)
-        best = matmul_rate(exact, options.device) if counted else 0.0
-        options.watch = Quiet(exact, options.device, options.quiet) if options.quiet else None
+        needed, exact = (
+            options.quiet or any(stage in warm.STAGES for stage in timed),
+            getattr(torch, options.exact_dtype),
+        )
+        best = matmul_rate(exact, options.device) if needed else 0.0
+        options.watch = Quiet(exact, options.device, options.quiet, best) if options.quiet else None
         print(describe(options, best), end="\n\n", flush=True)
         if timed:
             print(line(COLUMNS), line(["---"] * len(COLUMNS)), sep="\n")

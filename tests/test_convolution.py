@@ -19,8 +19,8 @@ from depthdiff.models.convolution import (
     packed_conv,
     product_is_faster,
 )
-from depthdiff.models.layers import FeedForward, fused_gate, gate_is_fused
-from depthdiff.models.plain import fuses_bfloat16, only_computes
+from depthdiff.models.layers import FeedForward, fused_gate
+from depthdiff.models.plain import fuses_bfloat16, fuses_linear, only_computes
 from depthdiff.models.winograd import (
     FILTER,
     grouped_strips,
@@ -421,7 +421,7 @@ def test_the_gate_within_the_products():
     layer = feed.proj_in
     value, gate = F.linear(x.double(), layer.weight.double(), layer.bias.double()).chunk(2, dim=-1)
     exact = value * F.gelu(gate)
-    assert gate_is_fused(x, layer)
+    assert fuses_linear(x, layer)
     assert (fused_gate(x, layer) - exact).norm() < 3e-3 * exact.norm()
     plain_value, plain_gate = layer(x).chunk(2, dim=-1)
     assert (fused_gate(x, layer) - exact).norm() < (plain_value * F.gelu(plain_gate) - exact).norm()
@@ -441,45 +441,45 @@ def test_the_gate_is_the_exact_gelu():
 @needs_fusing
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @torch.no_grad()
-def test_a_gate_is_fused_only_where_nothing_else_is_asked(monkeypatch):
+def test_a_fuses_linear_only_where_nothing_else_is_asked(monkeypatch):
     """Hooks are called, wrapped layers too; what records or changes dtypes goes the plain way."""
     feed, x = FeedForward(8).bfloat16(), torch.randn(5, 8, dtype=torch.bfloat16)
     layer, plain = feed.proj_in, feed.float()(x.float())
     feed.bfloat16()
     torch.testing.assert_close(feed(x).float(), plain, rtol=0, atol=0.02)  # observed: 0.002
-    assert gate_is_fused(x, layer)
+    assert fuses_linear(x, layer)
     for hook in (layer.register_forward_hook, layer.register_forward_pre_hook):
         seen = []
         handle = hook(lambda *parts, seen=seen: seen.append(parts))
-        assert not gate_is_fused(x, layer)
+        assert not fuses_linear(x, layer)
         feed(x)
         assert len(seen) == 1
         handle.remove()
     handle = nn.modules.module.register_module_forward_hook(lambda *parts: None)
-    assert not gate_is_fused(x, layer)
+    assert not fuses_linear(x, layer)
     handle.remove()
     layer.forward = lambda x: F.linear(x, layer.weight, layer.bias) + 100
-    assert not gate_is_fused(x, layer) and feed(x).abs().max() > 100 * plain.abs().max()
+    assert not fuses_linear(x, layer) and feed(x).abs().max() > 100 * plain.abs().max()
     del layer.forward
-    assert not gate_is_fused(x, nn.Linear(8, 64, bias=False).bfloat16()) and not gate_is_fused(x.float(), layer)
+    assert not fuses_linear(x, nn.Linear(8, 64, bias=False).bfloat16()) and not fuses_linear(x.float(), layer)
     feed.proj_in = nn.Sequential(layer)
-    assert not gate_is_fused(x, feed.proj_in)
+    assert not fuses_linear(x, feed.proj_in)
     torch.testing.assert_close(feed(x).float(), plain, rtol=0, atol=0.02)
     feed.proj_in = layer
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not gate_is_fused(x, layer)
-    assert not gate_is_fused(x.float(), feed.float().proj_in)
+        assert not fuses_linear(x, layer)
+    assert not fuses_linear(x.float(), feed.float().proj_in)
     feed.bfloat16()
     with torch.enable_grad():
-        assert not gate_is_fused(x, layer) and feed(x).requires_grad
+        assert not fuses_linear(x, layer) and feed(x).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
-        assert not gate_is_fused(x, layer)
+        assert not fuses_linear(x, layer)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         pretended = mode.from_tensor(x)
-        assert not gate_is_fused(pretended, layer) and feed(pretended).shape == x.shape
+        assert not fuses_linear(pretended, layer) and feed(pretended).shape == x.shape
     for operators in (SimpleNamespace(), SimpleNamespace(_linear_pointwise=1, _is_mkldnn_bf16_supported=lambda: False)):
         monkeypatch.setattr(torch.ops, "mkldnn", operators)
-        assert not gate_is_fused(x, layer)
+        assert not fuses_linear(x, layer)
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -45,7 +45,7 @@ def test_the_picture_is_that_of_rounded_weights(pipe, small_photo, dtype, monkey
 
     A layer that is cast when it is called is called: the short way around it, in bfloat16, rounds less often.
     """
-    monkeypatch.setattr(depthdiff.models.layers, "gate_is_fused", lambda x, layer: False)
+    monkeypatch.setattr(depthdiff.models.layers, "fuses_linear", lambda x, layer: False)
     pipe.to(dtype)
     plain, expected = paint(pipe, small_photo), paint(rounded(copy.deepcopy(pipe)), small_photo)
     before = sum(parameter.nbytes for parameter in pipe.unet.parameters())

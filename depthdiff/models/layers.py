@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from depthdiff.models.attention import KeysValues, MultiHeadAttention
 from depthdiff.models.convolution import Conv3x3, doubled_conv3x3, doubling_is_faster
 from depthdiff.models.pages import ask_for_large_pages
-from depthdiff.models.plain import fuses_bfloat16, is_bare, only_computes
+from depthdiff.models.plain import fuses_linear, only_computes
 from depthdiff.models.shortcuts import TokenMerging
 from depthdiff.models.strips import Moments, striped_conv3x3, strips_are_faster
 
@@ -195,24 +195,10 @@ class FeedForward(nn.Module):
         return torch.cat([self._feed(part) for part in parts]).view_as(x)
 
     def _feed(self, x: Tensor) -> Tensor:
-        if gate_is_fused(x, self.proj_in):
+        if fuses_linear(x, self.proj_in):
             return self.proj_out(fused_gate(x, self.proj_in))
         value, gate = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(value * F.gelu(gate))
-
-
-def gate_is_fused(x: Tensor, layer: nn.Module) -> bool:
-    """Tell whether `fused_gate` can stand for a layer: in bfloat16 on a processor, where nothing is trained.
-
-    Args:
-        x: what the layer reads.
-        layer: a linear one. One of another kind, hooked, or with a `forward` put in its place is called as it is.
-    """
-    if type(layer) is not nn.Linear or layer.bias is None or not is_bare(layer):
-        return False
-    if not x.dtype == layer.weight.dtype == layer.bias.dtype == torch.bfloat16:
-        return False
-    return fuses_bfloat16() and only_computes(x, layer.weight, layer.bias)
 
 
 def fused_gate(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -62,3 +62,21 @@ def only_computes(*tensors: Tensor) -> bool:
         if forward_ad.unpack_dual(x).tangent is not None:
             return False
     return True
+
+
+def is_linear(x: Tensor, layer: nn.Module) -> bool:
+    """Tell whether a layer does no more than F.linear to x, on a processor, where nothing is trained.
+
+    Args:
+        x: what the layer reads.
+        layer: one of another kind, without a bias, of another dtype, hooked, or with a `forward` put in its place is
+            called as it is.
+    """
+    if type(layer) is not nn.Linear or layer.bias is None or not is_bare(layer):
+        return False
+    return x.dtype == layer.weight.dtype == layer.bias.dtype and only_computes(x, layer.weight, layer.bias)
+
+
+def fuses_linear(x: Tensor, layer: nn.Module) -> bool:
+    """Tell whether oneDNN's fused operators can stand for a layer: in bfloat16, for what `is_linear` allows."""
+    return x.dtype == torch.bfloat16 and fuses_bfloat16() and is_linear(x, layer)
