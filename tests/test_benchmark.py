@@ -87,13 +87,16 @@ def test_timings_count_while_a_machine_is_quiet(monkeypatch):
         actions = {name: (lambda: next(times)) for name in meters.PACKAGES}
         return meters.in_turns(actions, repeats, Told(torch.float32, "cpu", 0.8, slow))
 
-    probes = iter((6, 4, 6, 6, 5, 9))
+    probes = iter((6, 4, 6, 6, 5))
     monkeypatch.setattr(meters.time, "sleep", lambda seconds: None)
     quiet = Told(torch.float32, "cpu", 0.8, slow)  # a product took 7 s at best before
     assert [quiet.wait(), quiet.wait(), quiet.wait()] == [6, 4, 5], "the first is the best so far"
     assert quiet.rate == 2 * meters.PROBE**3 / 4
+    assert turns(4, 4, 6, 6, 5, 4, repeats=1) == {"depthdiff": [0], "diffusers": [1]}, "the second waited"
     monkeypatch.setattr(meters, "LONGEST_WAIT", 0)
+    probes = iter((9,))
     assert quiet.wait() == 9
+    assert turns(4, 4, 6, 4, 4, 4, 4, 4, repeats=1) == {"depthdiff": [0, 3], "diffusers": [2]}
     busy = 6, 6, 6, 6  # a turn's: before and after the first package's timing, and the second's
     assert turns(*busy, 5, 5, 5, 4, 4, 4, 4, 4, repeats=2) == {"depthdiff": [3, 4], "diffusers": [2, 5]}
     assert turns(*busy, 5, 5, 5, 4, 4, 6, 4, 4, 4, 5, 4, 4, repeats=2) == {"depthdiff": [3, 7], "diffusers": [2, 5, 6]}
