@@ -148,10 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dtype = warm.load("depthdiff", folder, "auto", options.device).unet.dtype
             options.exact_dtype = str(dtype).removeprefix("torch.")
         timed = [stage for stage in options.stage if stage != "peak"]
-        needed, exact = (
-            options.quiet or any(stage in warm.STAGES for stage in timed),
-            getattr(torch, options.exact_dtype),
-        )
+        exact = getattr(torch, options.exact_dtype)
+        needed = options.quiet or any(stage in warm.STAGES for stage in timed)
         best = matmul_rate(exact, options.device) if needed else 0.0
         options.watch = Quiet(exact, options.device, options.quiet, best) if options.quiet else None
         print(describe(options, best), end="\n\n", flush=True)
