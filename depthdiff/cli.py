@@ -11,21 +11,42 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 import depthdiff
 from depthdiff.adapters.files import PICKLES
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.inspect import inspect
 from depthdiff.checkpoint.single_file import SUFFIXES
-from depthdiff.image import contact_sheet, depth_image, read_depth, read_images, save_image
+from depthdiff.checkpoint.weights import check_variant
+from depthdiff.checkpoint.write import check_target, try_to_write
+from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
+from depthdiff.inputs import check_number
 from depthdiff.models.attention import FORMS
+from depthdiff.picture_files import (
+    MAX_PIXELS,
+    check_type,
+    depth_bits,
+    files_of,
+    open_image,
+    refuse_one_file_for_two,
+    save_image,
+)
 from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
-from depthdiff.process import allow_tf32, best_device, keep_freed_buffers
+from depthdiff.process import (
+    Terminated,
+    allow_tf32,
+    best_device,
+    check_device,
+    cleaning_up,
+    keep_freed_buffers,
+    lenient_streams,
+)
 from depthdiff.schedulers.base import Scheduler
 from depthdiff.schedulers.ddim import DDIMScheduler
 from depthdiff.schedulers.lms import LMSDiscreteScheduler
@@ -35,6 +56,9 @@ from depthdiff.shortcuts import PRESETS, Shortcuts, choose
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "lms": LMSDiscreteScheduler}
 DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "float16", "bfloat16")}
+MAX_STEPS, MAX_IMAGES, MAX_SIZE = 100_000, 1000, 2**14
+"""What no run needs; schedulers have limits of their own below."""
+
 SIZE_HELP = "of the picture's shorter side (default: the photo's own, or 128 for mini if 1.5 times too large)"
 LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
 EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
@@ -110,28 +134,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, those of the process if absent.
 
     Returns:
-        The exit status: 0, 1 where it failed with one line on stderr, 130 where it was interrupted. Wrong usage raises
-        SystemExit with status 2, as argparse does.
+        The exit status: 0; 1 where it failed, with one line on stderr; 130 where it was interrupted, 143 where it was
+        terminated. Wrong usage raises SystemExit with status 2, as argparse does.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["inspect"]:
-        return run_inspect(arguments[1:])
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.ERROR, format="%(name)s: %(message)s")
-    try:
-        outputs = check_files(options)
-        run(options, outputs)
-    except KeyboardInterrupt:
-        print("depthdiff: interrupted", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, TypeError, RuntimeError, FloatingPointError, UnidentifiedImageError) as error:
-        if options.verbose:
-            traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"depthdiff: error: {message}", file=sys.stderr)
-        return 1
+    verbose = False
+    with lenient_streams():
+        try:
+            with cleaning_up():
+                if arguments[:1] == ["inspect"]:
+                    return run_inspect(arguments[1:])
+                options = build_parser().parse_args(arguments)
+                verbose = options.verbose
+                logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+                check_numbers(options)
+                run(options, check_files(options))
+        except KeyboardInterrupt:
+            return fail("interrupted", 130)
+        except Terminated:
+            return fail("terminated", 143)
+        except Exception as error:  # whatever it is, a person reads one line
+            if verbose:
+                traceback.print_exc()
+            return fail(f"error: {' '.join(str(error).split()) or type(error).__name__}", 1)
     return 0
+
+
+def fail(message: str, status: int) -> int:
+    """Print one line on stderr; return the exit status."""
+    print(f"depthdiff: {message}", file=sys.stderr)
+    return status
 
 
 def run_inspect(arguments: Sequence[str]) -> int:
@@ -147,42 +179,81 @@ def run_inspect(arguments: Sequence[str]) -> int:
     return 0 if report.loads else 1
 
 
+def check_numbers(options: argparse.Namespace) -> None:
+    """Refuse numbers, a device or a prompt that cannot be, before any work.
+
+    Raises:
+        ValueError: names the option.
+    """
+    check_number("--strength", options.strength, 0, 1)
+    check_number("--steps", options.steps, 1, MAX_STEPS, whole=True)
+    check_number("--guidance", options.guidance, 0, 1e6)
+    check_number("--eta", options.eta, 0, 1)
+    check_number("--num-images", options.num_images, 1, MAX_IMAGES, whole=True)
+    if options.seed is not None:
+        check_number("--seed", options.seed, 0, 2**64 - options.num_images, whole=True)
+    if options.clip_skip is not None:
+        check_number("--clip-skip", options.clip_skip, 0, whole=True)
+    if options.size is not None:
+        check_number("--size", options.size, 8, MAX_SIZE, whole=True)
+    for name in ("prompt", "negative_prompt"):
+        if not (getattr(options, name) or "").isascii():
+            check_text(name, getattr(options, name))
+    check_variant(options.variant)
+    if options.device is not None:
+        check_device("--device", options.device)
+    for text in options.lora:
+        lora_weight(text)
+    shortcuts(options)
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse what the terminal's encoding could not read.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be valid UTF-8, got bytes that are not") from error
+
+
 def check_files(options: argparse.Namespace) -> list[Path]:
     """Name the pictures to write, and refuse places that cannot be written before any work.
 
     Raises:
-        OSError: the photo is missing, or a folder to write to is.
+        OSError: the photo is missing, or a folder to write to is, or it cannot be written.
         ValueError: a file type that Pillow cannot write, or one file named for two things.
     """
+    inputs: dict[str, Path] = {}
     for name in ("image", "depth"):
         path: Path | None = getattr(options, name)
-        if path is not None and not path.is_file():
-            raise FileNotFoundError(f"{name} {path} is no file")
-    output: Path = options.output or options.image.with_name(f"{options.image.stem}-depthdiff.png")
-    if options.num_images < 1:
-        raise ValueError(f"--num-images must be at least 1, got {options.num_images}")
-    for text in options.lora:
-        lora_weight(text)
+        if path is not None:
+            if not path.is_file():
+                raise FileNotFoundError(f"{name} {path} is no file")
+            inputs[f"the {'photo' if name == 'image' else name} {path}"] = path
     for name, texts in (("lora", options.lora), ("embedding", options.embedding)):
         for file in (split_option(text)[0] for text in texts):
             if Path(file).suffix in (".safetensors", *PICKLES) and not Path(file).is_file():
                 raise FileNotFoundError(f"{name} {file} is no file")
-    if options.size is not None and options.size < 8:
-        raise ValueError(f"--size must be at least 8 pixels, got {options.size}")
-    shortcuts(options)
+            inputs |= files_of(name, file)
+    if options.model is not None:
+        inputs |= files_of("model", options.model)
+    output: Path = options.output or options.image.with_name(f"{options.image.stem}-depthdiff.png")
     outputs = [output]
     if options.num_images > 1:
         outputs = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, options.num_images + 1)]
     writes = [*outputs, *(path for path in (options.save_depth, options.sheet) if path is not None)]
     for path in writes:
-        if path.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"{path} must end in the name of an image type, such as .png")
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"folder {path.absolute().parent} does not exist; make it first")
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder; name a file in it")
-    if len({path.absolute() for path in [*writes, options.image]}) <= len(writes):
-        raise ValueError("the photo and the files to write must all have different names")
+        check_target(path)
+    for path in {*outputs[:1], options.sheet} - {None}:
+        check_type(path)
+    if options.save_depth is not None:
+        depth_bits(options.save_depth)
+    refuse_one_file_for_two(inputs, writes)
+    for folder in {path.absolute().parent for path in writes}:
+        try_to_write(folder)
     return outputs
 
 
@@ -191,18 +262,16 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     device = options.device or best_device()
     dtype: Any = DTYPES[options.dtype or ("float16" if device.startswith("cuda") else "auto")]
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
-    with Image.open(options.image) as file:
-        photo = read_images(file.copy())[0]
+    photo = read_images(open_image(options.image, "image"))[0]
     assert isinstance(photo, Image.Image)
-    depth_map = None
-    if options.depth is not None:
-        with Image.open(options.depth) as file:
-            depth_map = read_depth(file.copy(), "--depth")
+    depth_map = None if options.depth is None else read_depth(open_image(options.depth, "--depth"), "--depth")
+    check_room(options, outputs, photo)
 
     keep_freed_buffers()
     if options.tf32 and device.startswith("cuda"):
         allow_tf32()
     pipe = load(options, dtype)
+    pipe.scheduler.plan(options.steps, options.strength, eta=options.eta)  # refuses what it cannot do
     pipe.to(device)
     pipe.set_attention(options.attention)
     pipe.set_progress_bar_config(unit="step", disable=None if options.verbose else not sys.stderr.isatty())
@@ -225,20 +294,52 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
         generator=[torch.Generator().manual_seed(seed + i) for i in range(options.num_images)],
     )
     pictures: list[Image.Image] = result[0]
-    for i, (picture, path) in enumerate(zip(pictures, outputs, strict=True)):
-        save_image(picture, path, settings(options, picture, seed + i, pipe))
-        print(path)
+    works = [
+        partial(save_image, picture, path, settings(options, picture, seed + i, pipe))
+        for i, (picture, path) in enumerate(zip(pictures, outputs, strict=True))
+    ]
     if options.save_depth is not None:
-        depth_image(depth_map[0], bits=8 if options.save_depth.suffix.lower() in (".jpg", ".jpeg") else 16).save(
-            options.save_depth
-        )
-        print(options.save_depth)
+        works.append(partial(save_image, depth_image(depth_map[0], depth_bits(options.save_depth)), options.save_depth))
     if options.sheet is not None:
         preview = depth_image(depth_map[0], bits=8).resize(pictures[0].size)
-        contact_sheet([photo, preview, *pictures], ["photo", "depth", *[options.prompt] * len(pictures)]).save(
-            options.sheet
+        labels = ["photo", "depth", *[options.prompt] * len(pictures)]
+        works.append(partial(save_image, contact_sheet([photo, preview, *pictures], labels), options.sheet))
+    save_all(works)
+
+
+def save_all(works: list[partial[None]]) -> None:
+    """Write every file and print its name; where some fail, the others are written all the same.
+
+    Raises:
+        OSError: of the first that failed.
+    """
+    errors = []
+    for work in works:
+        try:
+            work()
+            print(work.args[1])
+        except (OSError, ValueError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def check_room(options: argparse.Namespace, outputs: list[Path], photo: Image.Image) -> None:
+    """Refuse pictures that are too large, or for which there is no room on the disk, as far as that is known.
+
+    Raises:
+        ValueError: too many pixels.
+        OSError: a disk has less free room than the pictures have bytes.
+    """
+    factor = 1.0 if options.size is None else options.size / min(photo.size)
+    pixels = round(photo.width * factor) * round(photo.height * factor)
+    if pixels > MAX_PIXELS:
+        raise ValueError(
+            f"--size {options.size} asks for {pixels:,} pixels, at most {MAX_PIXELS:,} can be; choose less"
         )
-        print(options.sheet)
+    if options.model is not None or options.size is not None:  # else the bundled model may choose a smaller size
+        for folder in {path.absolute().parent for path in outputs}:
+            try_to_write(folder, 3 * pixels * len(outputs))
 
 
 def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> StableDiffusionDepth2ImgPipeline:

@@ -5,26 +5,20 @@ Letters: N images, C channels, H and W of an image, h and w rounded down to the 
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 ImageInput: TypeAlias = "Image.Image | Array | Tensor | Sequence[Image.Image] | Sequence[Array] | Sequence[Tensor]"
-
-SETTINGS = "depthdiff"
-"""The key of the PNG text that holds, as JSON, how a picture was made."""
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 WHITE = {"uint8": 255, "uint16": 65535}
@@ -221,21 +215,6 @@ def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = ()) -> 
         ImageDraw.Draw(sheet).text((left, height + gap + 4), label, fill="black", font=font)
         left += tile.width + gap
     return sheet
-
-
-def save_image(picture: Image.Image, path: Path, how: Mapping[str, Any]) -> None:
-    """Write a picture whole or not at all; a PNG carries how it was made in its text."""
-    text = PngInfo()
-    text.add_itxt(SETTINGS, json.dumps(dict(how), ensure_ascii=False))
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        if path.suffix.lower() == ".png":
-            picture.save(partial, pnginfo=text)
-        else:
-            picture.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _items(image: Any, name: str) -> list[Any]:

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -163,9 +162,10 @@ class DPTImageProcessor:
         Args:
             save_directory: the folder; made where it does not exist.
         """
-        from depthdiff.checkpoint.files import write_text  # deferred, as above
+        from depthdiff.checkpoint.transaction import check_folder  # deferred, as above
+        from depthdiff.checkpoint.write import write_text
 
-        folder = Path(save_directory)
+        folder = check_folder("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         values = {**self.config.to_dict(), "image_processor_type": "DPTImageProcessor"}
         write_text(folder / FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import io
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from types import FrameType
+from typing import TextIO
 
 import torch
 
@@ -35,3 +43,91 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(argument: str, name: str) -> torch.device:
+    """Return a device on which torch computes here.
+
+    Raises:
+        ValueError: there is no such device, or it holds no numbers, as "meta".
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(
+            f"{argument} must be a device that torch can use here, such as cpu, got {name!r}: {reason}"
+        ) from error
+    return device
+
+
+class Stream(io.TextIOBase):
+    """Text for a person who may have gone: what cannot be written is left out, and what has no letter is spelt out.
+
+    Args:
+        stream: `sys.stdout` or `sys.stderr`; None where the process was started without it.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of the stream beneath."""
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write and flush, as long as somebody reads."""
+        if self.stream is not None:
+            try:
+                self.stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+                self.stream.flush()
+            except (OSError, ValueError):  # a broken pipe, a closed terminal, a closed stream
+                self._let_go(self.stream)
+        return len(text)
+
+    def isatty(self) -> bool:
+        """Return whether a person watches."""
+        return self.stream is not None and not self.stream.closed and self.stream.isatty()
+
+    def _let_go(self, stream: TextIO) -> None:
+        """Write no more, and let what is still buffered go nowhere when the interpreter ends."""
+        self.stream = None
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@contextmanager
+def lenient_streams() -> Iterator[None]:
+    """Within, a closed or broken stdout or stderr, or a narrow code page, is no reason to lose work."""
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(Stream(sys.stdout)))
+        stack.enter_context(redirect_stderr(Stream(sys.stderr)))
+        yield
+
+
+class Terminated(BaseException):
+    """The process was asked to end, by SIGTERM or SIGHUP."""
+
+
+@contextmanager
+def cleaning_up() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise `Terminated`, so that unfinished files are removed; in the main thread alone."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Terminated(signal.Signals(signum).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    kept = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    try:
+        for number, handler in kept.items():
+            if handler is not signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -1,10 +1,10 @@
-"""Saving is all or nothing: killed at any moment, the folder is the old checkpoint or the new one, whole."""
+"""Saving is all or nothing, and touches nothing but the files of the checkpoint. Random kills: test_kills.py."""
 
 import json
-import random
+import os
 import shutil
-import subprocess
-import sys
+import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,37 +12,6 @@ import torch
 from random_checkpoint import build_pipeline
 
 from depthdiff import CheckpointError, StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
-from depthdiff.checkpoint import saving
-
-ROOT = Path(__file__).parent.parent
-
-WRITER = """
-import os, signal, sys, time
-import torch
-torch.set_num_threads(1)  # a process with one thread may fork
-from random_checkpoint import build_pipeline
-pipes = [build_pipeline("tiny", seed) for seed in (0, 100)]
-start = time.perf_counter()
-pipes[0].save_pretrained(sys.argv[1], max_shard_size="20KB")
-seconds = time.perf_counter() - start
-for line in sys.stdin:
-    saves, part, turn = int(line.split()[0]), float(line.split()[1]), int(line.split()[2])
-    begun, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        for turn in range(turn, turn + 200):
-            os.write(told, b".")
-            pipes[turn % 2].save_pretrained(sys.argv[1], max_shard_size="20KB")
-        os._exit(0)
-    for _ in range(saves + 1):
-        os.read(begun, 1)
-    time.sleep(part * seconds)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(begun)
-    os.close(told)
-    print("killed", flush=True)
-"""
 
 
 def fingerprint(folder):
@@ -53,33 +22,211 @@ def fingerprint(folder):
     )
 
 
-def test_killed_at_any_moment(tmp_path):
-    """Fifty kills of processes that save two checkpoints in turns over each other; five begin without a folder."""
+def names_below(folder):
+    """List everything below a folder."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_killed_between_any_two_steps(tmp_path, monkeypatch):
+    """Every call that changes a name on the disk is the last one of a process once: the checkpoint is the old one or
+    the new one, the next load or save finishes what was begun, and nothing else is left."""
+    old, new = build_pipeline("tiny"), build_pipeline("tiny", 100)
+    start, folder = tmp_path / "start", tmp_path / "checkpoint"
+    old.save_pretrained(start, max_shard_size="100KB")
+    (start / "README.md").write_text("mine")
+    whole = {fingerprint(start): "old"}
+    new.save_pretrained(tmp_path / "new")
+    whole[fingerprint(tmp_path / "new")] = "new"
+    (tmp_path / "new" / "README.md").write_text("mine")
+    seen = []
+    for last in range(1000):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(start, folder)
+        with monkeypatch.context() as patch:
+            done = end_at(patch, last)
+            try:
+                new.save_pretrained(folder)
+            except Ended:
+                pass
+            else:
+                assert len(done) == last
+                break
+        if last % 3:
+            seen.append(whole[fingerprint(folder)])
+        else:  # a save comes first
+            old.unet.save_pretrained(folder / "notes" / "unet")
+            seen.append(whole[fingerprint(folder)])
+            shutil.rmtree(folder / "notes")
+        new.save_pretrained(folder)
+        assert names_below(folder) == names_below(tmp_path / "new")
+    assert seen == sorted(seen, reverse=True), "once it is the new one it stays so"
+    assert seen.count("old") > 20
+    assert seen.count("new") > 20
+
+
+class Ended(BaseException):
+    """Stands for a kill; from then on nothing may be changed any more."""
+
+
+def end_at(patch, last):
+    """Let the call number `last` of those that change names raise, and every one after it."""
+    done = []
+    for name in ("replace", "rename", "unlink", "mkdir", "rmdir"):
+        real = getattr(os, name)
+
+        def counted(*args, real=real, **kwargs):
+            if len(done) == last:
+                raise Ended
+            result = real(*args, **kwargs)
+            done.append(real.__name__)
+            return result
+
+        patch.setattr(os, name, counted)
+    return done
+
+
+def test_a_folder_is_not_touched_but_for_the_names_that_are_written(pipe, tmp_path):
+    """Its identity, rights and times of what is not ours, links, what comes meanwhile, and folders that are open."""
     folder = tmp_path / "checkpoint"
-    whole = {}
-    for seed in (0, 100):
-        build_pipeline("tiny", seed).save_pretrained(folder)
-        whole[fingerprint(folder)] = seed
-    assert len(whole) == 2
-    rng, seen, half_done = random.Random(0), [], 0
-    command = [sys.executable, "-c", f"import sys; sys.path[:0] = ['{ROOT}/scripts', '{ROOT}']\n" + WRITER]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, str(folder)], **pipes) as writer:
-        for kill in range(50):
-            if kill % 10 == 9:
-                shutil.rmtree(folder, ignore_errors=True)
-            writer.stdin.write(f"{rng.randrange(3)} {rng.random()} {kill}\n")  # within the first, second or third save
-            writer.stdin.flush()
-            assert writer.stdout.readline() == "killed\n"
-            if folder.exists():  # else the first save had not come to its end
-                seen.append(whole[fingerprint(folder)])
-            for path in tmp_path.glob(".checkpoint.saving-*"):
-                half_done += 1
-                shutil.rmtree(path)
-        writer.stdin.close()
-    assert len(seen) >= 35
-    assert half_done >= 15  # the kills came while files were being written
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] in (["checkpoint"], [])
+    (folder / "unet").mkdir(parents=True)
+    (folder / "private").mkdir()
+    (folder / "private").chmod(0o700)
+    (folder / "private" / "model.safetensors.bak").write_text("theirs")
+    (folder / "unet" / "logs.bin.txt").write_text("theirs")
+    (folder / "other-00001-of-00002.safetensors").write_text("theirs")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "vae").symlink_to(tmp_path / "elsewhere")  # another disk, say
+    os.utime(folder / "unet" / "logs.bin.txt", (1, 1))
+    folder.chmod(0o750)
+    before = {path: path.lstat() for path in (folder, *folder.rglob("*"))}
+    was = Path.cwd()
+    os.chdir(folder)
+    try:
+        meanwhile = threading.Event()
+        logger = threading.Thread(target=keep_logging, args=(folder, meanwhile))
+        logger.start()
+        for target in (".", folder, os.path.join("..", "checkpoint")):
+            pipe.save_pretrained(target)
+        assert Path("model_index.json").is_file()
+        meanwhile.set()
+        logger.join()
+    finally:
+        os.chdir(was)
+    for path, found in before.items():
+        now = path.lstat()
+        same = ("st_ino", "st_mode", "st_uid") if stat.S_ISDIR(found.st_mode) else ("st_ino", "st_mode", "st_mtime")
+        assert all(getattr(now, key) == getattr(found, key) for key in same), path
+    logs = sorted(folder.glob("log-*"))
+    assert [log.read_text() for log in logs] == [str(number) for number in range(len(logs))]
+    assert (tmp_path / "elsewhere" / "config.json").is_file()
+    assert fingerprint(folder)
+
+
+def keep_logging(folder, end):
+    """Write files into a folder until the end."""
+    for number in range(10_000):
+        if end.wait(0.002):
+            break
+        (folder / f"log-{number:04}").write_text(str(number))
+
+
+def test_places_of_another_kind_are_refused_before_anything_is_written(pipe, tmp_path):
+    """By name; and then nothing is there that was not there before."""
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "one" / "model_index.json").mkdir(parents=True)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "unet").write_text("a note")
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "scheduler").symlink_to("nowhere")
+    before = names_below(tmp_path)
+    for target, error, message in (
+        ("", ValueError, "save_directory must name a folder, got an empty text"),
+        (None, TypeError, "save_directory must be the path of a folder, got NoneType"),
+        (3, TypeError, "save_directory must be the path of a folder, got int"),
+        (b"x", TypeError, "save_directory must be the path of a folder, got bytes"),
+        (tmp_path / "file", NotADirectoryError, "save_directory is a file"),
+        (tmp_path / "file" / "below", NotADirectoryError, "save_directory is a file or in one"),
+        (tmp_path / "one", IsADirectoryError, "is a folder.*model_index.json"),
+        (tmp_path / "two", NotADirectoryError, "a file is where a folder is needed.*unet"),
+        (tmp_path / "three", NotADirectoryError, "a file is where a folder is needed.*scheduler"),
+    ):
+        with pytest.raises(error, match=message):
+            pipe.save_pretrained(target)
+    for part in (pipe.unet, pipe.scheduler, pipe.tokenizer, pipe.feature_extractor):
+        for target in ("", None, tmp_path / "file"):
+            with pytest.raises((ValueError, TypeError, NotADirectoryError), match="save_directory"):
+                part.save_pretrained(target)
+    for name, values in {
+        "variant": ["../x", 5, "", "*"],
+        "max_shard_size": [0, -1, None, "x", True, "5 apples"],
+    }.items():
+        for value in values:
+            with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
+                pipe.save_pretrained(tmp_path / "new", **{name: value})
+    assert names_below(tmp_path) == before
+
+
+def test_a_read_only_file_is_not_replaced(pipe, tmp_path):
+    pipe.unet.save_pretrained(tmp_path)
+    (tmp_path / "config.json").chmod(0o444)
+    if os.access(tmp_path / "config.json", os.W_OK):
+        pytest.skip("root may write everything")
+    with pytest.raises(PermissionError, match="read-only"):
+        pipe.unet.save_pretrained(tmp_path)
+
+
+def test_a_link_to_a_file_is_replaced_and_not_followed(pipe, tmp_path):
+    """As the cache of huggingface_hub keeps its files: what they lead to belongs to other checkpoints as well."""
+    pipe.unet.save_pretrained(tmp_path / "snapshot")
+    (tmp_path / "blobs").mkdir()
+    for path in list((tmp_path / "snapshot").iterdir()):
+        path.rename(tmp_path / "blobs" / path.name)
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()}
+    build_pipeline("tiny", 100).unet.save_pretrained(tmp_path / "snapshot")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "blobs").iterdir()} == before
+    new = UNet2DConditionModel.from_pretrained(tmp_path / "snapshot")
+    assert not torch.equal(new.conv_in.bias, pipe.unet.conv_in.bias)
+
+
+EVIL = {
+    "leads out": {"": {"replace": [], "remove": ["../victim"]}},
+    "leads out of a part": {"..": {"replace": [], "remove": ["victim"]}},
+    "absolute": {"": {"replace": ["/etc/x"], "remove": []}},
+    "another form": {"": ["model_index.json"]},
+    "through a link": {"link": {"replace": [], "remove": ["victim"]}},
+}
+
+
+@pytest.mark.parametrize("case", EVIL)
+def test_a_journal_from_elsewhere_touches_nothing(pipe, tmp_path, case):
+    """A checkpoint may come from anybody, with a journal in it."""
+    folder = tmp_path / "checkpoint"
+    pipe.unet.save_pretrained(folder)
+    (tmp_path / "victim").write_text("mine")
+    (folder / "link").symlink_to(tmp_path)
+    (folder / ".depthdiff-0").mkdir()
+    (folder / ".depthdiff-0" / "journal.json").write_text(json.dumps(EVIL[case]))
+    with pytest.raises(CheckpointError, match=r"journal.json is damaged or leads out of its folder"):
+        UNet2DConditionModel.from_pretrained(folder)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_two_processes_save_at_once(tmp_path):
+    """One of them is last, as a whole."""
+    folder = tmp_path / "checkpoint"
+    pipes = [build_pipeline("tiny", seed) for seed in (0, 100)]
+    whole = set()
+    for index, one in enumerate(pipes):
+        one.save_pretrained(tmp_path / str(index))
+        whole.add(fingerprint(tmp_path / str(index)))
+    threads = [threading.Thread(target=one.save_pretrained, args=(folder,)) for one in pipes * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fingerprint(folder) in whole
+    assert not list(folder.glob("**/.depthdiff-*"))
 
 
 def test_a_link_to_a_folder_stays_a_link(pipe, tmp_path):
@@ -91,11 +238,8 @@ def test_a_link_to_a_folder_stays_a_link(pipe, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two renames"])
-def test_over_an_old_checkpoint(pipe, tmp_path, monkeypatch, exchange):
+def test_over_an_old_checkpoint(pipe, tmp_path):
     """What the user has beside it stays; parts of the old weights do not."""
-    if not exchange:
-        monkeypatch.setattr(saving, "_exchange_in_one_step", lambda new, folder: False)
     folder = tmp_path / "checkpoint"
     pipe.save_pretrained(folder, max_shard_size="50KB")
     (folder / "README.md").write_text("mine")
@@ -114,29 +258,10 @@ def test_over_an_old_checkpoint(pipe, tmp_path, monkeypatch, exchange):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_what_stays_of_an_old_folder(pipe, tmp_path, monkeypatch):
-    """Its rights, its links, and its other files also where the file system has no hard links."""
-    folder = tmp_path / "unet"
-    pipe.unet.save_pretrained(folder, max_shard_size="50KB")
-    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+def test_the_index_of_split_weights_counts_them(pipe, tmp_path):
+    pipe.unet.save_pretrained(tmp_path, max_shard_size="50KB")
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in pipe.unet.state_dict().values())
-    folder.chmod(0o750)
-    (tmp_path / "elsewhere").write_text("theirs")
-    (folder / "link").symlink_to("../elsewhere")
-    (folder / "README.md").write_text("mine")
-    for links in (True, False):
-        if not links:
-            monkeypatch.setattr(saving.os, "link", without_links)
-        pipe.unet.save_pretrained(folder)
-        assert folder.stat().st_mode & 0o777 == 0o750
-        assert (folder / "link").readlink() == Path("../elsewhere")
-        assert (folder / "README.md").read_text() == "mine"
-        names = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "link"]
-        assert sorted(path.name for path in folder.iterdir()) == names  # and no parts of the old weights
-
-
-def without_links(*paths, **options):
-    raise OSError(95, "Operation not supported")
 
 
 def test_weights_in_another_memory_layout_are_saved_as_they_are(pipe, tmp_path):
@@ -187,22 +312,22 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(pipe, tmp_path, monkey
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "save_file", fail)
-    with pytest.raises(OSError, match="No space"):
-        build_pipeline("tiny", 100).save_pretrained(folder)
-    assert fingerprint(folder) == old
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    before = names_below(tmp_path)
+    for name in ("fsync", "mkdir", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(OSError, match="No space"):
+                build_pipeline("tiny", 100).save_pretrained(folder)
+            with pytest.raises(OSError, match="No space"):
+                build_pipeline("tiny", 100).save_pretrained(tmp_path / "new")
+        assert fingerprint(folder) == old
+        assert names_below(tmp_path) == before
 
 
-def test_places_that_cannot_be_written(pipe, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        pipe.save_pretrained(tmp_path / "file")
-    with pytest.raises(FileExistsError, match="file"):
-        pipe.unet.save_pretrained(tmp_path / "file" / "below")
+def test_pickles_are_not_written(pipe, tmp_path):
     with pytest.raises(ValueError, match="safe_serialization"):
         pipe.unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_new_folders_may_be_deep_and_have_ordinary_rights(pipe, tmp_path):

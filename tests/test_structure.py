@@ -61,8 +61,7 @@ def test_who_imports_whom(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_long_files_or_functions(path):
     text = path.read_text(encoding="utf-8")
-    limit = 420 if path.name == "pipeline.py" else 350  # the whole interface is documented there
-    assert text.count("\n") <= limit
+    assert text.count("\n") <= 450
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             doc = ast.get_docstring(node)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from depthdiff.adapters.deltas import Delta, rank
 from depthdiff.adapters.lora import Lora
 from depthdiff.adapters.names import COMPONENTS, KOHYA, split_key
+from depthdiff.checkpoint.stream import tensor_entry, write_safetensors
 from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.transaction import check_folder
+from depthdiff.checkpoint.write import check_plain_name
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_PARTS = {"up": "lora_up.weight", "down": "lora_down.weight", "mid": "lora_mid.weight"}
@@ -50,23 +52,26 @@ def write_layers(
     """Write tensors whole or not at all, into a folder that is made where it does not exist.
 
     Raises:
-        ValueError: there is nothing to write.
+        TypeError: the folder is not a path.
+        ValueError: there is nothing to write, a tensor that no file can hold, or a name that is not one of a file.
+        OSError: the file cannot be written.
     """
     if not state:
         raise ValueError("there are no LoRA layers to save; pass unet_lora_layers or text_encoder_lora_layers")
-    path = Path(folder) / (weight_name or LORA_FILE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
+    place = check_folder("save_directory", folder)
+    name = LORA_FILE if weight_name is None else weight_name
+    check_plain_name("weight_name", name)
+    if save_function is None and not name.endswith(".safetensors"):
+        raise ValueError(f"weight_name must end in .safetensors, got {name!r}: pickles are not written")
+    entries = [tensor_entry(key, tensor) for key, tensor in state.items()]
+    place.mkdir(parents=True, exist_ok=True)
     if save_function is not None:
-        save_function(tensors, str(path))
-        return path
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+        save_function(
+            {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}, str(place / name)
+        )
+    else:
+        write_safetensors(place / name, entries)
+    return place / name
 
 
 def lora_state(lora: Lora, networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

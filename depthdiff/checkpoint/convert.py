@@ -18,13 +18,15 @@ from torch import Tensor
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.loading import build, check_class
 from depthdiff.checkpoint.remap import Table, split_part
-from depthdiff.checkpoint.saving import model_index, replacing, write_config, write_json
+from depthdiff.checkpoint.saving import INDEX, model_index, owned_files, write_config, write_json
 from depthdiff.checkpoint.single_file import CLASSES, check_known, find_single_file, open_single_file, read_config
 from depthdiff.checkpoint.single_pipeline import load_single_components, refuse_other_unets
 from depthdiff.checkpoint.stream import Entry, write_safetensors
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import KEPT, PREFIXES, TABLES_LDM
+from depthdiff.checkpoint.transaction import check_folder, replacing, settle
 from depthdiff.checkpoint.weights import DTYPES, Source, check_floats, open_folder
+from depthdiff.checkpoint.write import check_target, refuse_same_file
 from depthdiff.config import CheckpointError
 from depthdiff.models.base import Model
 from depthdiff.models.pages import give_back
@@ -37,14 +39,18 @@ def to_single_file(folder: Path, target: Path, *, dtype: torch.dtype | None = No
 
     Args:
         folder: with `model_index.json` and a folder for every network.
-        target: the file, replaced in one step where it is there.
+        target: the file; one that exists is replaced whole.
         dtype: to cast to; None leaves the folder's own.
         variant: of the folder's weight files, such as "fp16".
 
     Raises:
-        CheckpointError: the folder is damaged, or its networks have no place in a single file.
+        CheckpointError: the folder is damaged, its networks have no place in a single file, or the target is one of
+            the files that are read.
         OSError: the file cannot be written.
     """
+    target = check_target(target)
+    settle(folder)
+    refuse_same_file(target, {f"the file {path.relative_to(folder)} of {folder}": path for path in folder.rglob("*")})
     entries: list[Entry] = []
     for component, cls in CLASSES.items():
         place = folder / component
@@ -56,7 +62,7 @@ def to_single_file(folder: Path, target: Path, *, dtype: torch.dtype | None = No
         kept = _kept(sources, back=False) if component == "depth_estimator" else {}
         rows = names.convert(name, sources) | {key: [old] for key, old in kept.items()}
         entries += make_entries(PREFIXES[component], rows, names.shapes, sources, names.source, dtype)
-    write_safetensors(target, entries)
+    write_safetensors(target, entries, follow=True)
 
 
 def to_folder(
@@ -71,16 +77,19 @@ def to_folder(
 
     Args:
         file: as in `find_single_file`.
-        target: the folder, replaced in one step where it is there.
+        target: the folder; of what it holds, only files of the names that are written are replaced, all or none.
         dtype: to cast to; None leaves the file's own.
         config: as in `load_single_components`.
         prediction_type: what the UNet predicts; "epsilon" if None.
 
     Raises:
-        CheckpointError: the file is damaged or lacks a network.
+        CheckpointError: the file is damaged or lacks a network, or it is inside the target.
         OSError: the folder cannot be written.
     """
+    target = check_folder("target", target)
     opened = open_single_file(find_single_file(file))
+    if opened.path.resolve().is_relative_to(target.resolve()):
+        raise CheckpointError(f"{file} is inside {target}, the folder to write to; name another folder")
     refuse_other_unets(opened, prediction_type or "epsilon")
     check_known(opened)
     missing = sorted(CLASSES.keys() - opened.parts.keys())
@@ -93,20 +102,20 @@ def to_folder(
         models[component] = build(part.cls, values, name)
     settings: dict[str, Any] = {"config": config, "prediction_type": prediction_type}
     components = load_single_components(opened.path, overrides=models, **settings)
-    with replacing(target, stale=("*.safetensors*", "*.bin*")) as new:
-        write_json(new / "model_index.json", model_index(components, "StableDiffusionDepth2ImgPipeline"))
+    parts = {"": (INDEX,), **{name: owned_files(model, None) for name, model in models.items()}}
+    with replacing(target, parts | {name: () for name in components.keys() - models.keys()}) as staged:
+        write_json(staged("") / INDEX, model_index(components, "StableDiffusionDepth2ImgPipeline"))
         for component, model in models.items():
-            (new / component).mkdir()
-            write_config(model, new / component)
+            write_config(model, staged(component))
             part = opened.parts[component]
             names = Names(part.table(model), TABLES[part.cls.__name__], model, convolve=False)
             kept = _kept(part.sources, back=True) if component == "depth_estimator" else {}
             rows = names.convert(str(file), part.sources) | {key: [old] for key, old in kept.items()}
             entries = make_entries("", rows, names.shapes, part.sources, names.source, dtype)
-            write_safetensors(new / component / f"{model.weights_name}.safetensors", entries)
-        for name, part_ in components.items():
+            write_safetensors(staged(component) / f"{model.weights_name}.safetensors", entries)
+        for name, other in components.items():
             if name not in models:
-                part_.save_pretrained(new / name)
+                other.save_pretrained(staged(name))
 
 
 class Names:

@@ -1,4 +1,4 @@
-"""Reading and writing the small files of a checkpoint."""
+"""Reading the small files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -74,10 +74,3 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"{repeated[:80]!r} stands twice in one object")
     return values
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.transaction import settle
 from depthdiff.config import CheckpointError
 
 Name = str | os.PathLike[str]
@@ -81,6 +82,8 @@ def fetch(
             local_files_only=local_files_only,
             force_download=force_download,
         )
+    else:
+        settle(root)
     folder = root / subfolder if subfolder else root
     missing = [name for name in filenames if not (folder / name).is_file()]
     if missing:

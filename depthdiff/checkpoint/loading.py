@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,7 +17,7 @@ from depthdiff.checkpoint import tokenizer_files
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.hub import commit_of, fetch
 from depthdiff.checkpoint.kinds import describe_folder, refuse_other_kinds
-from depthdiff.checkpoint.weights import has_weights, read_weights, suffixes, weight_files
+from depthdiff.checkpoint.weights import check_variant, has_weights, read_weights, suffixes, weight_files
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.models.base import Model
@@ -159,8 +158,7 @@ def check_names(variant: object, use_safetensors: object) -> None:
     Raises:
         ValueError: always names the argument.
     """
-    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
-        raise ValueError(f'variant must be part of a file\'s name, such as "fp16", got {variant!r}')
+    check_variant(variant)
     if use_safetensors not in (None, True, False):
         raise ValueError(f"use_safetensors must be True, False or None, got {use_safetensors!r}")
 

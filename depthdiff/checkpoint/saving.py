@@ -1,32 +1,27 @@
-"""From components to files, in the layout of diffusers, all or nothing.
-
-Everything is written into a new folder beside the target, which then takes the target's place in one step: killed at
-any moment, the old folder or the new one is whole.
-"""
+"""From components to files, in the layout of diffusers, all or nothing (see `depthdiff.checkpoint.transaction`)."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from fnmatch import fnmatch
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from depthdiff.checkpoint.files import DIFFUSERS_VERSION
+from depthdiff.checkpoint.stream import tensor_entry, write_safetensors
 from depthdiff.checkpoint.tables import TABLES
-from depthdiff.checkpoint.weights import weight_files
+from depthdiff.checkpoint.transaction import check_folder, replacing
+from depthdiff.checkpoint.weights import check_variant, weight_files
+from depthdiff.checkpoint.write import write_text
 from depthdiff.models.base import Model
 
 DIFFUSERS_CLASSES = ("AutoencoderKL", "UNet2DConditionModel", "PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler")
 TRANSFORMERS_TYPES = {"CLIPTextModel": "clip_text_model", "DPTForDepthEstimation": "dpt"}
+INDEX = "model_index.json"
+SIZE = re.compile(r"[1-9]\d{0,14}(\.\d+)? *[KMGT]B", re.IGNORECASE)
+"""Texts that huggingface_hub takes for a size."""
 
 
 def save_model(
@@ -40,13 +35,14 @@ def save_model(
     """Write a network; see `depthdiff.models.base.Model.save_pretrained`.
 
     Raises:
-        ValueError: `safe_serialization` is False, or weights lie in 8 bits.
+        TypeError: a folder or a size of a wrong type.
+        ValueError: `safe_serialization` is False, weights have 8 bits, or a folder, variant or size that cannot be.
         OSError: the folder cannot be written.
     """
-    _refuse_pickles(safe_serialization)
+    place = check_arguments(folder, safe_serialization, variant, max_shard_size)
     _refuse_narrow_weights(model)
-    with replacing(Path(folder), stale=weight_files(model.weights_name, variant)) as new:
-        write_model(model, new, variant, max_shard_size)
+    with replacing(place, {"": owned_files(model, variant)}) as staged:
+        write_model(model, staged(""), variant, max_shard_size)
 
 
 def save_components(
@@ -61,24 +57,51 @@ def save_components(
     """Write a pipeline: `model_index.json` and a folder for every component that is not None.
 
     Raises:
-        ValueError: `safe_serialization` is False, or weights lie in 8 bits.
+        TypeError: a folder or a size of a wrong type.
+        ValueError: `safe_serialization` is False, weights have 8 bits, or a folder, variant or size that cannot be.
         OSError: the folder cannot be written.
     """
-    _refuse_pickles(safe_serialization)
-    index = model_index(components, class_name)
-    stale = []
+    place = check_arguments(folder, safe_serialization, variant, max_shard_size)
+    parts: dict[str, tuple[str, ...]] = {"": (INDEX,)}
     for name, part in components.items():
         if isinstance(part, Model):
             _refuse_narrow_weights(part)
-            stale += [f"{name}/{file}" for file in weight_files(part.weights_name, variant)]
-    with replacing(Path(folder), stale=tuple(stale)) as new:
-        write_json(new / "model_index.json", index)
+        if part is not None:
+            parts[name] = owned_files(part, variant) if isinstance(part, Model) else ()
+    with replacing(place, parts) as staged:
+        write_json(staged("") / INDEX, model_index(components, class_name))
         for name, part in components.items():
             if isinstance(part, Model):
-                (new / name).mkdir()
-                write_model(part, new / name, variant, max_shard_size)
+                write_model(part, staged(name), variant, max_shard_size)
             elif part is not None:
-                part.save_pretrained(new / name)
+                part.save_pretrained(staged(name))
+
+
+def check_arguments(folder: object, safe_serialization: object, variant: object, max_shard_size: object) -> Path:
+    """Refuse arguments of saving that cannot be, before anything is written; return the folder's absolute path.
+
+    Raises:
+        TypeError: a folder or a size of a wrong type.
+        ValueError: `safe_serialization` is not True, or a folder, variant or size that cannot be.
+        NotADirectoryError: the folder is a file.
+    """
+    place = check_folder("save_directory", folder)
+    if safe_serialization is not True:
+        raise ValueError(f"safe_serialization must be True, got {safe_serialization!r}: pickles are never written")
+    check_variant(variant)
+    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, (int, str)):
+        raise TypeError(f"max_shard_size must be bytes or a text, got {type(max_shard_size).__name__}")
+    good = SIZE.fullmatch(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size > 0
+    if not good:
+        raise ValueError(
+            f'max_shard_size must be a positive number of bytes, or a text such as "5GB", got {max_shard_size!r}'
+        )
+    return place
+
+
+def owned_files(model: Model, variant: str | None) -> tuple[str, ...]:
+    """List the names, and patterns of names, of the files that a network consists of in a folder."""
+    return ("config.json", *weight_files(model.weights_name, variant))
 
 
 def model_index(components: Mapping[str, Any], class_name: str) -> dict[str, Any]:
@@ -103,12 +126,12 @@ def write_config(model: Model, folder: Path) -> None:
 
 
 def write_model(model: Model, folder: Path, variant: str | None, max_shard_size: int | str) -> None:
-    """Write `config.json` and the weights, in published names, into an empty folder."""
+    """Write `config.json` and the weights, in published names, into a folder."""
     write_config(model, folder)
     from huggingface_hub import split_torch_state_dict_into_shards  # deferred: takes 0.2 s to import
 
     table = TABLES[type(model).__name__]
-    state = {table.published(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state = {table.published(name): tensor for name, tensor in model.state_dict().items()}
     single, index_name, _ = weight_files(model.weights_name, variant)
     plan = split_torch_state_dict_into_shards(
         state,
@@ -116,80 +139,14 @@ def write_model(model: Model, folder: Path, variant: str | None, max_shard_size:
         max_shard_size=max_shard_size,
     )
     for name, keys in plan.filename_to_tensors.items():
-        save_file({key: state[key] for key in keys}, folder / name, metadata={"format": "pt"})
+        write_safetensors(folder / name, [tensor_entry(key, state[key]) for key in keys])
     if plan.is_sharded:
         write_json(folder / index_name, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file as diffusers and transformers do."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(folder: Path, *, stale: tuple[str, ...]) -> Iterator[Path]:
-    """Hand out a new folder, and put it in the place of `folder` when its writing has succeeded.
-
-    What else is in the old folder goes along, but for files that match `stale` and are not written anew.
-
-    Raises:
-        OSError: the target is a file, or its parent cannot be written.
-    """
-    folder = folder.resolve() if folder.is_symlink() else folder.absolute()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "the place to save to is a file; name a folder", str(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))
-    try:
-        os.chmod(new, folder.stat().st_mode if folder.exists() else 0o777 & ~_umask())
-        yield new
-        if folder.exists():
-            _keep_others(folder, new, stale)
-            _exchange(new, folder)
-        else:
-            os.rename(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _keep_others(old: Path, new: Path, stale: tuple[str, ...]) -> None:
-    for path in sorted(old.rglob("*")):
-        name = path.relative_to(old)
-        target = new / name
-        if path.is_dir() and not path.is_symlink():
-            target.mkdir(exist_ok=True)
-        elif not target.exists() and not any(fnmatch(name.as_posix(), pattern) for pattern in stale):
-            try:
-                os.link(path, target, follow_symlinks=False)
-            except OSError:  # a file system without hard links
-                shutil.copy2(path, target, follow_symlinks=False)
-
-
-def _exchange(new: Path, folder: Path) -> None:
-    """Swap two folders, in one step where the system can, else in two renames that leave both whole."""
-    if not _exchange_in_one_step(new, folder):
-        old = new.with_name(new.name + ".old")
-        os.rename(folder, old)
-        os.rename(new, folder)
-        shutil.rmtree(old)
-
-
-def _exchange_in_one_step(new: Path, folder: Path) -> bool:
-    """Ask Linux to swap two folders; False where the system or its file system cannot."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    at_cwd, exchange = -100, 2
-    return swap is not None and swap(at_cwd, os.fsencode(new), at_cwd, os.fsencode(folder), exchange) == 0
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _refuse_pickles(safe_serialization: bool) -> None:
-    if safe_serialization is not True:
-        raise ValueError(f"safe_serialization must be True, got {safe_serialization!r}: pickles are never written")
+    write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _refuse_narrow_weights(model: Model) -> None:

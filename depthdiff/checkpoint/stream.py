@@ -7,7 +7,6 @@ Source: huggingface/safetensors, README.md, "Format".
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,9 +17,16 @@ from torch import Tensor
 
 from depthdiff.checkpoint.header import ITEM_SIZES
 from depthdiff.checkpoint.weights import DTYPES
+from depthdiff.checkpoint.write import writing
 from depthdiff.config import CheckpointError
 
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+NAMES = DTYPES | {
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+}
+"""torch's dtype -> the format's name of it."""
+
+TORCH_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 ALIGNMENT = 8
 
 
@@ -48,33 +54,39 @@ class Entry:
         return ITEM_SIZES[self.dtype] * torch.Size(self.shape).numel()
 
 
-def write_safetensors(path: Path, entries: Iterable[Entry]) -> None:
-    """Write a file whole or not at all: under another name beside it, which then takes its place.
+def tensor_entry(key: str, tensor: Tensor) -> Entry:
+    """Describe a tensor that is in memory.
+
+    Raises:
+        ValueError: of a dtype or layout that the format does not have.
+    """
+    if tensor.dtype not in NAMES or tensor.layout != torch.strided or tensor.is_meta:
+        kind = f"{tensor.dtype} and {tensor.layout} on {tensor.device}"
+        raise ValueError(f"{key!r} must be a dense tensor of numbers to be saved, got {kind}")
+    return Entry(key, NAMES[tensor.dtype], tuple(tensor.shape), tensor.detach, lambda: None)
+
+
+def write_safetensors(path: Path, entries: Iterable[Entry], *, follow: bool = False) -> None:
+    """Write a file whole or not at all.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: of the file; one that exists is replaced.
         entries: its tensors; they are read one after another.
+        follow: see `depthdiff.checkpoint.write.check_target`.
 
     Raises:
         CheckpointError: two tensors of one name, or one of another shape than was said.
         OSError: the file cannot be written.
     """
     ordered = sorted(entries, key=lambda entry: (-ITEM_SIZES[entry.dtype], entry.key))
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(_header(path, ordered))
-            for entry in ordered:
-                tensor = entry.read().to(TORCH_DTYPES[entry.dtype])
-                if tuple(tensor.shape) != entry.shape:
-                    raise CheckpointError(f"{entry.key!r} is {tuple(tensor.shape)}, expected {entry.shape}")
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                entry.done()
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path, follow=follow) as file:
+        file.write(_header(path, ordered))
+        for entry in ordered:
+            tensor = entry.read().to("cpu", TORCH_DTYPES[entry.dtype])
+            if tuple(tensor.shape) != entry.shape:
+                raise CheckpointError(f"{entry.key!r} is {tuple(tensor.shape)}, expected {entry.shape}")
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            entry.done()
 
 
 def _header(path: Path, entries: list[Entry]) -> bytes:

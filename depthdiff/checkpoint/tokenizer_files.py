@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 from tokenizers import AddedToken
 
 from depthdiff.bpe import END_OF_WORD, as_special, flags, text_of
-from depthdiff.checkpoint.files import read_json, write_text
+from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.transaction import check_folder
+from depthdiff.checkpoint.write import write_text
 from depthdiff.config import CheckpointError
 from depthdiff.tokenizer import ROLES, CLIPTokenizer
 
@@ -55,7 +57,7 @@ def read_tokenizer(cls: type[AnyTokenizer], folder: Path) -> AnyTokenizer:
 
 def write_tokenizer(tokenizer: CLIPTokenizer, save_directory: str | os.PathLike[str]) -> None:
     """Write `tokenizer` into the folder, in files that transformers and `read_tokenizer` load with equal ids."""
-    folder = Path(save_directory)
+    folder = check_folder("save_directory", save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     added = tokenizer.added_tokens_decoder
     roles = tokenizer.special_tokens_map

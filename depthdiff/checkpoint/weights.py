@@ -38,6 +38,16 @@ def suffixes(use_safetensors: bool | None) -> tuple[str, ...]:
     return {None: (SAFETENSORS, PICKLE), True: (SAFETENSORS,), False: (PICKLE,)}[use_safetensors]
 
 
+def check_variant(variant: object) -> None:
+    """Refuse what cannot be part of a file's name.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
+        raise ValueError(f'variant must be part of a file\'s name, such as "fp16", got {variant!r}')
+
+
 def weight_files(stem: str, variant: str | None, suffix: str = SAFETENSORS) -> tuple[str, str, str]:
     """Name the weight file, its index where it is split, and the pattern of its parts."""
     stem = PICKLE_STEMS.get(stem, stem) if suffix == PICKLE else stem

@@ -13,7 +13,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -141,9 +140,11 @@ class Scheduler(ABC):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `scheduler_config.json`, which diffusers loads, into a folder; made where it does not exist."""
-        from depthdiff.checkpoint.files import DIFFUSERS_VERSION, write_text  # deferred, as above
+        from depthdiff.checkpoint.files import DIFFUSERS_VERSION  # deferred, as above
+        from depthdiff.checkpoint.transaction import check_folder
+        from depthdiff.checkpoint.write import write_text
 
-        folder = Path(save_directory)
+        folder = check_folder("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         values = {key: value for key, value in self.config.items() if key != DEFAULTED}
         if not values.get("exact", True):

@@ -1,0 +1,169 @@
+"""One file, written whole or not at all; every file that this package writes goes through here.
+
+The bytes go to a fresh name in the same folder, are flushed to disk, and take the file's place by a rename. Whatever
+interrupts this (an error, a full disk, a kill) leaves what was there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from depthdiff.config import CheckpointError
+
+PREFIX = ".depthdiff-"
+"""How the names of unfinished files and folders begin; the rest is random."""
+
+
+def fresh_name() -> str:
+    """Return a name that nothing else has, short enough for every file system."""
+    return f"{PREFIX}{secrets.token_hex(8)}"
+
+
+def check_target(path: str | os.PathLike[str], *, follow: bool = True) -> Path:
+    """Return where a file is to be written, or refuse the place.
+
+    Args:
+        path: of the file, which may exist.
+        follow: write to the file that a link leads to; else the link itself is replaced.
+
+    Returns:
+        The absolute path, links followed where `follow` says so.
+
+    Raises:
+        ValueError: an empty path.
+        OSError: the folder does not exist, or the path is a folder, a device or a file that is read-only.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise ValueError("the path of a file to write must not be empty")
+    target = Path(os.path.realpath(text)) if follow else Path(os.path.abspath(text))
+    try:
+        kind = os.lstat(target).st_mode
+    except FileNotFoundError:
+        if not target.parent.is_dir():
+            message = "the folder to write to does not exist; make it first"
+            raise FileNotFoundError(errno.ENOENT, message, str(target.parent)) from None
+        return target
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, "the file to write is a folder; name a file in it", str(path))
+    if stat.S_ISLNK(kind) and not follow:
+        return target
+    if not stat.S_ISREG(kind):
+        raise OSError(errno.EINVAL, "the file to write is a device, a pipe or a broken link; name a file", str(path))
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, "the file to write is read-only; make it writable", str(path))
+    return target
+
+
+def try_to_write(folder: Path, needed: int = 0) -> None:
+    """Make and remove a file in a folder, to know before long work that it can be written.
+
+    Args:
+        folder: that exists.
+        needed: bytes that will be written, for which there must be room.
+
+    Raises:
+        OSError: a file cannot be made there, or there is not enough room.
+    """
+    partial = folder / fresh_name()
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    os.unlink(partial)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        message = f"there is room for {free:,} bytes, and up to {needed:,} are to be written; free some"
+        raise OSError(errno.ENOSPC, message, str(folder))
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], *, follow: bool = True) -> Iterator[BinaryIO]:
+    """Open a file to write that appears under its name when the block has ended without an error.
+
+    Args:
+        path: of the file; one that exists is replaced and keeps its mode.
+        follow: see `check_target`.
+
+    Raises:
+        ValueError: see `check_target`.
+        OSError: likewise, or the file cannot be written.
+    """
+    target = check_target(path, follow=follow)
+    partial = target.with_name(fresh_name())
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _keep_mode(target, partial)
+        os.replace(partial, target)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to know
+            os.unlink(partial)
+        raise
+    flush_folder(target.parent)
+
+
+def write_file(path: str | os.PathLike[str], content: bytes, *, follow: bool = True) -> None:
+    """Write a file whole or not at all; arguments and errors as in `writing`."""
+    with writing(path, follow=follow) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file of a checkpoint whole or not at all, as UTF-8; a link of its name is replaced."""
+    write_file(path, text.encode(), follow=False)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk, where system and file system can."""
+    if os.name == "posix":
+        with suppress(OSError):  # the names are right; a file system that cannot flush them has its own way
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def check_plain_name(argument: str, name: object, suffix: str = "") -> None:
+    """Refuse a file name that could lead out of its folder.
+
+    Raises:
+        ValueError: not a name, or one with another ending than `suffix`.
+    """
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set('/\\\0:*?"<>|')
+    if not plain or not str(name).endswith(suffix):
+        ending = f" that ends in {suffix}" if suffix else ""
+        raise ValueError(f"{argument} must be the name of a file{ending}, without a folder, got {name!r}")
+
+
+def refuse_same_file(target: Path, sources: dict[str, Path]) -> None:
+    """Refuse to write over one of the files that are read, however either is spelt or linked.
+
+    Args:
+        target: to be written.
+        sources: what is read, by the name to call it in the error.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    if target.exists():
+        for name, source in sources.items():
+            if source.exists() and os.path.samefile(source, target):
+                raise CheckpointError(f"{target} is {name} itself, which would be lost; name another file to write")
+
+
+def _keep_mode(old: Path, new: Path) -> None:
+    """Give a new file the permissions of the one that it replaces."""
+    if old.is_file():
+        mode = stat.S_IMODE(old.stat().st_mode)
+        if mode != stat.S_IMODE(new.stat().st_mode):
+            os.chmod(new, mode)
