@@ -53,15 +53,16 @@ class Cache:
         """Return the result of `key`, a copy that is the caller's, or make it; a key of None is never kept."""
         if key is None or self.size < 1:
             return make()
-        if key in self._entries:
+        found = self._entries.pop(key, None)  # each line leaves the entries whole, for threads that come between
+        if found is not None:
             self.hits += 1
-            self._entries.move_to_end(key)
-            return self._entries[key].clone()
+            self._entries[key] = found
+            return found.clone()
         self.misses += 1
         result = make()
         self._entries[key] = result.clone()
-        while len(self._entries) > self.size:
-            self._entries.popitem(last=False)
+        for old in list(self._entries)[: -self.size]:
+            self._entries.pop(old, None)
         return result
 
 

@@ -6,8 +6,10 @@ import difflib
 import logging
 import os
 import warnings
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, TypeVar
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -20,17 +22,31 @@ from depthdiff.checkpoint.saving import save_components
 from depthdiff.models.attention import AttentionName
 from depthdiff.models.base import Model
 from depthdiff.models.visits import Visit
+from depthdiff.turns import Turns
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name an unknown one may have meant: `; did you mean 'x'?`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def uses_weights(method: Callable[P, R]) -> Callable[P, R]:
+    """Let no other thread change the weights while a method of a pipeline works."""
+
+    @wraps(method)
+    def using(*args: P.args, **kwargs: P.kwargs) -> R:
+        with args[0]._in_use():  # type: ignore[attr-defined]
+            return method(*args, **kwargs)
+
+    return using
 
 
 class Components:
@@ -47,6 +63,7 @@ class Components:
             setattr(self, name, components[name])
         self.name_or_path: str | None = None
         self.cache = Cache()
+        self._turns = Turns()
         self._progress_bar_config: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
         self._offload_whole = False
@@ -137,20 +154,31 @@ class Components:
     ) -> None:
         """Write all components in the published layout, which diffusers loads; all or nothing.
 
+        Of adapters, what is fused is part of the weights; what is merely active is not.
+
         Args:
             save_directory: the folder; made where it does not exist.
             safe_serialization: must be True: pickles are not written.
             variant: put into the names of the weight files, such as "fp16".
             max_shard_size: bytes, or text such as "5GB"; larger weights are split into shards with an index.
         """
-        save_components(
-            self.components,
-            save_directory,
-            class_name=type(self).__name__,
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-        )
+        with self._turns.use():
+            save_components(
+                self._saved(),
+                save_directory,
+                class_name=type(self).__name__,
+                safe_serialization=safe_serialization,
+                variant=variant,
+                max_shard_size=max_shard_size,
+            )
+
+    def _has_adapters(self) -> bool:
+        """Return whether adapters are loaded or fused."""
+        return False
+
+    def _saved(self) -> dict[str, Any]:
+        """Return the components as they are saved."""
+        return self.components
 
     # Devices
 
@@ -179,8 +207,9 @@ class Components:
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if self._offload_device is not None and device is not None and device.type != "cpu":
             raise ValueError(f"device {device} clashes with CPU offloading, which is on; call remove_all_hooks() first")
-        for network in self.networks.values():
-            network.to(*args, **kwargs)
+        with self._turns.change("to"):
+            for network in self.networks.values():
+                network.to(*args, **kwargs)
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
@@ -233,6 +262,12 @@ class Components:
         for network in self.networks.values():
             network.to("cpu")
         self._offload_device = device
+
+    def _in_use(self, ends_by_itself: bool = True) -> AbstractContextManager[None]:
+        """Within, no other thread changes the weights; where they are offloaded, calls take turns."""
+        if self._offload_device is not None and ends_by_itself:
+            return self._turns.change("a call with offloading, which moves weights,")
+        return self._turns.use(ends_by_itself)
 
     def _at_work(self, name: str) -> Any:
         """Return a network, brought to the device where it is to work; with whole offloading the others leave it."""

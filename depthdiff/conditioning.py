@@ -60,7 +60,7 @@ def read_texts(
             lost = tokenizer.decode(all_ids[length - 1 : -1])
             logger.warning("%r has %d tokens; of the end is not read: %r", text[:40], len(all_ids) - 2, lost)
 
-    def encode() -> Tensor:
+    def encode(encoder: CLIPTextModel) -> Tensor:
         output = encoder(torch.tensor(ids, device=device), output_hidden_states=clip_skip is not None)
         rows = []
         for text, skip in wanted:
@@ -90,7 +90,7 @@ def encode_images(
     """
     pixels = to_pixels(images, vae.factor)
 
-    def encode() -> Tensor:
+    def encode(vae: AutoencoderKL) -> Tensor:
         moments: Tensor = vae.encode(pixels.to(device, vae.dtype)).latent_dist.parameters  # type: ignore[union-attr]
         return moments
 
@@ -140,7 +140,7 @@ def read_disparity(pixels: Tensor, net: DPTForDepthEstimation, device: torch.dev
         cache: where the depth of the same pixels may have been estimated before.
     """
 
-    def estimate() -> Tensor:
+    def estimate(net: DPTForDepthEstimation) -> Tensor:
         disparity: Tensor = net(pixels.to(device, net.dtype)).predicted_depth
         return disparity
 

@@ -14,6 +14,7 @@ Letters: B pictures (prompts or images, times `num_images_per_prompt`), L tokens
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from torch import Generator, Tensor
 from depthdiff import sampler
 from depthdiff.acceleration import Acceleration
 from depthdiff.adapters.loaders import Adapters
-from depthdiff.components import nearest
+from depthdiff.components import nearest, uses_weights
 from depthdiff.conditioning import encode_images, fit_depth, noisy_latents, read_disparity, read_texts
 from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
 from depthdiff.image_processor import DPTImageProcessor
@@ -124,6 +125,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         return self._num_timesteps
 
     @torch.no_grad()
+    @uses_weights
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -232,6 +234,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         return StableDiffusionPipelineOutput(images) if return_dict else (images,)
 
     @torch.no_grad()
+    @uses_weights
     def prepare(
         self,
         prompt: str | list[str] | None = None,
@@ -314,8 +317,9 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             Each step once it is taken; what the caller assigns to its `latents`, or to the run's fields, counts from
             the next step on. `run.latents` follows.
         """
-        unet = self._at_work("unet")
-        with self._scaled("unet", run.lora_scale), noise_predictor(unet, run) as predict_noise:
+        with self._in_use(ends_by_itself=False), ExitStack() as stack:
+            unet = self._at_scale("unet", self._at_work("unet"), run.lora_scale)
+            predict_noise = stack.enter_context(noise_predictor(unet, run))
             for step in sampler.denoise(predict_noise, run.plan, run.latents, run.generator):
                 check_first_step(step, run, unet.dtype)
                 run.latents = step.latents
@@ -323,15 +327,17 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
                 run.latents = step.latents
 
     @torch.no_grad()
+    @uses_weights
     def decode(self, latents: Tensor, output_type: Literal["pil", "np", "pt", "latent"] = "pil") -> Any:
         """Turn clean latents (B, 4, h, w) into pictures of the kind that `output_type` names (see `__call__`)."""
         check_output_type(output_type)
         if output_type == "latent":
             return check_finite(latents, "the latents")
         vae, scaled = self._at_work("vae"), latents / self.vae.config.scaling_factor
-        return from_pixels(finite("vae", vae, lambda: vae.decode(scaled.to(vae.dtype)).sample, scaled), output_type)
+        return from_pixels(finite("vae", vae, lambda net: net.decode(scaled.to(net.dtype)).sample, scaled), output_type)
 
     @torch.no_grad()
+    @uses_weights
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
@@ -383,10 +389,8 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
 
         if texts or negatives:
             encoder = self._at_work("text_encoder")
-            with self._scaled("text_encoder", lora_scale):
-                read = read_texts(
-                    texts, negatives, clip_skip, self.tokenizer, encoder, self.execution_device, self.cache
-                )
+            encoder = self._at_scale("text_encoder", encoder, lora_scale)
+            read = read_texts(texts, negatives, clip_skip, self.tokenizer, encoder, self.execution_device, self.cache)
             prompt_embeds = read[: len(texts)] if texts else prompt_embeds
             negative_prompt_embeds = read[len(texts) :] if negatives else negative_prompt_embeds
         kind = {"device": device or self.execution_device, "dtype": self.unet.dtype}
@@ -412,6 +416,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         return fit_depth(disparity.to(self.execution_device, torch.float32), height, width)
 
     @torch.no_grad()
+    @uses_weights
     def estimate_depth(self, image: ImageInput) -> Tensor:
         """Estimate the disparity (N, H', W') of images, near is large; H' and W' are the depth net's own."""
         net = self._at_work("depth_estimator")

@@ -7,14 +7,14 @@ device wait for the host.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from depthdiff.models.base import Model
+from depthdiff.models.sharing import with_weights
 
 if TYPE_CHECKING:
     from depthdiff.run import Run
@@ -28,7 +28,7 @@ def is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
 
 
-def finite(stage: str, network: Model, work: Callable[[], Tensor], given: Tensor | None = None) -> Tensor:
+def finite(stage: str, network: Model, work: Callable[[Any], Tensor], given: Tensor | None = None) -> Tensor:
     """Run a stage, and once more in float32 where its network's float16 overflows.
 
     Nothing is remembered: what a call returns depends on its inputs alone, not on the calls before it.
@@ -36,7 +36,7 @@ def finite(stage: str, network: Model, work: Callable[[], Tensor], given: Tensor
     Args:
         stage: its name, that of the network in the pipeline.
         network: that works in it.
-        work: the stage; it casts its inputs to the network's dtype, which changes between two calls.
+        work: the stage, given the network; it casts its inputs to that one's dtype.
         given: what the stage starts from.
 
     Returns:
@@ -45,7 +45,7 @@ def finite(stage: str, network: Model, work: Callable[[], Tensor], given: Tensor
     Raises:
         FloatingPointError: NaN or infinity in float32 as well, or already in `given`.
     """
-    result = work()
+    result = work(network)
     if is_finite(result):
         return result
     if given is not None:
@@ -55,22 +55,12 @@ def finite(stage: str, network: Model, work: Callable[[], Tensor], given: Tensor
     logger.warning(
         "the %s overflows in float16 and is run in float32; pipe.%s.float() saves the first try", stage, stage
     )
-    with in_float32(network):
-        result = work()
-    return check_finite(result, f"the {stage}")
+    return check_finite(work(in_float32(network)), f"the {stage}")
 
 
-@contextmanager
-def in_float32(network: Model) -> Iterator[None]:
-    """Let a network work in float32 for a while; its own weights come back bit for bit."""
-    own = [(parameter, parameter.data) for parameter in network.parameters()]
-    try:
-        for parameter, data in own:
-            parameter.data = data.float()
-        yield
-    finally:
-        for parameter, data in own:
-            parameter.data = data
+def in_float32(network: Model) -> Model:
+    """Return a network with the same weights in float32; the given one stays as it is, for other calls as well."""
+    return with_weights(network, {name: parameter.data.float() for name, parameter in network.named_parameters()})
 
 
 def check_finite(x: Tensor, what: str) -> Tensor:

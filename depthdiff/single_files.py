@@ -108,7 +108,7 @@ class SingleFiles(Components):
         """
         if self.device.type == "meta" or self._offload_device is not None:
             raise ValueError("load_single_file needs weights in place; call remove_all_hooks() first")
-        if getattr(self, "_loras", None) or any(getattr(self, "_fused", {}).values()):
+        if self._has_adapters():
             raise ValueError("adapters are merged into the present weights; unload or unfuse them first")
         loaded = load_into(
             self.networks,

@@ -285,16 +285,22 @@ class CLIPTokenizer:
             lowered.add(word.lower())
             names += tokens
         alone = {name: name[0].isalnum() or name[-1].isalnum() for name in names}
-        self._backend.add_tokens([AddedToken(name, single_word=alone[name], normalized=True) for name in names])
-        self._learnt = group_words(self.added_tokens_decoder)
+        new = [AddedToken(name, single_word=alone[name], normalized=True) for name in names]
+        self._replace([*self._added(), *new])
 
     def remove_words(self, words: Iterable[str]) -> None:
         """Forget learnt words; the ids of those that stay close up."""
         gone = {index for word in words for index in self._learnt[word]}
-        rest = [token for index, token in sorted(self.added_tokens_decoder.items()) if index not in gone]
-        self._backend = build_bpe(self._vocab, self.merges, self.unk_token)
-        self._backend.add_tokens(rest)
-        self._learnt = group_words(self.added_tokens_decoder)
+        self._replace([token for index, token in sorted(self.added_tokens_decoder.items()) if index not in gone])
+
+    def _added(self) -> list[AddedToken]:
+        return [token for _, token in sorted(self.added_tokens_decoder.items())]
+
+    def _replace(self, added: list[AddedToken]) -> None:
+        """Take other added tokens, all or none."""
+        backend = build_bpe(self._vocab, self.merges, self.unk_token)
+        backend.add_tokens(added)
+        vars(self).update(_backend=backend, _learnt=group_words(backend.get_added_tokens_decoder()))
 
     def _spell_out(self, ids: list[int]) -> list[int]:
         """Put all vectors of a learnt word in the place of its first."""

@@ -16,7 +16,9 @@ from depthdiff import CheckpointError, StableDiffusionDepth2ImgPipeline, UNet2DC
 
 def fingerprint(folder):
     """Sum the weights of every network of a checkpoint."""
-    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, kind in index.items() if kind == [None, None]}
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(folder, **absent)
     return tuple(
         sum(p.double().sum().item() for p in network.state_dict().values()) for network in pipe.networks.values()
     )
@@ -31,8 +33,10 @@ def test_killed_between_any_two_steps(tmp_path, monkeypatch):
     """Every call that changes a name on the disk is the last one of a process once: the checkpoint is the old one or
     the new one, the next load or save finishes what was begun, and nothing else is left."""
     old, new = build_pipeline("tiny"), build_pipeline("tiny", 100)
+    for one in (old, new):
+        one.vae = one.text_encoder = one.depth_estimator = one.tokenizer = None
     start, folder = tmp_path / "start", tmp_path / "checkpoint"
-    old.save_pretrained(start, max_shard_size="100KB")
+    old.save_pretrained(start, max_shard_size="200KB")
     (start / "README.md").write_text("mine")
     whole = {fingerprint(start): "old"}
     new.save_pretrained(tmp_path / "new")
@@ -54,7 +58,7 @@ def test_killed_between_any_two_steps(tmp_path, monkeypatch):
         if last % 3:
             seen.append(whole[fingerprint(folder)])
         else:  # a save comes first
-            old.unet.save_pretrained(folder / "notes" / "unet")
+            old.scheduler.save_pretrained(folder / "notes")
             seen.append(whole[fingerprint(folder)])
             shutil.rmtree(folder / "notes")
         new.save_pretrained(folder)

@@ -275,16 +275,30 @@ def test_nothing_changes_where_a_partial_file_is_refused(twins, tmp_path):
     with pytest.raises(CheckpointError, match=r"1 of \d+ weights missing, first: 'decoder.conv_out.bias'"):
         pipe.load_single_file(tmp_path / "broken.safetensors")
     assert pipe.components == before
-    for name, value, message in (
-        ("_loras", {"style": None}, "unload or unfuse them first"),
-        ("_fused", {"unet": {"style": 1.0}}, "unload or unfuse them first"),
-        ("_offload_device", torch.device("cpu"), r"call remove_all_hooks\(\) first"),
+    for change, message in (
+        (load_a_lora, "unload or unfuse them first"),
+        (load_and_fuse_a_lora, "unload or unfuse them first"),
+        (lambda pipe: pipe.enable_model_cpu_offload(device="cpu"), r"call remove_all_hooks\(\) first"),
     ):
         pipe = StableDiffusionDepth2ImgPipeline(**before)
-        setattr(pipe, name, value)
+        change(pipe)
         with pytest.raises(ValueError, match=message):
             pipe.load_single_file(file)
         assert pipe.components == before
+
+
+def load_a_lora(pipe):
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = pipe.unet.config.block_out_channels[-1]
+    pipe.load_lora_weights(
+        {f"{layer}.lora_A.weight": torch.ones(1, width), f"{layer}.lora_B.weight": torch.ones(width, 1)}
+    )
+
+
+def load_and_fuse_a_lora(pipe):
+    load_a_lora(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
 
 
 def with_channels(tensors, channels):

@@ -9,13 +9,14 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from depthdiff.adapters.files import find_file, read_file
 from depthdiff.adapters.lora import read_lora
-from depthdiff.adapters.merging import Merging
+from depthdiff.adapters.merging import AdapterState, Merging
 from depthdiff.adapters.names import COMPONENTS
 from depthdiff.adapters.saving import lora_state, prefixed, write_layers
 from depthdiff.adapters.textual_inversion import TextualInversion
@@ -76,10 +77,7 @@ class Adapters(TextualInversion, Merging):
             CheckpointError: the file is missing or damaged, or made for another model; nothing has changed then.
             ValueError: the name is taken.
         """
-        free = next(name for name in map("default_{}".format, itertools.count()) if name not in self._loras)
-        name = free if adapter_name is None else adapter_name
-        if name in self._loras and not hotswap:
-            raise ValueError(f"adapter_name {name!r} is taken; choose another, or delete_adapters({name!r}) first")
+        name = self._free_name(adapter_name, hotswap)
         if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
             settings: dict[str, Any] = {}
             state, source = pretrained_model_name_or_path_or_dict, f"adapter {name!r}"
@@ -101,23 +99,38 @@ class Adapters(TextualInversion, Merging):
         lora = read_lora(name, state, settings, self._adapted(), source)
         for note in lora.notes:
             logger.warning(note)
-        self._loras[name] = lora
-        self._active = {name: 1.0}
-        self._merge_all()
+        with self._turns.change("load_lora_weights"):
+            name = self._free_name(adapter_name, hotswap)  # another thread may have loaded one meanwhile
+            lora = replace(lora, name=name)
+            self._become(replace(self._adapters, loras={**self._adapters.loras, name: lora}, active={name: 1.0}))
+
+    def _free_name(self, adapter_name: str | None, hotswap: bool) -> str:
+        """Return the name of a new adapter, or refuse one that is taken."""
+        loras = self._adapters.loras
+        if adapter_name is None:
+            return next(name for name in map("default_{}".format, itertools.count()) if name not in loras)
+        if not isinstance(adapter_name, str) or not adapter_name:
+            raise ValueError(f"adapter_name must be a text, got {adapter_name!r}")
+        if adapter_name in loras and not hotswap:
+            raise ValueError(
+                f"adapter_name {adapter_name!r} is taken; choose another, or delete_adapters({adapter_name!r}) first"
+            )
+        return adapter_name
 
     def unload_lora_weights(self) -> None:
         """Forget all adapters; what is fused stays fused until `unfuse_lora`, as in diffusers."""
-        self._loras, self._active, self._lora_enabled = {}, {}, True
-        self._merge_all()
+        with self._turns.change("unload_lora_weights"):
+            self._become(AdapterState(fused=self._adapters.fused))
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget some adapters; where none of the active ones is left, the first of the others becomes active."""
-        for name in dict.fromkeys(self._known(adapter_names)):
-            del self._loras[name]
-            self._active.pop(name, None)
-        if self._loras and not self._active:
-            self._active = {next(iter(self._loras)): 1.0}
-        self._merge_all()
+        with self._turns.change("delete_adapters"):
+            gone = set(self._known(adapter_names))
+            loras = {name: lora for name, lora in self._adapters.loras.items() if name not in gone}
+            active = {name: weight for name, weight in self._adapters.active.items() if name not in gone}
+            if loras and not active:
+                active = {next(iter(loras)): 1.0}
+            self._become(replace(self._adapters, loras=loras, active=active))
 
     # Which adapters count, and how much
 
@@ -143,27 +156,30 @@ class Adapters(TextualInversion, Merging):
         chosen = {name: 1.0 if weight is None else weight for name, weight in zip(names, weights, strict=True)}
         for weight in chosen.values():
             check_weight(weight, self._adapted()["unet"])
-        self._active = chosen
-        self._merge_all()
+        with self._turns.change("set_adapters"):
+            self._known(names)  # another thread may have deleted one meanwhile
+            self._become(replace(self._adapters, active=chosen))
 
     def get_active_adapters(self) -> list[str]:
         """Name the adapters that count, also while they are disabled."""
-        return list(self._active)
+        return list(self._adapters.active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Name the loaded adapters by the component that they change."""
-        lists = {part: [name for name, lora in self._loras.items() if part in lora.deltas] for part in COMPONENTS}
+        lists = {
+            part: [name for name, lora in self._adapters.loras.items() if part in lora.deltas] for part in COMPONENTS
+        }
         return {part: names for part, names in lists.items() if names}
 
     def enable_lora(self) -> None:
         """Let the active adapters count again."""
-        self._lora_enabled = True
-        self._merge_all()
+        with self._turns.change("enable_lora"):
+            self._become(replace(self._adapters, enabled=True))
 
     def disable_lora(self) -> None:
         """Use the weights without any adapter that is not fused."""
-        self._lora_enabled = False
-        self._merge_all()
+        with self._turns.change("disable_lora"):
+            self._become(replace(self._adapters, enabled=False))
 
     # Fusing
 
@@ -175,7 +191,7 @@ class Adapters(TextualInversion, Merging):
     @property
     def fused_loras(self) -> set[str]:
         """The names of the fused adapters."""
-        return {lora.name for fused in self._fused.values() for lora, _ in fused}
+        return {lora.name for fused in self._adapters.fused.values() for lora, _ in fused}
 
     def fuse_lora(
         self,
@@ -189,38 +205,34 @@ class Adapters(TextualInversion, Merging):
         Args:
             components: "unet", "text_encoder" or both.
             lora_scale: times the weight of each adapter; one that is fused already keeps what it was fused with.
-            safe_fusing: refuse a result that is not finite.
+            safe_fusing: of no effect: a result that is not finite is always refused.
             adapter_names: those to fuse; the active ones if absent.
 
         Raises:
             ValueError: no adapter, an unknown one, or a result that is not finite; nothing has changed then.
         """
-        names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
         components = check_components(components)
         check_number("lora_scale", lora_scale, -1e6, 1e6)
-        if not names:
-            raise ValueError("fuse_lora needs an adapter, and none is active; call load_lora_weights first")
-        before = {component: list(fused) for component, fused in self._fused.items()}
-        for component in components:
-            for name in names:
-                share = component_weight(self._active.get(name, 1.0), component)
-                fused = [lora for lora, _ in self._fused[component]]
-                if component in self._loras[name].deltas and self._loras[name] not in fused:
-                    self._fused[component].append((self._loras[name], scaled(share, lora_scale)))
-        self._merge_all()
-        if safe_fusing:
+        with self._turns.change("fuse_lora"):
+            names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
+            if not names:
+                raise ValueError("fuse_lora needs an adapter, and none is active; call load_lora_weights first")
+            state = self._adapters
+            fused = dict(state.fused)
             for component in components:
-                for key in self._originals[component]:
-                    if not getattr(self, component).get_parameter(key).isfinite().all():
-                        self._fused = before
-                        self._merge_all()
-                        raise ValueError(f"{component} {key} would hold NaN or infinity after fusing; lower lora_scale")
+                for name in names:
+                    share, lora = component_weight(state.active.get(name, 1.0), component), state.loras[name]
+                    known = [one for one, _ in fused.get(component, ())]
+                    if component in lora.deltas and lora not in known:
+                        fused[component] = (*fused.get(component, ()), (lora, scaled(share, lora_scale)))
+            self._become(replace(state, fused=fused))
 
     def unfuse_lora(self, components: str | Sequence[str] = COMPONENTS) -> None:
         """Take fused adapters out of the weights again, bit for bit."""
-        for component in check_components(components):
-            self._fused[component] = []
-        self._merge_all()
+        with self._turns.change("unfuse_lora"):
+            gone = check_components(components)
+            fused = {component: shares for component, shares in self._adapters.fused.items() if component not in gone}
+            self._become(replace(self._adapters, fused=fused))
 
     # Saving
 
@@ -270,22 +282,14 @@ class Adapters(TextualInversion, Merging):
             weight_name: of the file; "pytorch_lora_weights.safetensors" if absent.
         """
         [name] = self._known(adapter_name)
-        write_layers(save_directory, lora_state(self._loras[name], self._adapted()), weight_name)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write all components: the checkpoint's weights with what is fused; see `Components.save_pretrained`."""
-        enabled, self._lora_enabled = self._lora_enabled, False
-        try:
-            self._merge_all()
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self._lora_enabled = enabled
-            self._merge_all()
+        write_layers(save_directory, lora_state(self._adapters.loras[name], self._adapted()), weight_name)
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
-            if name not in self._loras:
-                loaded = ", ".join(map(repr, self._loras)) or "none"
-                raise ValueError(f"no adapter is called {name!r}, loaded: {loaded}{nearest(name, self._loras)}")
+            if name not in self._adapters.loras:
+                loaded = ", ".join(map(repr, self._adapters.loras)) or "none"
+                raise ValueError(
+                    f"no adapter is called {name!r}, loaded: {loaded}{nearest(name, self._adapters.loras)}"
+                )
         return names

@@ -9,7 +9,7 @@ Letters: n vectors of a word, C channels of the text encoder.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from depthdiff.adapters.lora import CONTEXTS, has_numbers
 from depthdiff.config import CheckpointError
 from depthdiff.models.clip_text import CLIPTextModel
 from depthdiff.tokenizer import CLIPTokenizer
+from depthdiff.turns import Turns
 
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 Source = str | os.PathLike[str] | Mapping[str, Any] | Tensor
@@ -31,6 +32,7 @@ class TextualInversion:
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
+    _turns: Turns
 
     def load_textual_inversion(
         self,
@@ -107,7 +109,8 @@ class TextualInversion:
                 if found in words:
                     raise ValueError(f"the word {found!r} is given twice; pass token=... to rename one")
                 words[found] = check_vectors(found, vectors, encoder, name)
-        add_words(words, tokenizer, encoder)
+        with self._turns.change("load_textual_inversion"):
+            add_words(words, tokenizer, encoder)
 
     def unload_textual_inversion(
         self,
@@ -126,17 +129,27 @@ class TextualInversion:
             ValueError: a word that was not learnt.
         """
         tokenizer, encoder = tokenizer or self.tokenizer, text_encoder or self.text_encoder
-        learnt = tokenizer.learnt_words
-        chosen = list(learnt) if tokens is None else [tokens] if isinstance(tokens, str) else list(tokens)
-        for word in chosen:
-            if word not in learnt:
-                raise ValueError(f"{word!r} was not learnt; the learnt words are {', '.join(learnt) or 'none'}")
-        gone = {index for word in chosen for index in learnt[word]}
-        table = encoder.token_embedding.weight.data
-        tokenizer.remove_words(chosen)
-        first = min((index for ids in learnt.values() for index in ids), default=len(table))
-        kept = [index for index in range(first, len(table)) if index not in gone]
-        set_table(encoder, torch.cat([table[:first], table[kept]]) if kept else table[:first])
+        with self._turns.change("unload_textual_inversion"):
+            remove_words(tokens, tokenizer, encoder)
+
+
+def remove_words(tokens: str | Sequence[str] | None, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
+    """Let tokenizer and encoder forget words, all that were learnt if None, both or neither.
+
+    Raises:
+        ValueError: a word that was not learnt.
+    """
+    learnt = tokenizer.learnt_words
+    chosen = list(learnt) if tokens is None else [tokens] if isinstance(tokens, str) else list(tokens)
+    for word in chosen:
+        if word not in learnt:
+            raise ValueError(f"{word!r} was not learnt; the learnt words are {', '.join(learnt) or 'none'}")
+    gone = {index for word in chosen for index in learnt[word]}
+    table = encoder.token_embedding.weight.data
+    first = min((index for ids in learnt.values() for index in ids), default=len(table))
+    kept = [index for index in range(first, len(table)) if index not in gone]
+    rest = torch.cat([table[:first], table[kept]]) if kept else table[:first]
+    exchange(tokenizer, encoder, rest, lambda: tokenizer.remove_words(chosen))
 
 
 def read_words(content: Any, token: str | None, name: str, stem: str | None) -> dict[str, Tensor]:
@@ -214,13 +227,23 @@ def add_words(words: Mapping[str, Tensor], tokenizer: CLIPTokenizer, encoder: CL
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the text encoder {len(table)}; they must be equal"
         )
-    tokenizer.add_words({word: len(vectors) for word, vectors in words.items()})
-    set_table(encoder, torch.cat([table, *(vectors.to(table.device, table.dtype) for vectors in words.values())]))
+    longer = torch.cat([table, *(vectors.to(table.device, table.dtype) for vectors in words.values())])
+    counts = {word: len(vectors) for word, vectors in words.items()}
+    exchange(tokenizer, encoder, longer, lambda: tokenizer.add_words(counts))
 
 
-def set_table(encoder: CLIPTextModel, table: Tensor) -> None:
-    """Give the encoder another table of tokens (V, C); the rest of it stays as it is."""
-    encoder.token_embedding.weight = nn.Parameter(table, requires_grad=encoder.token_embedding.weight.requires_grad)
-    encoder.token_embedding.num_embeddings = len(table)
-    encoder.mark = object()
-    encoder.config = replace(encoder.config, vocab_size=len(table))
+def exchange(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, table: Tensor, change_words: Callable[[], None]) -> None:
+    """Change the words of a tokenizer and the table (V, C) of an encoder, both or neither."""
+    embedding = encoder.token_embedding
+    weight = nn.Parameter(table, requires_grad=embedding.weight.requires_grad)
+    config = replace(encoder.config, vocab_size=len(table))
+    before = dict(vars(tokenizer)), embedding.weight, embedding.num_embeddings, encoder.config
+    try:
+        change_words()
+        embedding.weight, embedding.num_embeddings, encoder.config = weight, len(table), config
+    except BaseException:
+        vars(tokenizer).update(before[0])
+        embedding.weight, embedding.num_embeddings, encoder.config = before[1:]
+        raise
+    finally:
+        encoder.mark = object()

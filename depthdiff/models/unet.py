@@ -297,8 +297,9 @@ class UNet2DConditionModel(LayerwiseCasting):
             timesteps: each a tensor of no dimension; calls are recognised by getting one of these very tensors.
         """
         dtype = self.dtype
-        times = self.embed_time(torch.stack([*timesteps]), dtype).split(1) if timesteps else ()
-        known = {id(t): (t, time) for t, time in zip(timesteps, times, strict=True)}
+        known = {
+            id(t): (t, self.embed_time(t.reshape(1), dtype)) for t in timesteps
+        }  # one by one: bit-equal to _embed_time
         self._memory = Memory(self._readers(), known)
         try:
             yield
@@ -306,10 +307,12 @@ class UNet2DConditionModel(LayerwiseCasting):
             self._memory = None
 
     def _embed_time(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
-        if self._memory is not None and not torch.compiler.is_compiling() and id(timestep) in self._memory.times:
-            return self._memory.times[id(timestep)][1]
+        memory = self._memory  # of this run, or of one in another thread
+        if memory is not None and not torch.compiler.is_compiling() and id(timestep) in memory.times:
+            return memory.times[id(timestep)][1]
         timesteps = torch.as_tensor(timestep, device=sample.device)
-        return self.embed_time(timesteps.expand(sample.shape[0]), sample.dtype)
+        one = timesteps.numel() == 1
+        return self.embed_time(timesteps.reshape(1) if one else timesteps.expand(sample.shape[0]), sample.dtype)
 
     def _read_context(self, context: Tensor) -> list[KeysValues]:
         memory = self._memory
@@ -322,9 +325,10 @@ class UNet2DConditionModel(LayerwiseCasting):
             self.mark,
             [(weight.data_ptr(), version_of(weight)) for weight in weights],
         )
-        for i, (known, reading) in enumerate(memory.contexts):
+        for known, reading in memory.contexts:
             if known[0] is context and known[1:] == source[1:]:
-                memory.contexts.append(memory.contexts.pop(i))
+                rest = [one for one in memory.contexts if one[0] is not known]
+                memory.contexts = [*rest, (known, reading)]
                 return reading
         reading = self.read_context(context)
         memory.contexts = [*(one for one in memory.contexts if one[0][0] is not context), (source, reading)][-READINGS:]
