@@ -74,7 +74,8 @@ class Acceleration(Components):
 
         Adapters may come and go, and `to` may move the networks. A second size of picture compiles once more, for any
         size if `dynamic` is None. Networks with hooks (of sequential offloading or layerwise
-        casting) run uncompiled.
+        casting) run uncompiled, and so does a call with `cross_attention_kwargs={"scale": ...}`, which works on a
+        copy of the UNet; `set_adapters` with other weights does not.
 
         Args:
             mode: None, "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".

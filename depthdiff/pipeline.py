@@ -50,7 +50,7 @@ from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
 from depthdiff.precision import check_finite, check_first_step, finite
 from depthdiff.predictor import noise_predictor
-from depthdiff.run import Run, StableDiffusionPipelineOutput, StepCallback, call_back
+from depthdiff.run import CallState, Run, StableDiffusionPipelineOutput, StepCallback, call_back
 from depthdiff.sampler import Step
 from depthdiff.schedulers.base import Scheduler
 from depthdiff.shortcuts import choose
@@ -96,8 +96,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.depth_estimator, self.feature_extractor = scheduler, depth_estimator, feature_extractor
         check_fit(vae, text_encoder, tokenizer, unet)
-        self._guidance_scale, self._num_timesteps = 7.5, 0
-        self._clip_skip: int | None = None
+        self._call = CallState()
 
     @property
     def vae_scale_factor(self) -> int:
@@ -106,8 +105,16 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the present or last call; a callback may assign `_guidance_scale` to change it on the way."""
-        return self._guidance_scale
+        """Of this thread's present or last call; a callback may assign `_guidance_scale` to change it on the way."""
+        return self._call.guidance_scale
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        self._call.guidance_scale = value
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -116,13 +123,13 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
 
     @property
     def clip_skip(self) -> int | None:
-        """Of the present or last call."""
-        return self._clip_skip
+        """Of this thread's present or last call."""
+        return self._call.clip_skip
 
     @property
     def num_timesteps(self) -> int:
-        """How many times the present or last call runs the UNet."""
-        return self._num_timesteps
+        """How many times this thread's present or last call runs the UNet."""
+        return self._call.num_timesteps
 
     @torch.no_grad()
     @uses_weights
@@ -222,7 +229,8 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         )
         if guidance_scale > 1 and "depth_mask" in callback_on_step_end_tensor_inputs:
             run.depth = torch.cat([run.depth] * 2)  # diffusers' form, whose halves a callback may make differ
-        self._guidance_scale, self._clip_skip, self._num_timesteps = guidance_scale, clip_skip, len(run)
+        call = self._call
+        call.guidance_scale, call.clip_skip, call.num_timesteps = guidance_scale, clip_skip, len(run)
         repeated = len(run) - int(num_inference_steps * strength)  # PNDM's second call for one step is none of its own
         for step in self.progress_bar(self.denoise(run), total=len(run)):
             if callback_on_step_end is not None:

@@ -5,6 +5,7 @@ Letters: B pictures, L tokens, C their channels, H and W height and width in pix
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,23 @@ class StableDiffusionPipelineOutput(Output):
 
     images: list[Image.Image] | np.ndarray | Tensor
     nsfw_content_detected: list[bool] | None = None
+
+
+class CallState(threading.local):
+    """What a pipeline says of the present call, or the last one, of the thread that asks.
+
+    Attributes:
+        guidance_scale: of the call.
+        clip_skip: of the call.
+        num_timesteps: how many times it runs the UNet.
+    """
+
+    guidance_scale: float = 7.5
+    clip_skip: int | None = None
+    num_timesteps: int = 0
+
+    def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
+        return CallState, ()
 
 
 @dataclass
