@@ -73,16 +73,17 @@ def read_lora(
             that do not fit; numbers that are not finite.
     """
     layers = sort_keys(state, networks, source)
+    rules = {component: read_rules(settings.get(component, settings.get("", {})), source) for component in networks}
     deltas: dict[str, dict[str, Delta]] = defaultdict(dict)
     notes: list[str] = []
     for (component, layer), (spelling, parts) in layers.items():
-        chosen = settings.get(component, settings.get("", {}))
+        chosen = rules[component]
         bias = parts.pop("diff_b", None)
         alpha, r = read_alpha(parts.pop("alpha", None), chosen, spelling, source)
         if "magnitude_vector" in parts:
             parts["dora_scale"] = parts.pop("magnitude_vector").flatten()
         if parts or bias is None:
-            delta = make_delta(parts, alpha, r, rank_stabilized=bool(chosen.get("use_rslora")))
+            delta = make_delta(parts, alpha, r, rank_stabilized=chosen.rank_stabilized)
             if delta is None:
                 raise CheckpointError(f"{source}: {spelling!r} has {', '.join(sorted(parts)) or 'alpha alone'}, which "
                                       "is no known method, or not all of it; is the file damaged?")  # fmt: skip
@@ -106,7 +107,9 @@ def sort_keys(
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{source}: {key!r} must be a tensor under a text, got {type(value).__name__}")
         if not has_numbers(value):
-            raise CheckpointError(f"{source}: {key!r} must hold finite numbers; is the file damaged?")
+            raise CheckpointError(
+                f"{source}: {key!r} must hold finite numbers, in float32 as well; is the file damaged?"
+            )
     for start, kind in OTHERS.items():
         hits = [key for key in state if key.startswith(start)]
         if hits:
@@ -138,14 +141,16 @@ def sort_keys(
 
 
 def has_numbers(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds real numbers that are there, dense and finite."""
+    """Return whether a tensor holds real numbers that are there, dense and finite in float32."""
     if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
         return False
-    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
+    return bool((tensor.float() if tensor.element_size() in (1, 8) else tensor).isfinite().all())
 
 
 def read_number(alpha: Any) -> Any:
     """Bring an alpha that is a whole number, or no tensor, to a tensor of float; leave what is no number."""
+    if isinstance(alpha, int) and abs(alpha) > 2**63:
+        return torch.tensor(math.inf)  # refused where its name is known
     if isinstance(alpha, (int, float)) or (isinstance(alpha, Tensor) and alpha.dtype in WHOLE):
         return torch.as_tensor(alpha, dtype=torch.float64)
     return alpha
@@ -156,9 +161,65 @@ def context_widths(state: Mapping[str, Tensor]) -> set[int]:
     return {tensor.shape[1] for key, tensor in state.items() if tensor.ndim > 1 and CONTEXT_KEY.search(key)}
 
 
-def read_alpha(
-    part: Tensor | None, settings: Mapping[str, Any], spelling: str, source: str
-) -> tuple[float | None, float | None]:
+@dataclass(frozen=True)
+class Rules:
+    """What PEFT's settings say of alpha and rank.
+
+    Attributes:
+        alpha: of layers without an exception; the rank if None.
+        rank: likewise; that of the tensors if None.
+        alphas: end of a layer's name -> order in the file, alpha.
+        ranks: likewise.
+        rank_stabilized: see `make_delta`.
+    """
+
+    alpha: float | None
+    rank: float | None
+    alphas: Mapping[str, tuple[int, float]]
+    ranks: Mapping[str, tuple[int, float]]
+    rank_stabilized: bool
+
+
+def read_rules(settings: Any, source: str) -> Rules:
+    """Read PEFT's settings of one component.
+
+    The patterns, exceptions by layer, are ends of names, matched literally: expressions of a file are not run.
+
+    Raises:
+        CheckpointError: a value that is not a number, or a pattern that is an expression.
+    """
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"{source}: the adapter's settings must be an object, got {type(settings).__name__}")
+    wholes: list[float | None] = []
+    tables: list[dict[str, tuple[int, float]]] = []
+    for pattern, names in (("alpha_pattern", ("lora_alpha", "alpha")), ("rank_pattern", ("r",))):
+        exceptions = settings.get(pattern) or {}
+        if not isinstance(exceptions, Mapping):
+            raise CheckpointError(f"{source}: {pattern} must hold numbers by layer, got {exceptions!r}")
+        table: dict[str, tuple[int, float]] = {}
+        for order, (name, value) in enumerate(exceptions.items()):
+            plain = name.removeprefix("^").removesuffix("$").replace(r"\.", ".")
+            if not re.fullmatch(r"[\w.]+", plain):
+                raise CheckpointError(
+                    f"{source}: {pattern} must hold names of layers or the ends of such, got {name[:80]!r}: regular "
+                    "expressions of a file are not run; name the layers"
+                )
+            table.setdefault(plain, (order, _setting(names[0], value, source)))
+        tables.append(table)
+        known = [settings[name] for name in names if settings.get(name) is not None]
+        wholes.append(_setting(names[0], known[0], source) if known else None)
+    return Rules(wholes[0], wholes[1], tables[0], tables[1], bool(settings.get("use_rslora")))
+
+
+def _setting(name: str, value: Any, source: str) -> float:
+    lowest = 0 if name == "r" else -math.inf
+    if type(value) not in (int, float) or not lowest < value < 1e9:
+        above = " above 0" if name == "r" else ""
+        raise CheckpointError(f"{source}: {name} must be a number{above}, got {str(value)[:80]!r}")
+    return float(value)
+
+
+def read_alpha(part: Tensor | None, rules: Rules, spelling: str, source: str) -> tuple[float | None, float | None]:
     """Find a layer's alpha and the rank it is divided by, where they are not that of the tensors.
 
     Files of kohya and LyCORIS hold alpha; PEFT's settings hold both, and exceptions by the end of a layer's name.
@@ -167,28 +228,13 @@ def read_alpha(
         if part.numel() != 1 or not math.isfinite(part.item()):
             raise CheckpointError(f"{source}: the alpha of {spelling!r} must be one number, got {tuple(part.shape)}")
         return part.item(), None
-    values = []
-    for pattern, names in (("alpha_pattern", ("lora_alpha", "alpha")), ("rank_pattern", ("r",))):
-        exceptions = settings.get(pattern) or {}
-        if not isinstance(exceptions, Mapping):
-            raise CheckpointError(f"{source}: {pattern} must hold numbers by layer, got {exceptions!r}")
-        found = [v for name, v in exceptions.items() if ends_in(spelling, name, source)]
-        found += [settings[name] for name in names if settings.get(name) is not None]
-        value = found[0] if found else None
-        lowest = 0 if "r" in names else -math.inf
-        if value is not None and (type(value) not in (int, float) or not lowest < value < 1e9):
-            raise CheckpointError(f"{source}: {names[0]} must be a number{' above 0' if 'r' in names else ''}, got "
-                                  f"{value!r}")  # fmt: skip
-        values.append(value)
-    return values[0], values[1]
-
-
-def ends_in(spelling: str, pattern: str, source: str) -> bool:
-    """Tell whether a layer's name ends in what PEFT's settings name, which may be a regular expression."""
-    try:
-        return re.fullmatch(rf"(.*\.)?({pattern.lstrip('^')})", spelling) is not None
-    except re.error as error:
-        raise CheckpointError(f"{source}: {pattern!r} names no layers: {error}") from error
+    steps = spelling.split(".")
+    ends = [".".join(steps[i:]) for i in range(len(steps))]
+    found = []
+    for table, whole in ((rules.alphas, rules.alpha), (rules.ranks, rules.rank)):
+        exceptions = sorted(table[end] for end in ends if end in table)
+        found.append(exceptions[0][1] if exceptions else whole)
+    return found[0], found[1]
 
 
 def check_architecture(

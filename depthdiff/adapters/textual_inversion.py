@@ -202,6 +202,8 @@ def check_vectors(word: str, vectors: Tensor, encoder: CLIPTextModel, name: str)
         ValueError: a word that no prompt can hold.
     """
     width = encoder.config.hidden_size
+    if any("\ud800" <= letter <= "\udfff" for letter in word):
+        raise ValueError(f"{name}: the word {word!r} must be valid Unicode; pass token=...")
     if not word.strip() or word != word.strip() or any(letter.isspace() for letter in word):
         raise ValueError(f"{name}: the word {word!r} must be one word without spaces; pass token=...")
     if vectors.ndim not in (1, 2) or not vectors.numel() or not vectors.is_floating_point():

@@ -108,8 +108,12 @@ def read_start(path: Path) -> tuple[bytes, int]:
     return start, size
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def read_header(path: Path, most: int = MAX_HEADER) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Read what a safetensors file holds without reading a tensor.
+
+    Args:
+        path: of the file.
+        most: bytes that the header may have.
 
     Returns:
         Name -> tensor, and the file's metadata.
@@ -125,10 +129,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     [length] = struct.unpack("<Q", start[:8])
     if not start[8:9] == b"{" or length < 2:
         raise CheckpointError(f"{path} is no safetensors file: it does not begin with a header; download it again")
-    if length > MAX_HEADER:
-        raise CheckpointError(
-            f"{path} claims a header of {length:,} bytes, at most {MAX_HEADER:,} are read; is it damaged?"
-        )
+    if length > most:
+        raise CheckpointError(f"{path} claims a header of {length:,} bytes, at most {most:,} are read; is it damaged?")
     if length > size - 8:
         raise CheckpointError(f"{path} has {size:,} bytes, and its header alone {length:,}; download it again")
     with path.open("rb") as file:

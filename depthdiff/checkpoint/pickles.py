@@ -47,22 +47,53 @@ def read_pickle(path: Path) -> tuple[dict[str, Any], bool]:
     Raises:
         CheckpointError: no pickle, a damaged one, or one that is more than tensors: nothing of it has been run.
     """
+    content, zipped = _load(path, mapped=True)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise CheckpointError(f"{path} must hold tensors by name, got {type(content).__name__}")
+    return dict(content), zipped
+
+
+def read_tensors_anyhow(path: Path, most: int) -> Any:
+    """Read what a pickle of tensors holds, in whatever form, into memory of its own.
+
+    Args:
+        path: of the file.
+        most: tensors that it may hold.
+
+    Raises:
+        CheckpointError: as `read_pickle`; or there are more tensors, or more numbers, than the file can hold.
+    """
+    content, _ = _load(path, mapped=False)
+    tensors, rest = [], [content]
+    while rest:
+        value = rest.pop()
+        rest += list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        if len(tensors) > most or len(rest) > 100 * most:
+            raise CheckpointError(f"{path} has more than {most:,} tensors or values; is it an adapter?")
+    claimed = sum(tensor.nbytes for tensor in tensors)
+    if claimed > path.stat().st_size or not all(map(is_weight, tensors)):
+        raise CheckpointError(f"{path} claims tensors of {claimed:,} bytes, more than it holds; it is damaged")
+    return content
+
+
+def _load(path: Path, mapped: bool) -> tuple[Any, bool]:
+    """Look through a pickle and read it; return what it holds, and whether its format can be mapped."""
     start, size = read_start(path)
     if start[8:10] == b'{"':
         raise CheckpointError(f"{path} is a safetensors file under the name of a pickle; name it .safetensors")
     zipped = start.startswith(ZIP)
     _refuse_code(path, _names_in_zip(path, size) if zipped else _names_in_stream(path))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path} cannot be read as a pickle of tensors: {_first_line(error)}; {AGAIN}") from error
     except (AttributeError, TypeError, AssertionError, OverflowError, MemoryError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}; {AGAIN}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise CheckpointError(f"{path} must hold tensors by name, got {type(content).__name__}")
-    return dict(content), zipped
+    return content, zipped
 
 
 def is_weight(value: object) -> bool:
