@@ -31,12 +31,14 @@ class Hub(ThreadingHTTPServer):
         after: file -> what to do when it is about to be sent.
         log: names of the files that were sent, in order.
         ranges: file -> the `Range` of each request for it.
+        mangle: called with a path, status, headers and body, returns what is answered instead.
         tokens: that came with requests for repositories.
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.revisions, self.refused, self.moved, self.breaks, self.after = {}, {}, {}, {}, {}
+        self.mangle = lambda path, status, headers, body: (status, headers, body)
         self.log, self.ranges, self.tokens, self.count = [], {}, [], 0
 
     @property
@@ -133,11 +135,11 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(status, content[first:], send_body, headers, cut)
 
     def reply(self, status, body, send_body, headers=None, cut=None):
+        status, headers, body = self.server.mangle(self.path, status, dict(headers or {}), body)
         self.send_response(status)
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            if value is not None:
+                self.send_header(key, value)
         self.end_headers()
         if send_body:
             self.wfile.write(body if cut is None else body[:cut])

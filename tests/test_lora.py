@@ -585,7 +585,9 @@ class Malicious:
 @pytest.mark.parametrize("method", ["load_lora_weights", "load_textual_inversion"])
 def test_pickles_run_nothing(pipe, tmp_path, method):
     torch.save({"a": torch.rand(2), "b": Malicious(tmp_path / "owned")}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match="holds more than tensors: it would use io.open. Nothing of it was run"):
+    with pytest.raises(
+        CheckpointError, match=r"holds more than tensors: it would use io\.open\. Nothing of it was run"
+    ):
         getattr(pipe, method)(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,19 @@ def fetch(
 def commit_of(folder: Path) -> str | None:
     """Tell which commit of a repository a folder of the cache holds; None for other folders."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
+
+
+@contextmanager
+def naming_the_cache(folder: Path) -> Iterator[None]:
+    """Let errors about files in the cache of the Hub say how its entry is made whole again."""
+    entry = next((p.parent.parent for p in (folder, *folder.parents) if p.parent.name == "snapshots"), None)
+    try:
+        yield
+    except CheckpointError as error:
+        if entry is None or not entry.name.startswith("models--") or "force_download" in str(error):
+            raise
+        message = f"{error}. If the cache is damaged, pass force_download=True, or delete {entry}"
+        raise CheckpointError(message) from error
 
 
 def fetch_config(name_or_path: Name, filename: str, **where: Any) -> dict[str, Any]:

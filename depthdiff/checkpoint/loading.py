@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from depthdiff.checkpoint import tokenizer_files
 from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.hub import commit_of, fetch
+from depthdiff.checkpoint.hub import commit_of, fetch, naming_the_cache
 from depthdiff.checkpoint.kinds import describe_folder, refuse_other_kinds
 from depthdiff.checkpoint.weights import check_variant, has_weights, read_weights, suffixes, weight_files
 from depthdiff.config import CheckpointError
@@ -85,12 +85,13 @@ def load_model(
         folder = fetch(name_or_path, ["config.json"], subfolder=subfolder, optional=optional, **where)
         if has_weights(folder, cls.weights_name, variant, suffix):
             break
-    config = read_json(folder / "config.json")
-    check_class(config, cls.__name__, folder)
-    model = build(cls, config, folder / "config.json")
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    dtype = torch.float32 if torch_dtype is None else torch_dtype
-    state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors)
+    with naming_the_cache(folder):
+        config = read_json(folder / "config.json")
+        check_class(config, cls.__name__, folder)
+        model = build(cls, config, folder / "config.json")
+        wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        dtype = torch.float32 if torch_dtype is None else torch_dtype
+        state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -208,18 +209,19 @@ def load_components(
     kinds = {name: component_class(name, index, name_or_path) for name in SLOTS if name not in overrides}
     folder = fetch_components(name_or_path, kinds, variant, use_safetensors, where)
     parts = dict(overrides)
-    for name, kind in kinds.items():
-        if not (folder / name).is_dir():
-            raise CheckpointError(f"{name_or_path} has no folder {name}, which its model_index.json names")
-        if issubclass(kind, Model):
-            chosen: dict[str, Any] = {
-                "torch_dtype": computing_dtype(name, torch_dtype),
-                "variant": variant,
-                "use_safetensors": use_safetensors,
-            }
-            parts[name] = load_model(kind, folder, subfolder=name, **chosen)
-        else:
-            parts[name] = kind.from_pretrained(folder, subfolder=name)
+    with naming_the_cache(folder):
+        for name, kind in kinds.items():
+            if not (folder / name).is_dir():
+                raise CheckpointError(f"{name_or_path} has no folder {name}, which its model_index.json names")
+            if issubclass(kind, Model):
+                chosen: dict[str, Any] = {
+                    "torch_dtype": computing_dtype(name, torch_dtype),
+                    "variant": variant,
+                    "use_safetensors": use_safetensors,
+                }
+                parts[name] = load_model(kind, folder, subfolder=name, **chosen)
+            else:
+                parts[name] = kind.from_pretrained(folder, subfolder=name)
     return parts
 
 
