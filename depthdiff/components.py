@@ -229,6 +229,10 @@ class Components:
             device = torch.device(device.type, gpu_id)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device must be one that exists, got {device}: torch sees no CUDA device")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # AssertionError where torch was built without such devices
+            raise ValueError(f"device must be one that exists, got {device}; name one that torch sees") from error
         self.remove_all_hooks()
         for network in self.networks.values():
             network.to("cpu")
