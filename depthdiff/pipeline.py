@@ -328,7 +328,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         check_output_type(output_type)
         if output_type == "latent":
             return check_finite(latents, "the latents")
-        vae, scaled = self._at_work("vae"), latents / self.vae.config.scaling_factor
+        vae, scaled = self._at_work("vae"), latents.to(self.execution_device) / self.vae.config.scaling_factor
         return from_pixels(finite("vae", vae, lambda: vae.decode(scaled.to(vae.dtype)).sample, scaled), output_type)
 
     @torch.no_grad()
