@@ -99,14 +99,14 @@ part() { # TITLE SECONDS COMMAND...
     shift 2
     limit=$((limit < most ? limit : most))
     limit=$((limit < left ? limit : left))
-    printf '\n## %s\n\n' "$title" >>"$report"
+    printf '\n## %s\n' "$title" >>"$report"
     if [ "$limit" -lt 1 ]; then
-        status=1
+        status=1 fence=''
         close "Left out: no time was left."
         return
     fi
     echo "gpu_check: $title (at most $limit s)" >&2
-    [ -z "$fence" ] || echo "$fence" >>"$report"
+    printf '\n%s\n' "$fence" >>"$report"
     timeout --signal=INT --kill-after=5 "$limit" "$@" </dev/null >>"$report" 2>"$work/err" &
     child=$!
     wait "$child" || code=$?
@@ -119,7 +119,7 @@ part() { # TITLE SECONDS COMMAND...
             124 | 137) close "Stopped after $limit s." ;;
             *) close "Failed with status $code after $((SECONDS - begin)) s." ;;
         esac
-        printf '\n```\n%s\n```\n' "$(tail -n 15 "$work/err")" >>"$report"
+        [ ! -s "$work/err" ] || printf '\n```\n%s\n```\n' "$(tail -n 15 "$work/err")" >>"$report"
         tail -n 3 "$work/err" >&2
     fi
 }
@@ -147,7 +147,7 @@ if why=$("$python" -W ignore -c "from diffusers import StableDiffusionDepth2ImgP
     benchmark "Captured" 80 --stage call --capture
     benchmark "Compiled" 160 --stage unet decode call --compile
 else
-    printf '\n## Parity and timings\n\n' >>"$report"
+    printf '\n## Parity and timings\n' >>"$report"
     close "Left out, as diffusers cannot be imported: ${why##*$'\n'}"
 fi
 cat "$report"

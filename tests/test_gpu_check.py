@@ -153,10 +153,10 @@ def test_everything_is_tried_where_everything_is_there(stand_in, environment):
 
 def test_a_part_that_runs_out_of_time(stand_in, environment):
     """Keeps what came before, says so, and lets the next part run."""
-    status, report = check(stand_in(sleep=60), environment, 60, 4)
+    status, report = check(stand_in(sleep=60), environment, 60, 3)
     assert (status, headings(report)) == (1, PARTS)
     stopped = report.split("## Tests of compiled networks")[1].split("## Parity")[0]
-    assert "test_compiled_first PASSED" in stopped and "Stopped after 4 s." in stopped
+    assert "test_compiled_first PASSED" in stopped and "Stopped after 3 s." in stopped
     assert "test_compiled_second PASSED" not in stopped
     assert "test_second PASSED" in report.split("## Parity")[1]
 

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
-FILE = Path(__file__).with_name("on_second_device.py")
+ROOT = Path(__file__).parents[1]
+
+
+def run_apart(file):
+    """Run the tests of a file; where one fails, show what it shows. For more, run `pytest FILE -k ...` by hand."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", file]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(done.stdout + done.stderr, pytrace=False)
 
 
 def test_on_a_second_device():
-    """Each in turn; to see more of one, run `pytest tests/on_second_device.py -k ...`."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", FILE]
-    done = subprocess.run(command, cwd=FILE.parents[1], capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(done.stdout + done.stderr, pytrace=False)
+    run_apart(Path(__file__).with_name("on_second_device.py"))
