@@ -189,6 +189,9 @@ class Components:
         Args:
             gpu_id: which of several devices of that type.
             device: where to work.
+
+        Raises:
+            ValueError: a device that does not exist, or two different ones.
         """
         self._start_offloading(gpu_id, device)
         self._offload_whole = True
@@ -199,6 +202,9 @@ class Components:
         Args:
             gpu_id: which of several devices of that type.
             device: where to work.
+
+        Raises:
+            ValueError: a device that does not exist, or two different ones.
         """
         self._start_offloading(gpu_id, device)
         target = self.execution_device

@@ -89,6 +89,11 @@ def paint(pipe, photo, **arguments):
     return pipe(**{"prompt": "two tigers", "output_type": "np", **arguments}).images
 
 
+def latents_of(pipe, photo, **arguments):
+    """Run the UNet alone, which is quicker."""
+    return numbers(paint(pipe, photo, depth_map=random(48, 64), output_type="latent", **arguments))
+
+
 def numbers(images):
     if isinstance(images, list):
         return np.stack([np.asarray(image) for image in images]) / 255
@@ -114,7 +119,7 @@ def embeds(rows, where):
     return {"prompt_embeds": random(rows, 77, 40).to(where), "negative_prompt_embeds": random(rows, 77, 40).to(where)}
 
 
-# Each case: the arguments; with tensors and generators on a device `at`, where there are such
+# Each case: the arguments
 CASES = {
     "defaults": lambda photo: {},
     "images, negative prompts": lambda photo: {
@@ -123,19 +128,7 @@ CASES = {
         "negative_prompt": ["blurry", "dark"],
     },
     "array": lambda photo: {"image": pixels(photo).numpy()},
-    "tensor": lambda photo, at: {"image": pixels(photo).movedim(2, 0)[None].to(at)},
-    "list of tensors": lambda photo, at: {"image": [pixels(photo).movedim(2, 0).to(at)]},
-    "latents": lambda photo, at: {"image": random(1, 4, 12, 16).to(at), "depth_map": random(1, 9, 7).to(at)},
-    "depth map": lambda photo, at: {"depth_map": random(48, 64).to(at)},
     "depth map as an array": lambda photo: {"depth_map": random(48, 64).numpy()},
-    "embeds": lambda photo, at: {"prompt": None, **embeds(2, at)},
-    "embeds without guidance": lambda photo, at: {
-        "prompt": None,
-        "prompt_embeds": embeds(1, at)["prompt_embeds"],
-        "guidance_scale": 1.0,
-    },
-    "generator": lambda photo, at: {"generator": seeded(3, device=at)[0]},
-    "generators": lambda photo, at: {"generator": seeded(3, device=at) + seeded(4), "num_images_per_prompt": 2},
     "no guidance": lambda photo: {"guidance_scale": 1.0},
     "clip_skip": lambda photo: {"clip_skip": 1},
     "PIL output": lambda photo: {"output_type": "pil"},
@@ -149,6 +142,21 @@ CASES = {
     },
     "older callback": lambda photo: {"callback": lambda index, timestep, latents: latents.mul_(0.9)},
 }
+# The same with tensors or generators on a device `at`
+WITH_TENSORS = {
+    "tensor": lambda photo, at: {"image": pixels(photo).movedim(2, 0)[None].to(at)},
+    "list of tensors": lambda photo, at: {"image": [pixels(photo).movedim(2, 0).to(at)]},
+    "latents": lambda photo, at: {"image": random(1, 4, 12, 16).to(at), "depth_map": random(1, 9, 7).to(at)},
+    "depth map": lambda photo, at: {"depth_map": random(48, 64).to(at)},
+    "embeds": lambda photo, at: {"prompt": None, **embeds(2, at)},
+    "embeds without guidance": lambda photo, at: {
+        "prompt": None,
+        "prompt_embeds": embeds(1, at)["prompt_embeds"],
+        "guidance_scale": 1.0,
+    },
+    "generator": lambda photo, at: {"generator": seeded(3, device=at)[0]},
+    "generators": lambda photo, at: {"generator": seeded(3, device=at) + seeded(4), "num_images_per_prompt": 2},
+}
 
 
 def change(pipeline, index, timestep, tensors):
@@ -158,30 +166,37 @@ def change(pipeline, index, timestep, tensors):
     return {name: tensor * 0.9 for name, tensor in tensors.items() if name != "negative_prompt_embeds"}
 
 
+def compare(pair, photo, given, given_to_the_processor):
+    """Paint on both devices; pictures as PIL images may be one grey level apart."""
+    images = paint(pair[1], photo, **given)
+    limit = 1.01 / 255 if isinstance(images, list) else CLOSE
+    agree(images, paint(pair[0], photo, **given_to_the_processor), limit)
+    assert not isinstance(images, torch.Tensor) or images.device == ON
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_call_paints_the_processors_picture(pair, photo, case):
-    """With tensors and generators on either device. Pictures as PIL images: one grey level."""
-    cpu, device = pair
-    has_tensors = CASES[case].__code__.co_argcount == 2
-    expected = paint(cpu, photo, **CASES[case](*(photo, "cpu")[: 1 + has_tensors]))
-    for at in ((photo, "cpu"), (photo, ON)) if has_tensors else ((photo,),):
-        images = paint(device, photo, **CASES[case](*at))
-        agree(images, expected, 1.01 / 255 if isinstance(images, list) else CLOSE)
-        assert not isinstance(images, torch.Tensor) or images.device == ON
+    compare(pair, photo, CASES[case](photo), CASES[case](photo))
+
+
+@pytest.mark.parametrize("at", ["cpu", ON], ids=str)
+@pytest.mark.parametrize("case", WITH_TENSORS)
+def test_tensors_and_generators_may_be_on_either_device(pair, photo, case, at):
+    compare(pair, photo, WITH_TENSORS[case](photo, at), WITH_TENSORS[case](photo, "cpu"))
 
 
 @pytest.mark.parametrize("name", ["PNDM", "DDIM, eta", "LMS"])
 def test_every_scheduler_paints_the_processors_picture(pair, photo, name):
     """Also where it draws noise on the way, from a generator of either device."""
     kind, settings, options = SCHEDULERS[name]
-    cpu, *device = (painter(pipe, scheduler=kind.from_config(pipe.scheduler.config, **settings)) for pipe in pair)
+    cpu, device = (painter(pipe, scheduler=kind.from_config(pipe.scheduler.config, **settings)) for pipe in pair)
     expected = paint(cpu, photo, num_inference_steps=3, **options)
-    for pipe, at in [(device[0], "cpu"), (device[0], ON)][: 1 + bool(options)]:
-        agree(paint(pipe, photo, num_inference_steps=3, generator=seeded(0, device=at)[0], **options), expected)
+    for at in ("cpu", ON) if options else ("cpu",):
+        agree(paint(device, photo, num_inference_steps=3, generator=seeded(0, device=at)[0], **options), expected)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("steps_on", ["cpu", ON])
+@pytest.mark.parametrize("steps_on", ["cpu", ON], ids=str)
 def test_a_loop_in_diffusers_form(name, steps_on):
     """Observed: equal to the bit."""
     kind, settings, options = SCHEDULERS[name]
@@ -197,12 +212,11 @@ def test_a_loop_in_diffusers_form(name, steps_on):
             latents = scheduler.step(noise_pred, timestep, latents, **more).prev_sample
         assert latents.device.type == torch.device(device).type
         ends.append(latents)
-        if hasattr(scheduler, "get_velocity"):
-            assert scheduler.get_velocity(latents, noise, torch.tensor([5, 7])).device.type == latents.device.type
+        assert scheduler.get_velocity(latents, noise, torch.tensor([5, 7])).device == latents.device
     agree(*reversed(ends), limit=1e-5)
 
 
-@pytest.mark.parametrize("at", ["cpu", ON])
+@pytest.mark.parametrize("at", ["cpu", ON], ids=str)
 def test_the_callers_own_loop(pair, photo, at):
     """`prepare`, `denoise` and `decode`, whose latents may have been on the processor in between."""
     pictures = []
@@ -230,14 +244,14 @@ def test_parts_of_the_work(pair, photo):
 
 
 def test_training_reaches_the_weights(pair):
-    """Gradients of the UNet are the processor's. Observed: 2e-3 of the largest one, 7e-4 from the true ones."""
+    """Gradients of the UNet are the processor's. Observed: 9e-7 of the largest one apart."""
     gradients = []
     for pipe in pair:
         unet = copy.deepcopy(pipe.unet)
         sample, context = random(1, 5, 16, 16).to(unet.device), random(1, 7, 40).to(unet.device)
         unet(sample, torch.tensor([500], device=unet.device), context).sample.square().mean().backward()
         gradients.append(unet.conv_in.weight.grad.cpu())
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-2 * gradients[0].abs().max().item())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-4 * gradients[0].abs().max().item())
 
 
 # What the host waits for
@@ -339,20 +353,20 @@ def test_adapters(photo):
         adapt(pipe)
     pipes[2].to(ON)
 
-    def pictures(pipe):
-        yield paint(pipe, photo, cross_attention_kwargs={"scale": 0.5})
+    def results(pipe):
+        yield latents_of(pipe, photo, cross_attention_kwargs={"scale": 0.5})
         pipe.set_adapters("one", 0.3)
         pipe.fuse_lora()
-        yield paint(pipe, photo)
+        yield latents_of(pipe, photo)
         pipe.unfuse_lora()
         pipe.unload_lora_weights()
-        yield paint(pipe, photo)
+        yield latents_of(pipe, photo)
 
-    expected = list(pictures(pipes[0]))
+    expected = list(results(pipes[0]))
     assert min(np.abs(one - expected[-1]).max() for one in expected[:-1]) > 10 * CLOSE
     for pipe in pipes[1:]:
-        for picture, wanted in zip(pictures(pipe), expected, strict=True):
-            agree(picture, wanted)
+        for result, wanted in zip(results(pipe), expected, strict=True):
+            agree(result, wanted)
 
 
 def test_learnt_words(pipe):
@@ -371,14 +385,14 @@ def test_learnt_words(pipe):
 
 def test_layerwise_casting(pipe, photo):
     """Before and after the move."""
-    twin, plain = copy.deepcopy(pipe), paint(pipe, photo)
+    twin, plain = copy.deepcopy(pipe), latents_of(pipe, photo)
     pipe.unet.enable_layerwise_casting()
-    expected = paint(pipe, photo)
+    expected = latents_of(pipe, photo)
     assert np.abs(expected - plain).max() > 10 * CLOSE
-    agree(paint(pipe.to(ON), photo), expected)
+    agree(latents_of(pipe.to(ON), photo), expected)
     twin.to(ON)
     twin.unet.enable_layerwise_casting()
-    agree(paint(twin, photo), expected)
+    agree(latents_of(twin, photo), expected)
 
 
 def test_saved_and_loaded(pair, photo, tmp_path):
@@ -471,11 +485,11 @@ def recorded(pipe, monkeypatch):
 
 
 def unrecorded(pipe, photo, **options):
-    """Paint without recordings, which are kept."""
+    """Work without recordings, which are kept."""
     graph = pipe.unet.predict
     graph.blocked, blocked = (lambda: "not now"), graph.blocked
     try:
-        return paint(pipe, photo, **options)
+        return latents_of(pipe, photo, **options)
     finally:
         graph.blocked = blocked
 
@@ -484,9 +498,9 @@ def test_recorded_pictures_are_the_plain_ones(recorded, photo):
     """To the bit; a recording, in which nothing may make the host wait, serves other numbers of its kind."""
     pipe, backend = recorded
     for options in ({}, {"guidance_scale": 1.0}, {"prompt": "a cup", "guidance_scale": 3.0}, {}):
-        picture = paint(pipe, photo, **options)
+        result = latents_of(pipe, photo, **options)
         assert pipe.unet.predict.reason is None
-        assert np.array_equal(picture, unrecorded(pipe, photo, **options))
+        assert np.array_equal(result, unrecorded(pipe, photo, **options))
     assert backend.records == 2
 
 
@@ -505,8 +519,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_no_change_is_ignored_after_the_recording(recorded, photo, change):
     pipe, _ = recorded
-    before = paint(pipe, photo)
+    before = latents_of(pipe, photo)
     CHANGES[change](pipe)
-    after = paint(pipe, photo)
+    after = latents_of(pipe, photo)
     assert np.array_equal(after, unrecorded(pipe, photo))
     assert change == "moved" or np.abs(after - before).max() > 10 * CLOSE
