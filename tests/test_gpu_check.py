@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="needs GNU's timeout")
 ROOT = Path(__file__).parents[1]
 SMI = """#!/bin/sh
 [ "$1" = -L ] && echo "GPU 0: Pretend (UUID: GPU-0)" || echo "Pretend, 80000 MiB, 570.1"
