@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 WARM_UPS = 3
 """Runs before recording, in which libraries choose their kernels and take their memory."""
+SETTINGS = {bool, int, float, str, tuple, FunctionType, MethodType, partial}
+"""Types of a layer's attributes that its work may depend on, such as `eps`, or a `forward` of the user's own."""
 
 
 class Backend(Protocol):
@@ -41,16 +45,20 @@ class CudaGraphs:
         return None if device.type == "cuda" else f"it is on {device}, and only CUDA devices have graphs"
 
     def record(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-        """Each graph has memory of its own: no replay can write where another's result lies."""
+        """Each graph has memory of its own: no replay can write where another's result lies.
+
+        The stream is named, as torch's own choice is one of the device that recorded first in the process. Where a
+        recording fails, torch leaves its stream the current one; so the present one is put back here.
+        """
         with torch.cuda.device(device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
+            present, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(present)
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UPS):
                     work()
-            torch.cuda.current_stream().wait_stream(aside)
+            present.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.stream(present), torch.cuda.graph(graph, stream=aside):
                 output = work()
         return graph.replay, output
 
@@ -82,9 +90,9 @@ class StepGraph(Body):
     """Stands in the place of a UNet's `predict`: records it for each kind of input, and replays it.
 
     A recording reads the weights where they lie. So it holds as long as every weight stays at its address (what is
-    written into it there is seen) and modules and forms of attention stay the same; all this is compared before each
-    replay, and what has changed is recorded anew. Where recording is impossible, the UNet runs as without it, and the
-    reason is logged once.
+    written into it there is seen) and modules, their settings and forms of attention, and torch's switches of kernels
+    and precision stay the same; all this is compared before each replay, and what has changed is recorded again. Where
+    recording is impossible, the UNet runs as without it, and the reason is logged once.
 
     Args:
         network: the UNet.
@@ -167,7 +175,7 @@ class StepGraph(Body):
 
 
 def state_of_graph(network: nn.Module) -> tuple[Any, ...]:
-    """List what a recording has taken for granted: layers, forms of attention, and where the weights lie."""
+    """List what a recording has taken for granted: layers and their settings, where the weights are, and switches."""
     layers = layers_of(network)
     forms = [layer.attn_fn for layer in layers if isinstance(layer, MultiHeadAttention)]
     weights = [
@@ -176,4 +184,19 @@ def state_of_graph(network: nn.Module) -> tuple[Any, ...]:
         for weight in (*layer._parameters.values(), *layer._buffers.values())
         if weight is not None
     ]
-    return layers, forms, weights, torch.are_deterministic_algorithms_enabled()
+    settings = [value for layer in layers for value in vars(layer).values() if type(value) in SETTINGS]
+    return layers, forms, weights, settings, switches()
+
+
+def switches() -> tuple[Any, ...]:
+    """List torch's own switches that choose a kernel or its precision."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    kernels = (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
+    parts = cuda.matmul, getattr(cudnn, "conv", cudnn)
+    precision = [getattr(part, "fp32_precision", None) or part.allow_tf32 for part in parts]
+    return *kernels, *precision, cudnn.enabled, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()

@@ -218,6 +218,9 @@ class Components:
         Args:
             gpu_id: which of several devices of that type.
             device: where to work.
+
+        Raises:
+            ValueError: a device that does not exist, or two different ones.
         """
         self._start_offloading(gpu_id, device)
         self._offload_whole = True
@@ -228,6 +231,9 @@ class Components:
         Args:
             gpu_id: which of several devices of that type.
             device: where to work.
+
+        Raises:
+            ValueError: a device that does not exist, or two different ones.
         """
         self._start_offloading(gpu_id, device)
         target = self.execution_device
@@ -258,6 +264,10 @@ class Components:
             device = torch.device(device.type, gpu_id)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device must be one that exists, got {device}: torch sees no CUDA device")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # AssertionError where torch was built without such devices
+            raise ValueError(f"device must be one that exists, got {device}; name one that torch sees") from error
         self.remove_all_hooks()
         for network in self.networks.values():
             network.to("cpu")

@@ -182,7 +182,7 @@ def depth_image(disparity: Tensor, bits: Literal[8, 16] = 16) -> Image.Image:
     Raises:
         ValueError: more than one map, or not finite.
     """
-    maps = read_depth(disparity, "disparity").detach().double().cpu().numpy()
+    maps = read_depth(disparity, "disparity").detach().cpu().double().numpy()  # Apple's devices have no float64
     if len(maps) > 1:
         raise ValueError(f"disparity must be one map, got {len(maps)}; pass them one at a time")
     values = maps[0] - maps.min()

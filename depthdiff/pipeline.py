@@ -337,11 +337,11 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
     @torch.no_grad()
     @uses_weights
     def decode(self, latents: Tensor, output_type: Literal["pil", "np", "pt", "latent"] = "pil") -> Any:
-        """Turn clean latents (B, 4, h, w) into pictures of the kind that `output_type` names (see `__call__`)."""
+        """Turn latents (B, 4, h, w) on any device into pictures, of the kind of `output_type` (see `__call__`)."""
         check_output_type(output_type)
         if output_type == "latent":
             return check_finite(latents, "the latents")
-        vae, scaled = self._at_work("vae"), latents / self.vae.config.scaling_factor
+        vae, scaled = self._at_work("vae"), latents.to(self.execution_device) / self.vae.config.scaling_factor
         return from_pixels(finite("vae", vae, lambda net: net.decode(scaled.to(net.dtype)).sample, scaled), output_type)
 
     @torch.no_grad()

@@ -1,8 +1,5 @@
 """The benchmark runs, and its table has what it promises; numbers themselves are those of the machine."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from bench import meters, peak, warm
@@ -14,7 +11,6 @@ from depthdiff.models.plain import fuses_bfloat16, fuses_linear
 pytest.importorskip("diffusers")
 import benchmark
 
-ROOT = Path(__file__).parent.parent
 COST = {
     "text": "text, two prompts",
     "unet": "UNet, one picture with guidance",
@@ -150,7 +146,3 @@ def test_capturing_needs_a_gpu(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--device", "cpu", "--capture"])
     assert "--capture needs a GPU" in capsys.readouterr().err
-
-
-def test_gpu_check_is_a_script():
-    subprocess.run(["bash", "-n", ROOT / "scripts" / "gpu_check.sh"], check=True)

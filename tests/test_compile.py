@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthdiff import PNDMScheduler
 from depthdiff.capture import CudaGraphs, StepGraph
@@ -242,6 +243,26 @@ def test_what_is_recorded_anew(pipe, small_photo, rerun, tmp_path):
     assert [counts(), counts()] == [1, 0]
     pipe.unet.conv_out = copy.deepcopy(pipe.unet.conv_out)
     assert [counts(), counts()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        lambda: torch.backends.cudnn.flags(enabled=True, benchmark=True),
+        lambda: torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        lambda: sdpa_kernel(SDPBackend.MATH),
+    ],
+    ids=["benchmark", "tf32", "kernel"],
+)
+def test_torchs_switches_are_recorded_with_the_step(pipe, small_photo, rerun, switch):
+    """What chooses a kernel at the time of the recording could not choose another one later."""
+    pipe.capture()
+    expected = paint(pipe, small_photo)
+    with switch():
+        paint(pipe, small_photo)
+    assert rerun.records == 2
+    assert np.array_equal(paint(pipe, small_photo), expected)
+    assert rerun.records == 3
 
 
 def test_a_network_in_the_place_of_another(pipe, small_photo, rerun):

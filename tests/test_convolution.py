@@ -301,10 +301,18 @@ def test_layout_chosen_in_inference_mode_can_be_trained():
 
 
 def test_layout_of_another_device():
-    """Weights that only wait on the processor for a GPU keep their layout in float32."""
+    """Weights that only wait on the processor for a GPU keep their layout in float32, or get it back."""
     vae = AutoencoderKL.from_config(VAE)
+    plain = {name: weight.stride() for name, weight in vae.named_parameters()}
     vae.use_fast_layout(torch.device("cuda"))
-    assert vae.encoder.conv_in.weight.is_contiguous()
+    assert plain == {name: weight.stride() for name, weight in vae.named_parameters()}
+    vae.use_fast_layout()
+    assert not vae.encoder.conv_in.weight.is_contiguous()
+    vae.use_fast_layout(torch.device("cuda"))
+    assert plain == {name: weight.stride() for name, weight in vae.named_parameters()}
+    vae.to(memory_format=torch.channels_last)
+    vae.use_fast_layout(torch.device("cuda"))
+    assert not vae.encoder.conv_in.weight.is_contiguous(), "a layout that the user chose for all stays"
 
 
 @torch.no_grad()

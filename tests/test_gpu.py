@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from depthdiff.capture import CudaGraphs
 from depthdiff.models.attention import math_attention, sdpa_attention
 
 pytestmark = pytest.mark.gpu
@@ -37,6 +38,27 @@ def test_recorded_equals_plain(pipe, small_photo, dtype):
     pipe.release_capture()
     np.testing.assert_allclose(other, paint(pipe, small_photo), atol=1e-3)
     assert np.abs(other - expected[0]).max() > 1e-2
+
+
+def test_a_recording_that_fails_leaves_the_present_stream():
+    """The UNet runs on it without a recording then, after what came before."""
+    x, present = torch.ones(3, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(present):
+        with pytest.raises(RuntimeError):
+            CudaGraphs().record(lambda: x * x.sum().item(), x.device)
+        assert torch.cuda.current_stream() == present
+    assert (x + 1).tolist() == [2, 2, 2]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_recordings_on_two_devices():
+    for device in (torch.device("cuda", 0), torch.device("cuda", 1)):
+        x = torch.ones(3, device=device)
+        replay, output = CudaGraphs().record(lambda x=x: 2 * x, device)
+        x.fill_(5)
+        replay()
+        assert output.tolist() == [10, 10, 10]
 
 
 @pytest.mark.parametrize("form", ["sdpa", "efficient", "sliced", "math"])

@@ -204,8 +204,9 @@ def load_components(
     told = [] if "unet" in overrides else ["unet/config.json", "scheduler/scheduler_config.json"]
     folder = fetch(name_or_path, ["model_index.json"], optional=told, **where)
     where["revision"] = commit_of(folder) or where.get("revision")  # so that all files are of one state
-    index = read_json(folder / "model_index.json")
-    refuse_other_kinds(name_or_path, index, *(folder / name for name in told))
+    with naming_the_cache(folder):
+        index = read_json(folder / "model_index.json")
+        refuse_other_kinds(name_or_path, index, *(folder / name for name in told))
     kinds = {name: component_class(name, index, name_or_path) for name in SLOTS if name not in overrides}
     folder = fetch_components(name_or_path, kinds, variant, use_safetensors, where)
     parts = dict(overrides)

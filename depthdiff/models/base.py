@@ -198,22 +198,29 @@ class Model(nn.Module):
         """Lay convolutions out with the channels last, where they are faster so: in half precision, and on a processor.
 
         On a processor float32 weights stay as they are, since torch rearranges them anyway, but for the first
-        convolutions: their results, and what follows, have the layout of their weights. The depth net's backbone makes
-        its filters anew at every use and keeps torch's layout.
+        convolutions: their results, and what follows, have the layout of their weights. On another device these get
+        the layout of the other convolutions back. The depth net's backbone makes its filters anew at every use and
+        keeps torch's layout.
 
         Args:
             device: where the network is to work; that of its weights if absent.
         """
-        half = self.dtype in (torch.float16, torch.bfloat16)
-        processor = (device or self.device).type == "cpu"
-        for layer in layers_of(self):
-            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-                rearranged = half or (processor and layer.in_channels <= IMAGE_CHANNELS)
-                if rearranged and not layer.weight.is_contiguous(memory_format=torch.channels_last):
-                    before = layer.weight.data
-                    with torch.inference_mode(False):  # weights made in inference mode could not be trained later
-                        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-                    give_back_unwritten(before)  # what is mapped from a file would count twice
+        convolutions = [layer for layer in layers_of(self) if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
+        first = [layer for layer in convolutions if layer.in_channels <= IMAGE_CHANNELS]
+        if self.dtype in (torch.float16, torch.bfloat16):
+            wanted, changed = torch.channels_last, convolutions
+        elif (device or self.device).type == "cpu":
+            wanted, changed = torch.channels_last, first
+        else:  # first ones that were rearranged for a processor
+            others = (layer for layer in convolutions if layer.in_channels > IMAGE_CHANNELS)
+            wanted = torch.contiguous_format
+            changed = first if all(layer.weight.is_contiguous() for layer in others) else []
+        for layer in changed:
+            if not layer.weight.is_contiguous(memory_format=wanted):
+                before = layer.weight.data
+                with torch.inference_mode(False):  # weights made in inference mode could not be trained later
+                    layer.to(memory_format=wanted)  # type: ignore[call-overload]
+                give_back_unwritten(before)  # what is mapped from a file would count twice
 
     def num_parameters(self) -> int:
         """Count the weights."""

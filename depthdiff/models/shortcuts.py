@@ -7,6 +7,7 @@ Letters: B batch, C channels, H and W height and width of a feature map, N = HW 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from torch import Generator, Tensor
 
 SEED = 0
 """Of the destinations that tokens merge into; every run draws the same ones."""
+DRAWS = 256
+"""Calls for which destinations are drawn at a time, so that the host rarely waits for a copy to the device."""
 
 
 @dataclass
@@ -99,6 +102,7 @@ class TokenMerging:
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
         self.generator = Generator().manual_seed(SEED)
+        self.drawn: dict[tuple[int, int, torch.device], Iterator[Tensor]] = {}
 
     def group(self, tokens: Tensor, size: torch.Size) -> Groups | None:
         """Group the tokens (B, HW, C) of a feature map of `size` (H, W); None where nothing is to be merged."""
@@ -121,10 +125,20 @@ class TokenMerging:
     def _split(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Draw one token of every whole 2x2 as destination; return the places of these and of all others."""
         rows, columns = height // 2, width // 2
-        drawn = torch.randint(4, (rows, columns), generator=self.generator)
-        y = 2 * torch.arange(rows)[:, None] + drawn // 2
-        x = 2 * torch.arange(columns) + drawn % 2
+        drawn = self._draw(rows, columns, device)
+        y = 2 * torch.arange(rows, device=device)[:, None] + drawn // 2
+        x = 2 * torch.arange(columns, device=device) + drawn % 2
         destinations = (y * width + x).flatten()
-        is_source = torch.ones(height * width, dtype=torch.bool)
-        is_source[destinations] = False
-        return destinations.to(device), is_source.nonzero().flatten().to(device)
+        is_destination = torch.zeros(height * width, dtype=torch.uint8, device=device)
+        is_destination = is_destination.index_fill(0, destinations, 1)
+        return destinations, is_destination.argsort(stable=True)[: height * width - len(destinations)]
+
+    def _draw(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Draw (rows, columns) whole numbers below 4."""
+        place = rows, columns, device
+        drawn = next(self.drawn.get(place, iter(())), None)
+        if drawn is None:
+            draws = torch.randint(4, (DRAWS, rows, columns), generator=self.generator, device="cpu", dtype=torch.uint8)
+            self.drawn[place] = iter(draws.to(device).unbind())
+            drawn = next(self.drawn[place])
+        return drawn

@@ -63,7 +63,7 @@ class Scheduler(ABC):
         settings |= zip(names, values, strict=False)
         self.config: Any = self.config_class(given=frozenset(given), **settings)
         self.betas, self.alphas_cumprod = self.config.betas(), self.config.alphas_cumprod()
-        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
+        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, device="cpu")
         self.num_inference_steps: int | None = None
         self._plan: Any = None
         self._begin: int | None = None
@@ -165,7 +165,8 @@ class Scheduler(ABC):
     @property
     def final_alpha_cumprod(self) -> Tensor:
         """ᾱ behind the last step, where the config says how clean that is."""
-        return torch.tensor(1.0) if self.config.get("set_alpha_to_one", True) else self.alphas_cumprod[0]
+        to_one = self.config.get("set_alpha_to_one", True)
+        return torch.tensor(1.0, device="cpu") if to_one else self.alphas_cumprod[0]
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Start a run of N steps; `timesteps` is then what the network is to see."""

@@ -65,7 +65,7 @@ class DDIMPlan(Plan):
         """Return ᾱ of a timestep, which may lie behind the last one."""
         if timestep >= 0:
             return self.alphas_cumprod[int(timestep)]
-        return torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+        return torch.tensor(1.0, device="cpu") if self.config.set_alpha_to_one else self.alphas_cumprod[0]
 
     def add_noise(self, clean: Tensor, noise: Tensor) -> Tensor:
         """See `Plan`."""

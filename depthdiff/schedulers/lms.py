@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from depthdiff.schedulers.base import Scheduler
-from depthdiff.schedulers.plan import Plan, SchedulerConfig, StepResult, spaced
+from depthdiff.schedulers.plan import TABLE, Plan, SchedulerConfig, StepResult, spaced
 
 ORDER = 4
 KARRAS_RHO = 7.0
@@ -160,5 +160,5 @@ class LMSDiscreteScheduler(Scheduler):
         largest = float(sigmas.max())
         start = largest if config.timestep_spacing in ("linspace", "trailing") else (largest**2 + 1) ** 0.5
         timesteps = torch.tensor(numbers[skipped:].copy(), dtype=torch.float32, device=device)
-        ending = torch.tensor(np.append(sigmas, 0.0), dtype=torch.float32)
+        ending = torch.tensor(np.append(sigmas, 0.0), **TABLE)
         return LMSPlan(timesteps, start, tuple(timesteps.tolist()), config, ending, skipped)

@@ -28,6 +28,8 @@ DEFAULTED = "_use_default_values"
 """The key under which diffusers lists what a config does not say itself."""
 
 MAX_BETA = 0.999
+TABLE: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Kind of the tables of constants, whatever torch's default device is: their numbers serve latents on any device."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,21 @@ class SchedulerConfig(Config):
         return torch.cumprod(1.0 - self.betas(), dim=0)
 
     def betas(self) -> Tensor:
-        """Compute the variance that each training timestep adds: (T,), float32.
+        """Compute the variance that each training timestep adds: (T,), float32, on the CPU.
 
         Source: arXiv:2006.11239, sec. 4 (linear); CompVis/latent-diffusion, ldm/modules/diffusionmodules/util.py,
             `make_beta_schedule` (scaled_linear: linear in the square root); arXiv:2102.09672, eq. 17 (squared cosine).
         """
         count = self.num_train_timesteps
         if self.trained_betas is not None:
-            return torch.tensor(self.trained_betas, dtype=torch.float32)
+            return torch.tensor(self.trained_betas, **TABLE)
         if self.beta_schedule == "linear":
-            return torch.linspace(self.beta_start, self.beta_end, count, dtype=torch.float32)
+            return torch.linspace(self.beta_start, self.beta_end, count, **TABLE)
         if self.beta_schedule == "scaled_linear":
-            return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, count, dtype=torch.float32) ** 2
+            return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, count, **TABLE) ** 2
         signal = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
         betas = [min(1 - after / before, MAX_BETA) for before, after in itertools.pairwise(signal)]
-        return torch.tensor(betas, dtype=torch.float32)
+        return torch.tensor(betas, **TABLE)
 
 
 @dataclass(frozen=True)
