@@ -7,6 +7,7 @@ scale remains a number that may change from step to step, and half precision rou
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -78,12 +79,14 @@ class Recording:
             sample, time, *rest = self.inputs
             context = [KeysValues(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
             self.replay, self.output = backend.record(lambda: body(sample, time, context), sample.device)
+        self.lock = threading.Lock()
 
     def run(self, inputs: list[Tensor]) -> Tensor:
-        """Replay it on inputs; the result is the caller's."""
-        torch._foreach_copy_(self.inputs, inputs)
-        self.replay()
-        return self.output.clone()
+        """Replay it on inputs, for one thread at a time; the result is the caller's."""
+        with self.lock:
+            torch._foreach_copy_(self.inputs, inputs)
+            self.replay()
+            return self.output.clone()
 
 
 class StepGraph(Body):
