@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from depthdiff.checks import plain
 from depthdiff.config import Config, Output
 from depthdiff.image import ImageInput, read_images
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FILE = "preprocessor_config.json"
+MAX_SIDE = 2**14
+"""Pixels of a side to resize to."""
+
 TYPES = (None, "DPTImageProcessor", "DPTImageProcessorFast", "DPTImageProcessorPil", "DPTFeatureExtractor")
 
 
@@ -51,6 +55,8 @@ class DPTImageProcessorConfig(Config):
         "do_pad": (None, False),
     }
 
+    POSITIVE: ClassVar[tuple[str, ...]] = ("image_std",)
+
     do_resize: bool = True
     size: Mapping[str, int] | int = field(default_factory=lambda: {"height": 384, "width": 384})
     keep_aspect_ratio: bool = False
@@ -63,10 +69,14 @@ class DPTImageProcessorConfig(Config):
     image_std: tuple[float, ...] | float = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, int):
-            object.__setattr__(self, "size", {"height": self.size, "width": self.size})
-        if sorted(self.size) != ["height", "width"] or min(self.size.values()) < 1:  # type: ignore[union-attr,arg-type]
-            raise ValueError(f"size must hold a positive height and width, got {self.size!r}")
+        super().__post_init__()
+        size = {"height": self.size, "width": self.size} if isinstance(self.size, int) else dict(self.size)
+        sides = {name: plain(side) for name, side in size.items()}
+        if sides.keys() != {"height", "width"} or not all(type(side) is int and side > 0 for side in sides.values()):
+            raise ValueError(f"size must hold a positive height and width, got {str(size)[:80]}")
+        if max(sides.values()) > MAX_SIDE:
+            raise ValueError(f"size must hold a height and a width up to {MAX_SIDE} pixels, got {str(size)[:80]}")
+        object.__setattr__(self, "size", sides)
         if self.resample not in range(6) or self.ensure_multiple_of < 1:
             raise ValueError(
                 "resample must be in 0..5 and ensure_multiple_of at least 1, "
