@@ -38,6 +38,12 @@ def show(value: object) -> str:
     return f"{kind} {value!r}" if isinstance(value, (int, float, complex, str, np.generic)) else kind
 
 
+def brief(value: object) -> str:
+    """Describe a wrong choice: as it is written where that is short, else as `show` does."""
+    short = isinstance(value, (str, bool, float, type(None))) or (isinstance(value, int) and abs(value) < 1e18)
+    return repr(value) if short and not (isinstance(value, str) and len(value) > 40) else show(value)
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """Say which known name an unknown one may have meant: `; did you mean 'x'?`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
@@ -50,7 +56,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Turn a real number or truth value of numpy or torch without dimensions into Python's; return all else as it is."""
+    """Turn a real number or truth value of numpy or torch of no dimension into Python's; return the rest as it is."""
     if isinstance(value, Tensor):
         return value.item() if value.ndim == 0 and is_dense(value) and not value.is_complex() else value
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 and value.dtype.kind in "buif":
@@ -59,16 +65,12 @@ def plain(value: Any) -> Any:
 
 
 @overload
-def check_number(
-    name: str, value: object, low: float = ..., high: float = ..., *, whole: Literal[True], source: str = ...
-) -> int: ...
+def check_number(name: str, value: object, low: float = ..., high: float = ..., *, whole: Literal[True]) -> int: ...
 @overload
+def check_number(name: str, value: object, low: float = ..., high: float = ..., *, whole: bool = ...) -> Any: ...
 def check_number(
-    name: str, value: object, low: float = ..., high: float = ..., *, whole: bool = ..., source: str = ...
-) -> float: ...
-def check_number(
-    name: str, value: object, low: float = -math.inf, high: float = math.inf, *, whole: bool = False, source: str = ""
-) -> float:
+    name: str, value: object, low: float = -math.inf, high: float = math.inf, *, whole: bool = False
+) -> Any:
     """Return a finite number (or whole number) from `low` to `high` as Python's own.
 
     Args:
@@ -77,7 +79,6 @@ def check_number(
         low: the least.
         high: the largest.
         whole: whether it must be an int.
-        source: where the limits come from, such as "which the network has".
 
     Raises:
         TypeError: not a number.
@@ -94,7 +95,7 @@ def check_number(
         else:
             limits = f"at least {least}" if high == math.inf else f"in [{least}, {largest}]"
         found = show(number) if isinstance(number, int) and number.bit_length() > 1000 else repr(number)
-        raise ValueError(f"{name} must be {limits}{f', {source}' if source else ''}, got {found}")
+        raise ValueError(f"{name} must be {limits}, got {found}")
     return number
 
 
@@ -108,6 +109,22 @@ def check_flag(name: str, value: object) -> bool:
     if not isinstance(flag, bool):
         raise TypeError(f"{name} must be True or False, got {show(value)}")
     return flag
+
+
+def check_places(**places: object) -> None:
+    """Refuse options of loading of a wrong type; see `depthdiff.checkpoint.hub.fetch` for what they mean.
+
+    Raises:
+        TypeError: always names the option.
+        ValueError: a name that no file system can hold.
+    """
+    for name, value in places.items():
+        if name in ("local_files_only", "force_download"):
+            check_flag(name, value)
+        elif name == "cache_dir" and value is not None:
+            check_path(name, value)
+        elif name in ("subfolder", "revision") or (name == "token" and not isinstance(plain(value), bool)):
+            check_text(name, value)
 
 
 def check_text(name: str, value: object) -> None:

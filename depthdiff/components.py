@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import warnings
@@ -17,20 +16,18 @@ from depthdiff.cache import Cache
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.loading import load_components
 from depthdiff.checkpoint.saving import save_components
+from depthdiff.checks import FLOATS, check_device, check_flag, check_number, check_path, nearest, show
+from depthdiff.forks import Workers
 from depthdiff.models.attention import AttentionName
 from depthdiff.models.base import Model
 from depthdiff.models.visits import Visit
+from depthdiff.parts import MEMORY_FORMATS, check_part, parse_move
+from depthdiff.progress import check_bar
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known name an unknown one may have meant: `; did you mean 'x'?`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Components:
@@ -44,6 +41,7 @@ class Components:
 
     def __init__(self, **components: Any) -> None:
         for name in self.NAMES:
+            check_part(name, components[name])
             setattr(self, name, components[name])
         self.name_or_path: str | None = None
         self.cache = Cache()
@@ -51,6 +49,7 @@ class Components:
         self._offload_device: torch.device | None = None
         self._offload_whole = False
         self._hooks: list[RemovableHandle] = []
+        self._workers = Workers()
 
     @property
     def components(self) -> dict[str, Any]:
@@ -97,7 +96,9 @@ class Components:
             force_download: ignore the cache.
             use_safetensors: True for these alone, False for pickles (`.bin`) alone, None for pickles where there is
                 nothing else. Of a pickle, nothing but tensors is read, and nothing is run.
-            low_cpu_mem_usage: of no effect: loading never holds the weights twice.
+            low_cpu_mem_usage: False reads the weights into memory of the process's own. Otherwise those that keep their
+                dtype are mapped from the files, and another program that cuts such a file off in its place ends this
+                process (SIGBUS); no form holds the weights twice.
             **components: ready components by name, used instead of the checkpoint's, such as `scheduler=...`.
 
         Raises:
@@ -105,6 +106,8 @@ class Components:
             TypeError: an unknown argument.
             ValueError: an argument that no file can have.
         """
+        for name in components.keys() & set(cls.NAMES):
+            check_part(name, components[name])
         for name in sorted(components.keys() - set(cls.NAMES)):
             if components.pop(name) is not None:
                 raise TypeError(f"from_pretrained got an unknown argument {name!r}{nearest(name, cls.NAMES)}")
@@ -123,6 +126,7 @@ class Components:
             local_files_only=local_files_only,
             force_download=force_download,
             use_safetensors=use_safetensors,
+            copy=not (low_cpu_mem_usage is None or check_flag("low_cpu_mem_usage", low_cpu_mem_usage)),
         )
         pipeline = cls(**parts)
         pipeline.name_or_path = os.fspath(pretrained_model_name_or_path)
@@ -143,6 +147,7 @@ class Components:
             variant: put into the names of the weight files, such as "fp16".
             max_shard_size: bytes, or text such as "5GB"; larger weights are split into shards with an index.
         """
+        check_path("save_directory", save_directory)
         save_components(
             self.components,
             save_directory,
@@ -173,12 +178,20 @@ class Components:
         """Move and cast all networks, as `torch.nn.Module.to` does: a device, a dtype, or both.
 
         Raises:
-            ValueError: the networks are being offloaded; a plain move would undo that.
+            TypeError: neither a device nor a dtype.
+            ValueError: a device that is not here, or on which nothing is computed ("meta" would drop the weights); a
+                dtype in which nothing is; or the networks are being offloaded, which a plain move would undo.
         """
         kwargs.pop("silence_dtype_warnings", None)
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        device, dtype, _, memory_format = parse_move(args, kwargs)
+        if dtype not in (None, *FLOATS):
+            raise ValueError(f"dtype must be a floating-point torch dtype, got {dtype}")
+        if memory_format not in MEMORY_FORMATS:
+            raise ValueError(f"memory_format must be one of {MEMORY_FORMATS[1:]}, got {memory_format}")
         if self._offload_device is not None and device is not None and device.type != "cpu":
             raise ValueError(f"device {device} clashes with CPU offloading, which is on; call remove_all_hooks() first")
+        if device is not None:
+            check_device("device", device)
         for network in self.networks.values():
             network.to(*args, **kwargs)
         return self
@@ -222,8 +235,13 @@ class Components:
                 network.to("cpu")
 
     def _start_offloading(self, gpu_id: int | None, device: torch.device | str) -> None:
+        if torch.cuda.is_available() or str(device).partition(":")[0] != "cuda":
+            check_device("device", device)
+        if not isinstance(device, (str, torch.device)):
+            raise TypeError(f"device must be a device such as 'cuda', got {show(device)}")
         device = torch.device(device)
         if gpu_id is not None:
+            gpu_id = check_number("gpu_id", gpu_id, 0, 127, whole=True)
             if device.index is not None and device.index != gpu_id:
                 raise ValueError(f"gpu_id {gpu_id} and device {device} name different devices; give one of them")
             device = torch.device(device.type, gpu_id)
@@ -236,9 +254,9 @@ class Components:
 
     def _at_work(self, name: str) -> Any:
         """Return a network, brought to the device where it is to work; with whole offloading the others leave it."""
+        self._need(name)
+        self._workers.enter()
         network = getattr(self, name)
-        if network is None:
-            raise ValueError(f"the pipeline has no {name}, which this call needs; load one and pass it as {name}=...")
         if self._offload_whole:
             for other in self.networks.values():
                 if other is not network:
@@ -246,6 +264,23 @@ class Components:
             network.to(self.execution_device)
         network.use_fast_layout(self.execution_device)
         return network
+
+    def _need(self, *names: str) -> None:
+        """Refuse to begin work without these components, or with one whose weights are not there.
+
+        Raises:
+            TypeError: what was assigned is no such component.
+            ValueError: there is none, or it is on the meta device.
+        """
+        for name in names:
+            part = getattr(self, name)
+            if part is None:
+                raise ValueError(
+                    f"the pipeline has no {name}, which this call needs; load one and pass it as {name}=..."
+                )
+            check_part(name, part)
+            if isinstance(part, Model) and part.device.type == "meta":
+                raise ValueError(f"{name} must have weights, got one on the meta device, which holds none; load it")
 
     # Memory and speed
 
@@ -300,8 +335,16 @@ class Components:
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """Wrap an iterable, or count to `total`, in tqdm's bar with the settings of `set_progress_bar_config`."""
+        if iterable is not None and not isinstance(iterable, Iterable):
+            raise TypeError(f"iterable must be one, or None, got {show(iterable)}")
+        total = total if total is None else check_number("total", total, 0, whole=True)
         return tqdm(iterable, **{"total": total, **self._progress_bar_config})
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Set tqdm's arguments for the bars of this pipeline, such as `disable=True`."""
+        """Set tqdm's arguments for the bars of this pipeline, such as `disable=True`.
+
+        Raises:
+            TypeError: tqdm has no such argument, or not of this type.
+        """
+        check_bar(kwargs)
         self._progress_bar_config = kwargs

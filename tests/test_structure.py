@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ALLOWED = {
     "models": {"checks", "config", "noise", "models"},
     "schedulers": {"checks", "config", "noise", "schedulers"},
-    "sampler": {"schedulers"},
+    "sampler": {"checks", "schedulers"},
     "checks": set(),
     "config": {"checks"},
     "noise": {"checks"},

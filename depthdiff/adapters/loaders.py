@@ -20,8 +20,7 @@ from depthdiff.adapters.names import COMPONENTS
 from depthdiff.adapters.saving import lora_state, prefixed, write_layers
 from depthdiff.adapters.textual_inversion import TextualInversion
 from depthdiff.adapters.weights import Weight, check_components, check_weight, component_weight, scaled
-from depthdiff.components import nearest
-from depthdiff.inputs import check_number
+from depthdiff.checks import check_flag, check_names, check_number, check_path, check_text, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +75,7 @@ class Adapters(TextualInversion, Merging):
             CheckpointError: the file is missing or damaged, or made for another model; nothing has changed then.
             ValueError: the name is taken.
         """
+        check_text("adapter_name", adapter_name)
         free = next(name for name in map("default_{}".format, itertools.count()) if name not in self._loras)
         name = free if adapter_name is None else adapter_name
         if name in self._loras and not hotswap:
@@ -84,6 +84,7 @@ class Adapters(TextualInversion, Merging):
             settings: dict[str, Any] = {}
             state, source = pretrained_model_name_or_path_or_dict, f"adapter {name!r}"
         else:
+            check_path("the adapter's name", pretrained_model_name_or_path_or_dict)
             path = find_file(
                 pretrained_model_name_or_path_or_dict,
                 LORA_FILES,
@@ -197,7 +198,8 @@ class Adapters(TextualInversion, Merging):
         """
         names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
         components = check_components(components)
-        check_number("lora_scale", lora_scale, -1e6, 1e6)
+        lora_scale = check_number("lora_scale", lora_scale, -1e6, 1e6)
+        safe_fusing = check_flag("safe_fusing", safe_fusing)
         if not names:
             raise ValueError("fuse_lora needs an adapter, and none is active; call load_lora_weights first")
         before = {component: list(fused) for component, fused in self._fused.items()}
@@ -283,7 +285,7 @@ class Adapters(TextualInversion, Merging):
             self._merge_all()
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
-        names = [names] if isinstance(names, str) else list(names)
+        names = check_names("adapter_names", names)
         for name in names:
             if name not in self._loras:
                 loaded = ", ".join(map(repr, self._loras)) or "none"

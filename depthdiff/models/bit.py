@@ -41,7 +41,13 @@ class BitConfig(Config):
     out_features: tuple[str, ...] | None = None
 
     COUNTS: ClassVar[tuple[str, ...]] = ("depths",)
-    POSITIVE: ClassVar[tuple[str, ...]] = ("num_channels", "embedding_size", "hidden_sizes", "num_groups", "width_factor")
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        "num_channels",
+        "embedding_size",
+        "hidden_sizes",
+        "num_groups",
+        "width_factor",
+    )
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "model_type": ("bit",),
         "layer_type": ("bottleneck",),

@@ -64,6 +64,8 @@ class AutoencoderKLConfig(Config):
         for name in ("down_block_types", "up_block_types"):
             if len(self[name]) != levels or not levels:
                 raise ValueError(f"{name} must name {levels} blocks, one a level, got {len(self[name])}")
+        if self.sample_size == ():
+            raise ValueError("sample_size must be a number or two, got none")
         for channels in self.block_out_channels:
             if self.norm_num_groups < 1 or channels < 1 or channels % self.norm_num_groups:
                 raise ValueError(

@@ -83,7 +83,7 @@ class Scheduler(ABC):
         self.config: Any = self.config_class(given=frozenset(given), **settings)
         self.betas, self.alphas_cumprod = self.config.betas(), self.config.alphas_cumprod()
         if not self.alphas_cumprod.isfinite().all():
-            raise ValueError("beta_end must leave some of the image where betas are to be rescaled, got pure noise; lower it")
+            raise ValueError("beta_end must leave some of the image for betas to be rescaled; lower it")
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
         self.num_inference_steps: int | None = None
         self._plan: Any = None
@@ -229,7 +229,8 @@ class Scheduler(ABC):
             raise ValueError("call set_timesteps before step: no run was started")
         check_pair("model_output", model_output, "sample", sample)
         check_generators("generator", generator)
-        eta, use_clipped = check_number("eta", eta, 0, 1), check_flag("use_clipped_model_output", use_clipped_model_output)
+        use_clipped = check_flag("use_clipped_model_output", use_clipped_model_output)
+        eta = check_number("eta", eta, 0, 1)
         return_dict, number = check_flag("return_dict", return_dict), self._number(timestep)
         plan, index = self._tuned(eta, use_clipped), self._find(number)
         plan.check_state(self._state, sample)

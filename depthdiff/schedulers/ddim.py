@@ -131,8 +131,8 @@ class DDIMScheduler(Scheduler):
         count, offset = self.config.num_train_timesteps, self.config.steps_offset
         if numbers and numbers[0] >= count:
             raise ValueError(
-                f"num_inference_steps must be lower where steps_offset is {offset}, got {num_inference_steps}: they lead "
-                f"to timestep {numbers[0]}, the last is {count - 1}"
+                f"num_inference_steps must be lower where steps_offset is {offset}, got {num_inference_steps}: they "
+                f"lead to timestep {numbers[0]}, the last is {count - 1}"
             )
         stride = count // num_inference_steps
         timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)

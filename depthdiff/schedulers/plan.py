@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from depthdiff.checks import check_number, check_tensor
+from depthdiff.checks import brief, check_number, check_tensor
 from depthdiff.config import MAX_LENGTH, Config
 
 DEFAULTED = "_use_default_values"
@@ -57,6 +57,10 @@ class SchedulerConfig(Config):
     }
 
     def __post_init__(self) -> None:
+        for name, choices in self.CHOICES.items():
+            value = self[name]
+            if isinstance(value, (str, bool)) and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {brief(value)}")
         super().__post_init__()
         count, betas = self.num_train_timesteps, self.trained_betas or (self.beta_start, self.beta_end)
         check_number("num_train_timesteps", count, 1, MAX_LENGTH, whole=True)
@@ -178,7 +182,8 @@ class Plan(ABC):
         return self.advance(noise_pred, self.numbers[index], index, latents, state, generator)
 
     def check_state(self, state: Any, latents: Tensor) -> None:
-        """Refuse a state that is none of this plan's, or of latents of another shape."""
+        """Refuse a state that is none of this plan's, or of latents of another shape; a plan may have none at all."""
+        return
 
     def add_noise(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Make clean latents as noisy as the first step expects; a plan without steps leaves them clean.
@@ -245,8 +250,8 @@ def original_from(prediction_type: str, x: Tensor, out: Tensor, alpha_bar: Tenso
     if prediction_type == "epsilon":
         if alpha_bar == 0:
             raise ValueError(
-                "prediction_type must be 'v_prediction' or 'sample' where a step starts from pure noise, got 'epsilon'; "
-                "or leave out rescale_betas_zero_snr, or lower beta_end"
+                "prediction_type must be 'v_prediction' or 'sample' where a step starts from pure noise, got "
+                "'epsilon'; or leave out rescale_betas_zero_snr, or lower beta_end"
             )
         return (x - (1 - alpha_bar) ** 0.5 * out) / alpha_bar**0.5
     if prediction_type == "v_prediction":

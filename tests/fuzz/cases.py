@@ -209,7 +209,12 @@ def odd_bar(rng, name, value):
 def odd_load(rng, name, value):
     """A pipeline or network from a folder, with an odd name or option."""
     cls = rng.choice([StableDiffusionDepth2ImgPipeline, *NETWORKS, CLIPTokenizer, DPTImageProcessor, PNDMScheduler])
-    folder_of = {**CONFIGS, CLIPTokenizer: "tokenizer", DPTImageProcessor: "feature_extractor", PNDMScheduler: "scheduler"}
+    folder_of = {
+        **CONFIGS,
+        CLIPTokenizer: "tokenizer",
+        DPTImageProcessor: "feature_extractor",
+        PNDMScheduler: "scheduler",
+    }
     words = [*WHERE, "name"]
     if cls in NETWORKS or cls is StableDiffusionDepth2ImgPipeline:
         words += ["torch_dtype", "variant", "use_safetensors"]
@@ -283,7 +288,9 @@ def odd_prepare(rng, name, value):
 
 
 def odd_run(rng, name, value):
-    field = rng.choice(["plan", "latents", "context", "depth", "guidance_scale", "generator", "lora_scale", "shortcuts"])
+    field = rng.choice(
+        ["plan", "latents", "context", "depth", "guidance_scale", "generator", "lora_scale", "shortcuts"]
+    )
 
     def case(pipe, folder):
         run = pipe.prepare("a toy", picture(), num_inference_steps=2, strength=1.0, guidance_scale=2.0)
@@ -297,7 +304,7 @@ def odd_step(rng, name, value):
     solver = rng.choice([PNDMScheduler, DDIMScheduler, LMSDiscreteScheduler])
 
     def case(pipe, folder):
-        pipe.scheduler = solver(**{k: v for k, v in SCHEDULER.items() if k != "skip_prk_steps" or solver is PNDMScheduler}) if solver is not LMSDiscreteScheduler else solver()
+        pipe.scheduler = solver.from_config(SCHEDULER)
         run = pipe.prepare("a toy", picture(), num_inference_steps=3, strength=1.0)
         for step in pipe.denoise(run):
             step.latents = value
@@ -338,7 +345,7 @@ def odd_config(rng, name, value):
 
 def odd_tokenizer(rng, name, value):
     method = rng.choice(["__call__", "encode", "tokenize", "decode", "batch_decode", "convert_tokens_to_ids",
-                         "convert_ids_to_tokens", "add_words", "remove_words", "option", "option", "construct"])  # fmt: skip
+                         "convert_ids_to_tokens", "add_words", "remove_words", "option", "construct"])  # fmt: skip
     if method == "option":
         word = rng.choice(["padding", "truncation", "max_length", "return_tensors", "add_special_tokens"])
         return f"tokenizer({word}={name})", lambda pipe, folder: pipe.tokenizer(["a toy", "b"], **{word: value})
@@ -357,8 +364,9 @@ def odd_processor(rng, name, value):
         return f"processor({method}={name})", lambda pipe, folder: pipe.feature_extractor(picture(), value)
     if method == "sizes":
         output = depthdiff.models.dpt.DepthEstimatorOutput(torch.rand(1, 4, 4))
-        return f"post_process(target_sizes={name})", lambda pipe, folder: (
-            pipe.feature_extractor.post_process_depth_estimation(output, value)
+        return (
+            f"post_process(target_sizes={name})",
+            lambda pipe, folder: pipe.feature_extractor.post_process_depth_estimation(output, value),
         )
     if method == "output_size":
         return f"output_size({name}, 5)", lambda pipe, folder: pipe.feature_extractor.output_size(value, 5)

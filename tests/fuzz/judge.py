@@ -28,6 +28,8 @@ def judge(error):
         return None if isinstance(error, KINDS) else f"raises a {type(error).__name__} at {Path(path).name}:{line}"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return None  # the system's own word on a file, which names it
-    ours = [(frame.f_code.co_filename, line) for frame, line in frames if ROOT in Path(frame.f_code.co_filename).parents]
+    ours = [
+        (frame.f_code.co_filename, line) for frame, line in frames if ROOT in Path(frame.f_code.co_filename).parents
+    ]
     place = f"{Path(ours[-1][0]).name}:{ours[-1][1]}" if ours else "nowhere"
     return f"{type(error).__name__} at {place}: {' '.join(str(error).split())[:90]}"

@@ -1,6 +1,7 @@
-"""Random calls, most of them wrong: a result, or a clear error and a pipeline as before; nothing hangs, nothing is NaN."""
+"""Random calls, most of them wrong: a result or a clear error, and a pipeline as before; nothing hangs or is NaN."""
 
 import collections
+import functools
 import time
 import warnings
 
@@ -52,11 +53,13 @@ def facts(pipe):
     )
 
 
-def same(pipe, before):
-    """Return whether a pipeline is what it was."""
+def same(pipe, before, whole):
+    """Return whether a pipeline is what it was, its weights too if `whole`."""
     weights, rest = before
     if facts(pipe) != rest:
         return False
+    if not whole:
+        return True
     now = {f"{part}.{name}": x for part, net in pipe.networks.items() for name, x in net.state_dict().items()}
     return now.keys() == weights.keys() and all(torch.equal(x, weights[name]) for name, x in now.items())
 
@@ -84,7 +87,7 @@ class Count:
 
     def add(self, name, work):
         """Do the work; return whether it came to a result."""
-        start = time.perf_counter()
+        start, done = time.perf_counter(), False
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -92,15 +95,14 @@ class Count:
         except Exception as error:
             fault = judge(error)
             self.outcomes["clear" if fault is None else "unclear"] += 1
-            result = error
         else:
-            fault = None if finite(result) else "a result that is not finite"
+            done, fault = True, None if finite(result) else "a result that is not finite"
             self.outcomes["result" if fault is None else "not finite"] += 1
         if time.perf_counter() - start > LIMIT_S:
             fault = f"{time.perf_counter() - start:.0f} s"
         if fault is not None:
             self.wrong[fault].append(name)
-        return not isinstance(result, Exception)
+        return done
 
     def report(self):
         lines = [f"{self.kind}: {sum(self.outcomes.values())} cases, {dict(self.outcomes)}"]
@@ -119,8 +121,8 @@ def test_random_calls_end_in_a_result_or_a_clear_error(cases):
     before = state(pipe)
     for number in range(cases):
         name, call = call_case(number)
-        count.add(name, lambda call=call: call(pipe))
-        if not same(pipe, before):
+        count.add(name, functools.partial(call, pipe))
+        if not same(pipe, before, number % 25 == 24):
             count.wrong["the pipeline is another"].append(name)
             pipe = fresh()
     print(count.report())
@@ -143,8 +145,8 @@ def test_random_uses_of_other_methods_end_in_a_result_or_a_clear_error(cases, fo
     before = state(pipe)
     for number in range(cases):
         name, call = method_case(number)
-        done = count.add(name, lambda call=call: call(pipe, folder))
-        if not same(pipe, before):
+        done = count.add(name, functools.partial(call, pipe, folder))
+        if not same(pipe, before, True):
             if not done and "fuse" not in name and "adapters" not in name and "step" not in name:
                 count.wrong["the pipeline is another"].append(name)
             pipe = fresh()

@@ -1,4 +1,4 @@
-"""Values that no argument expects, made when they are asked for: a value that was changed must not meet another case."""
+"""Values that no argument expects, made when they are asked for: one that was changed must not meet another case."""
 
 import decimal
 import fractions
@@ -79,14 +79,17 @@ def behind_a_closed_file():
 
 
 def bomb():
-    """Return a lazily opened picture that claims a billion pixels."""
+    """Return a lazily opened picture that claims more pixels than its file has."""
     image = Image.open(io.BytesIO(png()))
-    image._size = (2**20, 2**10)
+    image._size = (64, 48)
     return image
 
 
 class Odd:
     """An object that knows nothing."""
+
+    def __init__(self, *arguments):
+        pass
 
 
 class Liar(dict):
@@ -161,7 +164,7 @@ ODD = {
     "generator function": lambda: endless(),
     "object": lambda: Odd(),
     "class": lambda: Odd,
-    "function": lambda: len,
+    "function": lambda: Odd.__init__,
     "module": lambda: torch,
     "exception": lambda: ValueError("x"),
     "ellipsis": lambda: ...,
@@ -255,7 +258,11 @@ ODD = {
     "bad tiff": lambda: damaged("TIFF", 3),
     "bad webp": lambda: damaged("WEBP", 4),
     "bad gif": lambda: damaged("GIF", 5),
-    **{f"bad {kind} {seed}": partial(damaged, kind, seed) for kind in ("PNG", "TIFF", "TGA", "PCX") for seed in range(3)},
+    **{
+        f"bad {kind} {seed}": partial(damaged, kind, seed)
+        for kind in ("PNG", "TIFF", "TGA", "PCX")
+        for seed in range(3)
+    },
     "bad exif": lambda: with_chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\xff\xff\xff\xff\xff\xff"),
     "bad transparency": lambda: with_chunk(b"tRNS", b"\1"),
     "bad colours": lambda: with_chunk(b"iCCP", b"name\0\0" + b"broken"),
