@@ -7,11 +7,13 @@ the order that the checkpoint fixes, until no merge applies (arXiv:1508.07909, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
+
+from depthdiff.checks import show
 
 END_OF_WORD = "</w>"
 WORDS = "|".join(
@@ -48,12 +50,14 @@ def read_merges(merges: Iterable[str | Sequence[str]], vocab: Any) -> list[tuple
     Raises:
         ValueError: merges and vocabulary do not fit together, or one of them is of another form.
     """
-    if not isinstance(vocab, Mapping) or not all(type(i) is int and i >= 0 for i in vocab.values()):
+    if not isinstance(vocab, Mapping) or not all(type(i) is int and 0 <= i < 2**32 for i in vocab.values()):
         raise ValueError("vocab must map every token to an id from 0 upwards")
+    if not isinstance(merges, (Iterator, Sequence)) or isinstance(merges, str):
+        raise TypeError(f"merges must be a list of pairs of tokens, got {show(merges)}")
     pairs = []
     for number, merge in enumerate(merges, 1):
-        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
-        if len(pair) != 2:
+        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge if isinstance(merge, Sequence) else ())
+        if len(pair) != 2 or not all(isinstance(token, str) for token in pair):
             raise ValueError(f"merge {number} must be two tokens with one space between, got {merge!r}")
         for token in (*pair, "".join(pair)):
             if token not in vocab:

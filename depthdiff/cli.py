@@ -25,8 +25,8 @@ from depthdiff.checkpoint.inspect import inspect
 from depthdiff.checkpoint.single_file import SUFFIXES
 from depthdiff.checkpoint.weights import check_variant
 from depthdiff.checkpoint.write import check_target, try_to_write
+from depthdiff.checks import check_device, check_number
 from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
-from depthdiff.inputs import check_number
 from depthdiff.models.attention import FORMS
 from depthdiff.picture_files import (
     MAX_PIXELS,
@@ -42,7 +42,6 @@ from depthdiff.process import (
     Terminated,
     allow_tf32,
     best_device,
-    check_device,
     cleaning_up,
     keep_freed_buffers,
     lenient_streams,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import warnings
@@ -19,9 +18,13 @@ from depthdiff.cache import Cache
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.loading import load_components
 from depthdiff.checkpoint.saving import save_components
+from depthdiff.checks import FLOATS, check_device, check_flag, check_number, nearest, show
+from depthdiff.forks import Workers
 from depthdiff.models.attention import AttentionName
 from depthdiff.models.base import Model
 from depthdiff.models.visits import Visit
+from depthdiff.parts import MEMORY_FORMATS, check_part, parse_move
+from depthdiff.progress import check_bar
 from depthdiff.turns import Turns
 
 if TYPE_CHECKING:
@@ -30,12 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known name an unknown one may have meant: `; did you mean 'x'?`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def uses_weights(method: Callable[P, R]) -> Callable[P, R]:
@@ -60,6 +57,7 @@ class Components:
 
     def __init__(self, **components: Any) -> None:
         for name in self.NAMES:
+            check_part(name, components[name])
             setattr(self, name, components[name])
         self.name_or_path: str | None = None
         self.cache = Cache()
@@ -68,6 +66,7 @@ class Components:
         self._offload_device: torch.device | None = None
         self._offload_whole = False
         self._hooks: list[RemovableHandle] = []
+        self._workers = Workers()
 
     @property
     def components(self) -> dict[str, Any]:
@@ -114,7 +113,9 @@ class Components:
             force_download: ignore the cache.
             use_safetensors: True for these alone, False for pickles (`.bin`) alone, None for pickles where there is
                 nothing else. Of a pickle, nothing but tensors is read, and nothing is run.
-            low_cpu_mem_usage: of no effect: loading never holds the weights twice.
+            low_cpu_mem_usage: False reads the weights into memory of the process's own. Otherwise those that keep their
+                dtype are mapped from the files, and another program that cuts such a file off in its place ends this
+                process (SIGBUS); no form holds the weights twice.
             **components: ready components by name, used instead of the checkpoint's, such as `scheduler=...`.
 
         Raises:
@@ -122,6 +123,8 @@ class Components:
             TypeError: an unknown argument.
             ValueError: an argument that no file can have.
         """
+        for name in components.keys() & set(cls.NAMES):
+            check_part(name, components[name])
         for name in sorted(components.keys() - set(cls.NAMES)):
             if components.pop(name) is not None:
                 raise TypeError(f"from_pretrained got an unknown argument {name!r}{nearest(name, cls.NAMES)}")
@@ -140,6 +143,7 @@ class Components:
             local_files_only=local_files_only,
             force_download=force_download,
             use_safetensors=use_safetensors,
+            copy=not (low_cpu_mem_usage is None or check_flag("low_cpu_mem_usage", low_cpu_mem_usage)),
         )
         pipeline = cls(**parts)
         pipeline.name_or_path = os.fspath(pretrained_model_name_or_path)
@@ -201,12 +205,20 @@ class Components:
         """Move and cast all networks, as `torch.nn.Module.to` does: a device, a dtype, or both.
 
         Raises:
-            ValueError: the networks are being offloaded; a plain move would undo that.
+            TypeError: neither a device nor a dtype.
+            ValueError: a device that is not here, or on which nothing is computed ("meta" would drop the weights); a
+                dtype in which nothing is; or the networks are being offloaded, which a plain move would undo.
         """
         kwargs.pop("silence_dtype_warnings", None)
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        device, dtype, _, memory_format = parse_move(args, kwargs)
+        if dtype not in (None, *FLOATS):
+            raise ValueError(f"dtype must be a floating-point torch dtype, got {dtype}")
+        if memory_format not in MEMORY_FORMATS:
+            raise ValueError(f"memory_format must be one of {MEMORY_FORMATS[1:]}, got {memory_format}")
         if self._offload_device is not None and device is not None and device.type != "cpu":
             raise ValueError(f"device {device} clashes with CPU offloading, which is on; call remove_all_hooks() first")
+        if device is not None:
+            check_device("device", device)
         with self._turns.change("to"):
             for network in self.networks.values():
                 network.to(*args, **kwargs)
@@ -257,17 +269,15 @@ class Components:
                 network.to("cpu")
 
     def _start_offloading(self, gpu_id: int | None, device: torch.device | str) -> None:
-        device = torch.device(device)
+        if not isinstance(device, (str, torch.device)):
+            raise TypeError(f"device must be a device such as 'cuda', got {show(device)}")
         if gpu_id is not None:
-            if device.index is not None and device.index != gpu_id:
+            kind, _, index = str(device).partition(":")
+            gpu_id = check_number("gpu_id", gpu_id, 0, 127, whole=True)
+            if index not in ("", str(gpu_id)):
                 raise ValueError(f"gpu_id {gpu_id} and device {device} name different devices; give one of them")
-            device = torch.device(device.type, gpu_id)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device must be one that exists, got {device}: torch sees no CUDA device")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # AssertionError where torch was built without such devices
-            raise ValueError(f"device must be one that exists, got {device}; name one that torch sees") from error
+            device = f"{kind}:{gpu_id}"
+        device = check_device("device", device)
         self.remove_all_hooks()
         for network in self.networks.values():
             network.to("cpu")
@@ -281,9 +291,9 @@ class Components:
 
     def _at_work(self, name: str) -> Any:
         """Return a network, brought to the device where it is to work; with whole offloading the others leave it."""
+        self._need(name)
+        self._workers.enter()
         network = getattr(self, name)
-        if network is None:
-            raise ValueError(f"the pipeline has no {name}, which this call needs; load one and pass it as {name}=...")
         if self._offload_whole:
             for other in self.networks.values():
                 if other is not network:
@@ -291,6 +301,23 @@ class Components:
             network.to(self.execution_device)
         network.use_fast_layout(self.execution_device)
         return network
+
+    def _need(self, *names: str) -> None:
+        """Refuse to begin work without these components, or with one whose weights are not there.
+
+        Raises:
+            TypeError: what was assigned is no such component.
+            ValueError: there is none, or it is on the meta device.
+        """
+        for name in names:
+            part = getattr(self, name)
+            if part is None:
+                raise ValueError(
+                    f"the pipeline has no {name}, which this call needs; load one and pass it as {name}=..."
+                )
+            check_part(name, part)
+            if isinstance(part, Model) and part.device.type == "meta":
+                raise ValueError(f"{name} must have weights, got one on the meta device, which holds none; load it")
 
     # Memory and speed
 
@@ -345,8 +372,16 @@ class Components:
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """Wrap an iterable, or count to `total`, in tqdm's bar with the settings of `set_progress_bar_config`."""
+        if iterable is not None and not isinstance(iterable, Iterable):
+            raise TypeError(f"iterable must be one, or None, got {show(iterable)}")
+        total = total if total is None else check_number("total", total, 0, whole=True)
         return tqdm(iterable, **{"total": total, **self._progress_bar_config})
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Set tqdm's arguments for the bars of this pipeline, such as `disable=True`."""
+        """Set tqdm's arguments for the bars of this pipeline, such as `disable=True`.
+
+        Raises:
+            TypeError: tqdm has no such argument, or not of this type.
+        """
+        check_bar(kwargs)
         self._progress_bar_config = kwargs

@@ -7,10 +7,17 @@ caller chooses (steps, guidance, seeds) never enters it. An `Output` is what a n
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+from torch import Tensor
+
+from depthdiff.checks import is_dense, plain, show
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,6 +28,9 @@ MAX_COUNT = 1000
 
 MAX_LENGTH = 100_000
 """Items of a list in a config; the longest are schedulers' `trained_betas`."""
+
+MAX_SIZE = 2**19
+"""Whole numbers in a config; the largest published ones are sizes of vocabularies, of some 250,000."""
 
 
 class CheckpointError(OSError, ValueError):
@@ -34,11 +44,27 @@ class Config(Mapping[str, Any]):
     Subclasses list their fields with the published defaults. `CHOICES` names the values that this package implements;
     a config file that asks for another one is refused by name instead of being built wrongly. It may also name keys
     that are no fields, for features whose mere presence matters. `COUNTS` names the fields that say how many layers
-    there are: a damaged file must not have a network built without end.
+    there are: a damaged file must not have a network built without end. `POSITIVE` names those that must be above 0.
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of range, or one that this package does not implement.
     """
 
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     COUNTS: ClassVar[tuple[str, ...]] = ()
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name, annotation in _annotations(type(self)).items():
+            value = _freeze(getattr(self, name))
+            if not _is_a(value, annotation):
+                [written] = (field.type for field in dataclasses.fields(self) if field.name == name)
+                raise TypeError(f"{name} must be {written}, got {_brief(value)}")
+            _check_size(name, value, is_count=name in self.COUNTS, positive=name in self.POSITIVE)
+            if name in self.CHOICES:
+                _check_choice(name, value, self.CHOICES[name])
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -52,24 +78,11 @@ class Config(Mapping[str, Any]):
         """
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{cls.__name__}: expected a JSON object, got {type(values).__name__}")
-        for key, choices in cls.CHOICES.items():
-            given = values.get(key, getattr(cls, key, choices[0]))
-            for value in given if isinstance(given, (list, tuple)) else [given]:
-                if value not in choices:
-                    known = ", ".join(repr(choice) for choice in choices)
-                    raise CheckpointError(f"{cls.__name__}: {key} is {value!r}; implemented here: {known}")
-        annotations = get_type_hints(cls)
-        known_values = {}
-        for field in dataclasses.fields(cls):
-            if field.name in values:
-                value = _freeze(values[field.name])
-                if not _is_a(value, annotations[field.name]):
-                    raise CheckpointError(f"{cls.__name__}: {field.name} must be {field.type}, got {value!r}")
-                _check_size(f"{cls.__name__}: {field.name}", value, is_count=field.name in cls.COUNTS)
-                known_values[field.name] = value
         try:
-            return cls(**known_values)
-        except (ValueError, ArithmeticError) as error:
+            for key, choices in cls.CHOICES.items():
+                _check_choice(key, values.get(key, getattr(cls, key, choices[0])), choices)
+            return cls(**{name: values[name] for name in _annotations(cls) if name in values})
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"{cls.__name__}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,23 +120,54 @@ class Output:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
 
-def _check_size(name: str, value: Any, *, is_count: bool) -> None:
-    """Refuse more layers, or longer lists, than any network has, and NaN, which fits no comparison."""
+@functools.cache
+def _annotations(cls: type[Config]) -> dict[str, Any]:
+    """List the fields of a config with their types."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _check_choice(name: str, given: Any, choices: tuple[Any, ...]) -> None:
+    """Refuse a value, or one of several, that is not implemented."""
+    for value in given if isinstance(given, (list, tuple)) else [given]:
+        if not isinstance(value, (str, int, float, type(None))) or value not in choices:
+            known = ", ".join(repr(choice) for choice in choices)
+            raise ValueError(f"{name} is {_brief(value)}; implemented here: {known}")
+
+
+def _check_size(name: str, value: Any, *, is_count: bool, positive: bool) -> None:
+    """Refuse more layers, or longer lists, than any network has, and numbers that are not finite."""
     if isinstance(value, tuple):
         if len(value) > MAX_LENGTH:
-            raise CheckpointError(
-                f"{name} must have at most {MAX_LENGTH} items, got {len(value)}; is the file damaged?"
-            )
+            raise ValueError(f"{name} must have at most {MAX_LENGTH} items, got {len(value)}; is the file damaged?")
         for item in value:
-            _check_size(name, item, is_count=is_count)
-    elif value != value or (is_count and isinstance(value, int) and value > MAX_COUNT):
-        raise CheckpointError(f"{name} must be a number up to {MAX_COUNT}, got {str(value)[:40]}; is the file damaged?")
+            _check_size(name, item, is_count=is_count, positive=positive)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}; is the file damaged?")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        largest = MAX_COUNT if is_count else MAX_SIZE if isinstance(value, int) else math.inf
+        if not -largest <= value <= largest:
+            raise ValueError(f"{name} must be a number up to {largest}, got {_brief(value)}; is the file damaged?")
+        if positive and value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _brief(value: Any) -> str:
+    """Write a value of a config, as far as it is short."""
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}" if len(value) > 8 else f"[{', '.join(map(_brief, value))}]"
+    return repr(value)[:60] if isinstance(value, (str, float, bool, type(None))) else show(value).removeprefix("int ")
 
 
 def _freeze(value: Any) -> Any:
+    """Turn lists and arrays of numbers into tuples, and numbers of numpy and torch into Python's."""
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "buif":
+        return tuple(map(plain, value))
+    if isinstance(value, Tensor) and value.ndim == 1 and is_dense(value) and not value.is_complex():
+        return tuple(value.tolist())
     if isinstance(value, (list, tuple)):
         return tuple(_freeze(item) for item in value)
-    return value
+    return plain(value)
 
 
 def _thaw(value: Any) -> Any:
@@ -135,7 +179,7 @@ def _thaw(value: Any) -> Any:
 
 
 def _is_a(value: Any, annotation: Any) -> bool:
-    """Tell whether a JSON value fits a field's annotation; an int fits float, a bool fits only bool."""
+    """Return whether a value fits a field's annotation; an int fits float, a bool fits only bool."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return True

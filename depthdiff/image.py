@@ -12,8 +12,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from depthdiff.checks import brief, check_dense
+from depthdiff.decoding import to_grey, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +24,10 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 ImageInput: TypeAlias = "Image.Image | Array | Tensor | Sequence[Image.Image] | Sequence[Array] | Sequence[Tensor]"
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+REAL = ("bool", "uint", "int", "float8_", "float16", "bfloat16", "float32", "float64")
+"""What the names of torch's real dtypes begin with."""
+
 WHITE = {"uint8": 255, "uint16": 65535}
-# What may be white in those of Pillow's modes that hold more than 8 bits:
-DEEP = dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), (65535,)) | {"I": (255, 65535), "F": (1, 255, 65535)}
 SLACK = 1e-3  # how far float images may leave their range, as resampling makes them do
 
 
@@ -50,9 +54,10 @@ def read_images(image: ImageInput, name: str = "image") -> list[Image.Image] | T
     """
     items = _items(image, name)
     if isinstance(items[0], Image.Image):
-        images = [_to_rgb(item, name) for item in items]
+        images = [to_rgb(item, name) for item in items]
         _check_one_size([(item.height, item.width) for item in images], name)
         return images
+    _check_one_device(items, name)
     dtypes = {item.dtype.name if isinstance(item, np.ndarray) else str(item.dtype)[6:] for item in items}
     if len(dtypes) > 1 or dtypes - {*WHITE, "float16", "bfloat16", "float32", "float64"}:
         found = " and ".join(sorted(dtypes))
@@ -74,10 +79,17 @@ def read_images(image: ImageInput, name: str = "image") -> list[Image.Image] | T
 
 
 def is_latents(image: object) -> bool:
-    """Tell whether `image` is already encoded: a float tensor (N, 4, h, w), or a list of (4, h, w)."""
+    """Return whether `image` is already encoded: a float tensor (N, 4, h, w), or a list of (4, h, w)."""
     if isinstance(image, (list, tuple)):
-        return bool(image) and all(isinstance(i, Tensor) and i.ndim == 3 and is_latents(i[None]) for i in image)
-    return isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == 4 and image.is_floating_point()
+        return bool(image) and all(_has_latent_channels(one, 3) for one in image)
+    return _has_latent_channels(image, 4)
+
+
+def _has_latent_channels(x: object, ndim: int) -> bool:
+    """Return whether `x` is a float tensor of so many dimensions whose third last is 4."""
+    if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
+        return False
+    return x.ndim == ndim and x.shape[-3] == 4
 
 
 def image_size(images: list[Image.Image] | Tensor) -> tuple[int, int]:
@@ -132,7 +144,8 @@ def read_depth(depth_map: Any, name: str = "depth_map") -> Tensor:
         ValueError: empty, of a wrong shape, of different sizes, or not finite.
     """
     items = _items(depth_map, name)
-    maps = [_to_nhw(_to_grey(item, name) if isinstance(item, Image.Image) else item, name) for item in items]
+    _check_one_device(items, name)
+    maps = [_to_nhw(to_grey(item, name) if isinstance(item, Image.Image) else item, name) for item in items]
     _check_one_size([(one.shape[1], one.shape[2]) for one in maps], name)
     depth = torch.cat(maps)
     if not depth.isfinite().all():
@@ -155,8 +168,8 @@ def from_pixels(pixels: Tensor, output_type: str = "pil") -> list[Image.Image] |
 
     Source: huggingface/diffusers, image_processor.py, `VaeImageProcessor.postprocess`.
     """
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {brief(output_type)}")
     pixels = (pixels * 0.5 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return pixels
@@ -205,7 +218,7 @@ def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = ()) -> 
     """
     if not images or (labels and len(labels) != len(images)):
         raise ValueError(f"images must be some, and labels as many or none, got {len(images)} and {len(labels)}")
-    tiles = [_to_rgb(image, "images") for image in images]
+    tiles = [to_rgb(image, "images") for image in images]
     height, gap = tiles[0].height, 8
     tiles = [tile.resize((max(round(tile.width * height / tile.height), 1), height)) for tile in tiles]
     size = (gap + sum(tile.width + gap for tile in tiles), height + 2 * gap + (24 if labels else 0))
@@ -224,6 +237,8 @@ def _items(image: Any, name: str) -> list[Any]:
         raise ValueError(f"{name} must hold at least one image, got an empty {type(image).__name__}")
     for kind in (Image.Image, np.ndarray, Tensor):
         if all(isinstance(item, kind) for item in items):
+            for item in items if kind is Tensor else ():
+                check_dense(name, item)
             return items
     found = ", ".join(sorted({type(item).__name__ for item in items}))
     remedy = "open files with PIL.Image.open" if "str" in found or "Path" in found else "convert them to one kind"
@@ -238,34 +253,16 @@ def _check_one_size(sizes: list[tuple[int, int]], name: str) -> None:
         raise ValueError(f"{name} must be of one size, got {found}; resize or crop them, or pass them one at a time")
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except OSError as error:
-        raise ValueError(f"{name} cannot be decoded: {error}; is the file damaged?") from error
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    image = _upright(image, name)
-    if image.mode in DEEP:
-        values = np.asarray(image, dtype=np.float64)
-        low, top = values.min(initial=0), values.max(initial=0)
-        scale = next((white for white in DEEP[image.mode] if top <= white), None)
-        if scale is None or not low >= 0:
-            raise ValueError(f"{name} of mode {image.mode} must lie in 0..65535, got {low:g} to {top:g}")
-        return Image.fromarray((values * (255 / scale)).round().astype(np.uint8)).convert("RGB")
-    see_through = image.mode == "P" and "transparency" in image.info
-    return (image.convert("RGBA") if see_through else image).convert("RGB")
-
-
-def _to_grey(image: Image.Image, name: str) -> Array:
-    grey = _upright(image, name) if image.mode in (*DEEP, "L") else _to_rgb(image, name).convert("L")
-    return np.array(grey, dtype=np.float32)
+def _check_one_device(items: list[Any], name: str) -> None:
+    devices = {str(item.device) for item in items if isinstance(item, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"{name} must be on one device, got {' and '.join(sorted(devices))}; move them with .to")
 
 
 def _to_tensor(item: Array | Tensor, name: str) -> Tensor:
     """Bring one array or tensor to float32, its numbers unchanged."""
-    if item.dtype.kind not in "buif" if isinstance(item, np.ndarray) else item.is_complex():
+    known = item.dtype.kind in "buif" if isinstance(item, np.ndarray) else str(item.dtype)[6:].startswith(REAL)
+    if not known:
         raise TypeError(f"{name} must hold real numbers, got dtype {item.dtype}")
     return torch.from_numpy(item.astype(np.float32)) if isinstance(item, np.ndarray) else item.to(torch.float32)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from depthdiff.checks import brief, check_dense, check_number, check_tensor, plain, show
 from depthdiff.config import Config, Output
 from depthdiff.image import ImageInput, read_images
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FILE = "preprocessor_config.json"
+MAX_SIDE = 2**14
+"""Pixels of a side to resize to."""
+
 TYPES = (None, "DPTImageProcessor", "DPTImageProcessorFast", "DPTImageProcessorPil", "DPTFeatureExtractor")
 
 
@@ -50,6 +54,8 @@ class DPTImageProcessorConfig(Config):
         "do_pad": (None, False),
     }
 
+    POSITIVE: ClassVar[tuple[str, ...]] = ("image_std",)
+
     do_resize: bool = True
     size: Mapping[str, int] | int = field(default_factory=lambda: {"height": 384, "width": 384})
     keep_aspect_ratio: bool = False
@@ -62,10 +68,14 @@ class DPTImageProcessorConfig(Config):
     image_std: tuple[float, ...] | float = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, int):
-            object.__setattr__(self, "size", {"height": self.size, "width": self.size})
-        if sorted(self.size) != ["height", "width"] or min(self.size.values()) < 1:  # type: ignore[union-attr,arg-type]
-            raise ValueError(f"size must hold a positive height and width, got {self.size!r}")
+        super().__post_init__()
+        size = {"height": self.size, "width": self.size} if isinstance(self.size, int) else dict(self.size)
+        sides = {name: plain(side) for name, side in size.items()}
+        if sides.keys() != {"height", "width"} or not all(type(side) is int and side > 0 for side in sides.values()):
+            raise ValueError(f"size must hold a positive height and width, got {str(size)[:80]}")
+        if max(sides.values()) > MAX_SIDE:
+            raise ValueError(f"size must hold a height and a width up to {MAX_SIDE} pixels, got {str(size)[:80]}")
+        object.__setattr__(self, "size", sides)
         if self.resample not in range(6) or self.ensure_multiple_of < 1:
             raise ValueError(
                 "resample must be in 0..5 and ensure_multiple_of at least 1, "
@@ -107,6 +117,8 @@ class DPTImageProcessor:
     config_class: ClassVar[type[DPTImageProcessorConfig]] = DPTImageProcessorConfig
 
     def __init__(self, config: DPTImageProcessorConfig | None = None) -> None:
+        if config is not None and not isinstance(config, DPTImageProcessorConfig):
+            raise TypeError(f"config must be a DPTImageProcessorConfig, got {show(config)}; from_config takes dicts")
         self.config = DPTImageProcessorConfig() if config is None else config
 
     @classmethod
@@ -185,8 +197,8 @@ class DPTImageProcessor:
             TypeError: not an image.
             ValueError: a bad image (see `read_images`), results of different sizes, or an unknown `return_tensors`.
         """
-        if return_tensors not in ("pt", "np"):
-            raise ValueError(f'return_tensors must be "pt" or "np", got {return_tensors!r}')
+        if not isinstance(return_tensors, str) or return_tensors not in ("pt", "np"):
+            raise ValueError(f'return_tensors must be "pt" or "np", got {brief(return_tensors)}')
         items = list(images) if isinstance(images, (list, tuple)) and images else [images]
         arrays = [self._prepare(one) for item in items for one in _to_uint8(item)]
         if len({array.shape for array in arrays}) > 1:
@@ -208,12 +220,13 @@ class DPTImageProcessor:
             B dicts of "predicted_depth", (height, width), resized bicubic.
 
         Raises:
+            TypeError: no depth, or sizes that are no pairs of numbers.
             ValueError: not as many sizes as predictions.
         """
-        depths: Sequence[Tensor] = outputs.predicted_depth
+        depths = check_tensor("predicted_depth", getattr(outputs, "predicted_depth", outputs), "(B, H, W)", 3)
         if target_sizes is None:
             return [{"predicted_depth": depth} for depth in depths]
-        sizes = [(int(height), int(width)) for height, width in target_sizes]
+        sizes = _sizes(target_sizes)
         if len(sizes) != len(depths):
             raise ValueError(f"target_sizes must hold {len(depths)} pairs, one for each prediction, got {len(sizes)}")
         return [
@@ -223,6 +236,7 @@ class DPTImageProcessor:
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width to which an image of this height and width is resized."""
+        height, width = (check_number(*side, 1, whole=True) for side in (("height", height), ("width", width)))
         size, multiple = dict(self.config.size), self.config.ensure_multiple_of  # type: ignore[arg-type]
         scales = size["height"] / height, size["width"] / width
         if self.config.keep_aspect_ratio:
@@ -250,10 +264,25 @@ class DPTImageProcessor:
         return np.moveaxis(values, -1, 0)
 
 
+def _sizes(target_sizes: Any) -> list[tuple[int, int]]:
+    """Read pairs of height and width."""
+    if isinstance(target_sizes, Tensor):
+        check_dense("target_sizes", target_sizes)
+    if isinstance(target_sizes, (Tensor, np.ndarray)):
+        target_sizes = target_sizes.tolist()
+    pairs: Any = target_sizes if isinstance(target_sizes, (list, tuple)) else [None]
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise TypeError(f"target_sizes must be pairs of height and width, got {show(target_sizes)}")
+    return [
+        (check_number("height", h, 1, MAX_SIDE, whole=True), check_number("width", w, 1, MAX_SIDE, whole=True))
+        for h, w in pairs
+    ]
+
+
 def _to_uint8(image: Any) -> list[Image.Image]:
     """Read what one item of the argument holds as RGB images of 8 bits."""
     images = read_images(image, "images")
     if not isinstance(images, Tensor):
         return images
-    arrays = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    arrays = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).detach().cpu().numpy()
     return [Image.fromarray(array) for array in arrays]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
+from depthdiff.checks import brief, check_dense, check_generators, check_number, check_tensor, show
 from depthdiff.image import OUTPUT_TYPES, ImageInput, image_size, is_latents, read_images
 from depthdiff.models.clip_text import CLIPTextModel
 from depthdiff.models.unet import UNet2DConditionModel
@@ -19,19 +19,11 @@ from depthdiff.tokenizer import CLIPTokenizer
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "depth_mask")
 
 
-def check_number(name: str, value: object, low: float, high: float = math.inf, *, whole: bool = False) -> None:
-    """Refuse what is no number (or no whole number) from `low` to `high`.
+MOST_PICTURES = 1000
+"""That one call makes; more do not fit in any memory."""
 
-    Raises:
-        TypeError: not a number.
-        ValueError: out of range, or not finite.
-    """
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {'an int' if whole else 'a number'}, got {type(value).__name__} {value!r}")
-    if not (low <= value <= high and math.isfinite(value)):
-        limits = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be {limits}, got {value!r}")
+LARGEST_SCALE = 1e6
+"""Of guidance and adapters; float32 ends soon after."""
 
 
 def check_prompt(prompt: object, prompt_embeds: object, name: str = "prompt") -> None:
@@ -49,22 +41,71 @@ def check_prompt(prompt: object, prompt_embeds: object, name: str = "prompt") ->
         if not prompt:
             raise ValueError(f"`{name}` must hold at least one text, got an empty list")
     if prompt_embeds is not None:
-        if not isinstance(prompt_embeds, Tensor):
-            raise TypeError(f"`{name}_embeds` must be a tensor (B, L, C), got {type(prompt_embeds).__name__}")
-        if prompt_embeds.ndim != 3 or not prompt_embeds.is_floating_point() or not len(prompt_embeds):
-            shape, dtype = tuple(prompt_embeds.shape), prompt_embeds.dtype
-            raise ValueError(f"`{name}_embeds` must be a float tensor (B, L, C), got {dtype} of shape {shape}")
-        if not prompt_embeds.isfinite().all():
+        if not check_tensor(f"`{name}_embeds`", prompt_embeds, "(B, L, C)", 3).isfinite().all():
             raise ValueError(f"`{name}_embeds` must be finite, got NaN or infinity")
 
 
-def check_embeds(prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None, width: int) -> None:
-    """Refuse ready embeddings that fit neither each other nor the UNet.
+def check_prompts(
+    pipe: Any, prompt: Any, negative_prompt: Any, embeds: Any, negative_embeds: Any, clip_skip: Any, guided: bool
+) -> int | None:
+    """Refuse prompts that a pipeline cannot read, before any is; return `clip_skip` as a number.
+
+    Raises:
+        TypeError: an argument, or a component that is needed, of a wrong type.
+        ValueError: out of range, or arguments that do not fit each other or the networks.
+    """
+    check_prompt(prompt, embeds)
+    check_prompt(negative_prompt, negative_embeds, "negative_prompt")
+    if prompt is None and embeds is None:
+        raise ValueError("Provide either `prompt` or `prompt_embeds`; both are None")
+    reads = prompt is not None or (guided and negative_embeds is None)
+    pipe._need("unet", *(pipe.FOR_TEXT if reads or clip_skip is not None else ()))
+    length = pipe.text_encoder.config.max_position_embeddings if reads else None
+    beside = min(length, pipe.tokenizer.model_max_length) if length is not None else None
+    check_embeds(embeds, negative_embeds, max(pipe.unet.config.per_level("cross_attention_dim")), beside)
+    if clip_skip is None:
+        return None
+    return check_number("clip_skip", clip_skip, 0, pipe.text_encoder.config.num_hidden_layers - 1, whole=True)
+
+
+def read_numbers(
+    strength: object, guidance_scale: object, num_images_per_prompt: object, lora_scale: object
+) -> tuple[float, float, int, float]:
+    """Return the numbers of a call as Python's own.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of range.
+    """
+    return (
+        check_number("strength", strength, 0, 1),
+        check_number("guidance_scale", guidance_scale, 0, LARGEST_SCALE),
+        check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_PICTURES, whole=True),
+        check_number("lora_scale", lora_scale, -LARGEST_SCALE, LARGEST_SCALE),
+    )
+
+
+def check_latents(latents: object, channels: int) -> None:
+    """Refuse what cannot be latents (B, channels, h, w) to decode.
+
+    Raises:
+        TypeError: no tensor of numbers.
+        ValueError: of another form.
+    """
+    if check_tensor("latents", latents, f"(B, {channels}, h, w)", 4).shape[1] != channels:
+        raise ValueError(f"latents must have {channels} channels, got {latents.shape[1]}")  # type: ignore[attr-defined]
+
+
+def check_embeds(
+    prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None, width: int, length: int | None = None
+) -> None:
+    """Refuse ready embeddings that fit neither each other nor the UNet nor the texts beside them.
 
     Args:
         prompt_embeds: (B, L, C).
         negative_prompt_embeds: (B, L, C).
         width: C, as the UNet reads it.
+        length: L of the prompts that are given as texts; None where none is read.
 
     Raises:
         ValueError: different shapes, or another width.
@@ -72,6 +113,11 @@ def check_embeds(prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | 
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
         if embeds is not None and embeds.shape[2] != width:
             raise ValueError(f"`{name}` must be {width} wide, which this UNet reads, got {embeds.shape[2]}")
+        if embeds is not None and length is not None and embeds.shape[1] != length:
+            raise ValueError(
+                f"`{name}` must have {length} tokens beside a prompt given as text, got {embeds.shape[1]}; "
+                "pass both as embeddings"
+            )
     if prompt_embeds is not None and negative_prompt_embeds is not None:
         if prompt_embeds.shape != negative_prompt_embeds.shape:
             raise ValueError(
@@ -87,11 +133,8 @@ def check_generator(generator: object, batch: int) -> None:
         TypeError: something else.
         ValueError: a list of another length.
     """
-    if generator is None or isinstance(generator, Generator):
-        return
-    if not isinstance(generator, (list, tuple)) or not all(isinstance(one, Generator) for one in generator):
-        raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
-    if len(generator) not in (1, batch):
+    check_generators("generator", generator)
+    if isinstance(generator, (list, tuple)) and len(generator) not in (1, batch):
         raise ValueError(
             f"You have passed a list of generators of length {len(generator)}, but requested an effective batch size "
             f"of {batch}; pass one generator, or one an image"
@@ -99,9 +142,9 @@ def check_generator(generator: object, batch: int) -> None:
 
 
 def check_callbacks(
-    callback: object, callback_steps: object, callback_on_step_end: object, tensor_inputs: Sequence[str]
-) -> None:
-    """Refuse callbacks that could not be called.
+    callback: object, callback_steps: object, callback_on_step_end: object, tensor_inputs: object
+) -> tuple[int, list[str]]:
+    """Refuse callbacks that could not be called; return every how many steps, and the names of tensors.
 
     Raises:
         TypeError: not callable.
@@ -110,12 +153,16 @@ def check_callbacks(
     for name, function in (("callback", callback), ("callback_on_step_end", callback_on_step_end)):
         if function is not None and not isinstance(function, Callable):  # type: ignore[arg-type]
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-    check_number("callback_steps", callback_steps, 1, whole=True)
-    unknown = [name for name in tensor_inputs if name not in CALLBACK_TENSORS]
+    names = () if tensor_inputs is None else tensor_inputs
+    if not isinstance(names, (list, tuple)):
+        raise TypeError(f"callback_on_step_end_tensor_inputs must be a list of names, got {show(names)}")
+    unknown = [show(name) for name in names if not isinstance(name, str) or name not in CALLBACK_TENSORS]
     if unknown:
         raise ValueError(
             f"`callback_on_step_end_tensor_inputs` has to be in {list(CALLBACK_TENSORS)}, but found {unknown}"
         )
+    every = 1 if callback_steps is None else check_number("callback_steps", callback_steps, 1, whole=True)
+    return every, list(names)
 
 
 def check_fit(
@@ -153,22 +200,25 @@ def check_output_type(output_type: object) -> None:
     Raises:
         ValueError: always names the known ones.
     """
-    if output_type not in (*OUTPUT_TYPES, "latent"):
-        raise ValueError(f"output_type must be one of {', '.join((*OUTPUT_TYPES, 'latent'))}, got {output_type!r}")
+    if not isinstance(output_type, str) or output_type not in (*OUTPUT_TYPES, "latent"):
+        raise ValueError(f"output_type must be one of {', '.join((*OUTPUT_TYPES, 'latent'))}, got {brief(output_type)}")
 
 
-def read_lora_scale(kwargs: Mapping[str, Any] | None) -> float:
+def read_lora_scale(kwargs: object) -> float:
     """Read the only thing that `cross_attention_kwargs` may hold: `scale`, that of the active adapters.
 
     Raises:
-        ValueError: another key, or a scale that is no finite number.
+        TypeError: no mapping, or a scale that is no number.
+        ValueError: another key, or a scale that is not finite.
     """
-    unknown = sorted(kwargs.keys() - {"scale"}) if kwargs else []
+    if kwargs is None:
+        return 1.0
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(f"cross_attention_kwargs must be a dict or None, got {show(kwargs)}")
+    unknown = [show(key) for key in kwargs if not isinstance(key, str) or key != "scale"]
     if unknown:
         raise ValueError(f"cross_attention_kwargs may hold scale alone, got {unknown}: no layer reads them")
-    scale = kwargs["scale"] if kwargs else 1.0
-    check_number("scale", scale, -1e6, 1e6)
-    return float(scale)
+    return float(check_number("scale", kwargs.get("scale", 1.0), -LARGEST_SCALE, LARGEST_SCALE))
 
 
 def batch_size(counts: Mapping[str, int]) -> int:
@@ -193,6 +243,19 @@ def batch_size(counts: Mapping[str, int]) -> int:
 def repeat(items: list[Any], count: int) -> list[Any]:
     """Repeat a list as a whole until it has `count` items."""
     return items * (count // len(items))
+
+
+def repeat_rows(name: str, embeds: Tensor | None, count: int) -> Tensor | None:
+    """Repeat embeddings (N, L, C) as a whole until there are `count` rows.
+
+    Raises:
+        ValueError: `count` is no multiple of theirs.
+    """
+    if embeds is None:
+        return None
+    if count % len(embeds):
+        raise ValueError(f"`{name}` has batch size {len(embeds)}, but `prompt` {count}; they must pair")
+    return torch.cat([embeds] * (count // len(embeds)))
 
 
 def expand(x: Tensor, pictures: int, per_prompt: int) -> Tensor:
@@ -222,7 +285,26 @@ def read_start(image: ImageInput | None, depth_map: object, factor: int) -> list
         return images
     if depth_map is None:
         raise ValueError("`image` holds latents, from which no depth can be estimated; pass `depth_map` as well")
-    latents = torch.stack(image) if isinstance(image, list) else image
-    if not isinstance(latents, Tensor) or not latents.isfinite().all():
+    return read_latents(image)
+
+
+def read_latents(image: Any) -> Tensor:
+    """Return latents (N, 4, h, w), given so or as a list of (4, h, w).
+
+    Raises:
+        TypeError: tensors that do not hold their numbers one by one.
+        ValueError: empty, not finite, or of several shapes or dtypes.
+    """
+    if isinstance(image, Tensor):
+        latents = image
+    else:
+        for one in image:
+            check_dense("`image`", one)
+        kinds = {(tuple(one.shape), one.dtype, one.device) for one in image}
+        if len(kinds) > 1:
+            found = " and ".join(sorted(f"{dtype} {shape} on {device}" for shape, dtype, device in kinds)[:3])
+            raise ValueError(f"`image` latents must be of one shape, dtype and device, got {found}")
+        latents = torch.stack(list(image))
+    if not check_tensor("`image`", latents, "(B, 4, h, w) or an image", 4).isfinite().all():
         raise ValueError("`image` latents must be finite, got NaN or infinity")
     return latents

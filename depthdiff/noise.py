@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from depthdiff.checks import check_generators
+
 
 def randn(
     shape: Sequence[int],
@@ -27,10 +29,12 @@ def randn(
         `shape`, dtype, mean 0 and variance 1.
 
     Raises:
+        TypeError: no generator.
         ValueError: a sequence of another length than B, or a generator of another device type that is not the CPU.
 
     Source: huggingface/diffusers, utils/torch_utils.py, `randn_tensor`; the order of draws is theirs.
     """
+    check_generators("generator", generator)
     if isinstance(generator, Sequence):
         if len(generator) == 1:  # one generator draws for the whole batch, in a list or not
             return randn(shape, generator[0], device=device, dtype=dtype)

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from depthdiff.checkpoint.write import write_file
-from depthdiff.image import DEEP
+from depthdiff.decoding import DECODING, DEEP
 
 SETTINGS = "depthdiff"
 """The key of the PNG text that holds, as JSON, how a picture was made."""
@@ -56,7 +56,7 @@ def open_image(path: Path, name: str) -> Image.Image:
     except UnidentifiedImageError as error:
         message = f"{name} {path} is damaged or not a picture of a known type; convert it to PNG or JPEG"
         raise ValueError(message) from error
-    except Exception as error:  # what a decoder raises on damaged bytes can be anything
+    except DECODING as error:
         raise ValueError(f"{name} {path} cannot be decoded: {error or type(error).__name__}; is it damaged?") from error
 
 

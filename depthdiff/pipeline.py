@@ -24,7 +24,8 @@ from torch import Generator, Tensor
 from depthdiff import sampler
 from depthdiff.acceleration import Acceleration
 from depthdiff.adapters.loaders import Adapters
-from depthdiff.components import nearest, uses_weights
+from depthdiff.checks import check_device, check_flag, nearest, plain
+from depthdiff.components import uses_weights
 from depthdiff.conditioning import encode_images, fit_depth, noisy_latents, read_disparity, read_texts
 from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
 from depthdiff.image_processor import DPTImageProcessor
@@ -32,16 +33,17 @@ from depthdiff.inputs import (
     CALLBACK_TENSORS,
     batch_size,
     check_callbacks,
-    check_embeds,
     check_fit,
     check_generator,
-    check_number,
+    check_latents,
     check_output_type,
-    check_prompt,
+    check_prompts,
     expand,
     read_lora_scale,
+    read_numbers,
     read_start,
     repeat,
+    repeat_rows,
 )
 from depthdiff.models.clip_text import CLIPTextModel
 from depthdiff.models.dpt import DPTForDepthEstimation
@@ -50,7 +52,7 @@ from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
 from depthdiff.precision import check_finite, check_first_step, finite
 from depthdiff.predictor import noise_predictor
-from depthdiff.run import CallState, Run, StableDiffusionPipelineOutput, StepCallback, call_back
+from depthdiff.run import CallState, Run, StableDiffusionPipelineOutput, StepCallback, call_back, check_run
 from depthdiff.sampler import Step
 from depthdiff.schedulers.base import Scheduler
 from depthdiff.shortcuts import choose
@@ -71,6 +73,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         feature_extractor: prepares pixels for it.
     """
 
+    FOR_TEXT, FOR_DEPTH = ("tokenizer", "text_encoder"), ("feature_extractor", "depth_estimator")
     NAMES = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "depth_estimator", "feature_extractor")
     _callback_tensor_inputs = CALLBACK_TENSORS
 
@@ -202,9 +205,11 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         for name in kwargs:
             known = StableDiffusionDepth2ImgPipeline.__call__.__wrapped__.__annotations__  # type: ignore[attr-defined]
             raise TypeError(f"__call__ got an unknown argument {name!r}{nearest(name, known)}")
-        callback_steps = 1 if callback_steps is None else callback_steps
-        check_callbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_steps, names = check_callbacks(
+            callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
         check_output_type(output_type)
+        return_dict = check_flag("return_dict", return_dict)
         lora_scale = read_lora_scale(cross_attention_kwargs)
 
         run = self.prepare(
@@ -227,15 +232,14 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             token_merging=token_merging,
             preset=preset,
         )
-        if guidance_scale > 1 and "depth_mask" in callback_on_step_end_tensor_inputs:
-            run.depth = torch.cat([run.depth] * 2)  # diffusers' form, whose halves a callback may make differ
-        call = self._call
-        call.guidance_scale, call.clip_skip, call.num_timesteps = guidance_scale, clip_skip, len(run)
-        repeated = len(run) - int(num_inference_steps * strength)  # PNDM's second call for one step is none of its own
+        if run.guidance_scale > 1 and "depth_mask" in names:  # diffusers' form, whose halves a callback may make differ
+            run.depth = torch.cat([run.depth] * 2)
+        self._call.begin(run.guidance_scale, plain(clip_skip), len(run))
+        own = int(plain(num_inference_steps) * plain(strength))  # PNDM's second call for one step is none of these
         for step in self.progress_bar(self.denoise(run), total=len(run)):
             if callback_on_step_end is not None:
-                call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, self, run, step)
-            if callback is not None and step.index >= repeated and step.index % callback_steps == 0:
+                call_back(callback_on_step_end, names, self, run, step)
+            if callback is not None and step.index >= len(run) - own and step.index % callback_steps == 0:
                 callback(step.index, step.timestep, step.latents)
         images = self.decode(run.latents, output_type)
         self.maybe_free_model_hooks()
@@ -272,20 +276,15 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         shortcuts = choose(
             preset, guidance_interval=guidance_interval, deep_cache=deep_cache, token_merging=token_merging
         )
-        check_number("strength", strength, 0.0, 1.0)
-        check_number("guidance_scale", guidance_scale, 0.0)
-        check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
-        check_number("eta", eta, 0.0, 1.0)
-        check_prompt(prompt, prompt_embeds)
-        check_prompt(negative_prompt, negative_prompt_embeds, "negative_prompt")
-        if prompt is None and prompt_embeds is None:
-            raise ValueError("Provide either `prompt` or `prompt_embeds`; both are None")
-        if not isinstance(self.scheduler, Scheduler):
-            raise TypeError(f"scheduler must be one of depthdiff's, got {type(self.scheduler).__name__}")
+        strength, guidance_scale, num_images_per_prompt, lora_scale = read_numbers(
+            strength, guidance_scale, num_images_per_prompt, lora_scale
+        )
+        guided = guidance_scale > 1
+        check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip, guided)
+        self._need("scheduler", "vae", "unet", *(() if depth_map is not None else self.FOR_DEPTH))
         plan = self.scheduler.plan(num_inference_steps, strength, eta=eta, device=self.execution_device)
         images = read_start(image, depth_map, self.vae_scale_factor)
         depths = None if depth_map is None else read_depth(depth_map)
-
         texts = [prompt] if isinstance(prompt, str) else prompt
         counts = {"prompt": len(texts) if texts is not None else len(prompt_embeds), "image": len(images)}  # type: ignore[arg-type]
         if depths is not None:
@@ -293,11 +292,8 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         pictures = batch_size(counts)
         check_generator(generator, pictures * num_images_per_prompt)
 
-        guided = guidance_scale > 1
-        if texts is not None:
-            texts = repeat(texts, pictures)
-        else:
-            prompt_embeds = torch.cat([prompt_embeds] * (pictures // len(prompt_embeds)))  # type: ignore[list-item, arg-type]
+        texts = None if texts is None else repeat(texts, pictures)
+        prompt_embeds = repeat_rows("prompt_embeds", prompt_embeds, pictures)
         positive, negative = self.encode_prompt(
             texts,
             self.execution_device,
@@ -325,6 +321,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             Each step once it is taken; what the caller assigns to its `latents`, or to the run's fields, counts from
             the next step on. `run.latents` follows.
         """
+        check_run(run)
         with self._in_use(ends_by_itself=False), ExitStack() as stack:
             unet = self._at_scale("unet", self._at_work("unet"), run.lora_scale)
             predict_noise = stack.enter_context(noise_predictor(unet, run))
@@ -339,6 +336,8 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
     def decode(self, latents: Tensor, output_type: Literal["pil", "np", "pt", "latent"] = "pil") -> Any:
         """Turn latents (B, 4, h, w) on any device into pictures, of the kind of `output_type` (see `__call__`)."""
         check_output_type(output_type)
+        self._need("vae")
+        check_latents(latents, self.vae.config.latent_channels)
         if output_type == "latent":
             return check_finite(latents, "the latents")
         vae, scaled = self._at_work("vae"), latents.to(self.execution_device) / self.vae.config.scaling_factor
@@ -378,22 +377,23 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         Raises:
             ValueError: numbers of prompts that do not pair, or a `clip_skip` beyond the encoder's layers.
         """
-        check_prompt(prompt, prompt_embeds)
-        check_prompt(negative_prompt, negative_prompt_embeds, "negative_prompt")
-        check_embeds(prompt_embeds, negative_prompt_embeds, max(self.unet.config.per_level("cross_attention_dim")))
-        check_number("lora_scale", 1.0 if lora_scale is None else lora_scale, -1e6, 1e6)
-        if clip_skip is not None:
-            check_number("clip_skip", clip_skip, 0, self.text_encoder.config.num_hidden_layers - 1, whole=True)
+        do_classifier_free_guidance = check_flag("do_classifier_free_guidance", do_classifier_free_guidance)
+        clip_skip = check_prompts(
+            self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip, do_classifier_free_guidance
+        )
+        *_, times, lora_scale = read_numbers(1, 1, num_images_per_prompt, 1.0 if lora_scale is None else lora_scale)
+        device = self.execution_device if device is None else check_device("device", device)
         texts = [prompt] if isinstance(prompt, str) else prompt or []
         count = len(texts) if prompt_embeds is None else len(prompt_embeds)
         negatives: list[str] = []
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negatives = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
             if count % len(negatives):
-                raise ValueError(
-                    f"`negative_prompt` has batch size {len(negatives)}, but `prompt` {count}; they must pair"
-                )
+                found = f"`negative_prompt` has batch size {len(negatives)}, but `prompt` {count}"
+                raise ValueError(f"{found}; they must pair")
             negatives = repeat(negatives, count)
+        elif do_classifier_free_guidance:
+            negative_prompt_embeds = repeat_rows("negative_prompt_embeds", negative_prompt_embeds, count)
 
         if texts or negatives:
             encoder = self._at_work("text_encoder")
@@ -401,11 +401,11 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             read = read_texts(texts, negatives, clip_skip, self.tokenizer, encoder, self.execution_device, self.cache)
             prompt_embeds = read[: len(texts)] if texts else prompt_embeds
             negative_prompt_embeds = read[len(texts) :] if negatives else negative_prompt_embeds
-        kind = {"device": device or self.execution_device, "dtype": self.unet.dtype}
-        positive = prompt_embeds.to(**kind).repeat_interleave(num_images_per_prompt, dim=0)  # type: ignore[union-attr, call-overload]
+        kind = {"device": device, "dtype": self.unet.dtype}
+        positive = prompt_embeds.to(**kind).repeat_interleave(times, dim=0)  # type: ignore[union-attr, call-overload]
         if not do_classifier_free_guidance:
             return positive, None
-        return positive, negative_prompt_embeds.to(**kind).repeat_interleave(num_images_per_prompt, dim=0)  # type: ignore[union-attr, call-overload]
+        return positive, negative_prompt_embeds.to(**kind).repeat_interleave(times, dim=0)  # type: ignore[union-attr, call-overload]
 
     def _encode(self, images: list[Image.Image] | Tensor, dtype: torch.dtype) -> Tensor | DiagonalGaussianDistribution:
         """Describe the latents of images; latents themselves are only brought to device and `dtype`."""
@@ -427,6 +427,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
     @uses_weights
     def estimate_depth(self, image: ImageInput) -> Tensor:
         """Estimate the disparity (N, H', W') of images, near is large; H' and W' are the depth net's own."""
+        self._need(*self.FOR_DEPTH)
         net = self._at_work("depth_estimator")
         pixels = self.feature_extractor(read_images(image)).pixel_values
         return read_disparity(pixels, net, self.execution_device, self.cache)

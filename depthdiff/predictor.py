@@ -14,7 +14,7 @@ from torch import Tensor
 from depthdiff.models.plain import is_bare, version_of
 from depthdiff.models.shortcuts import DeepFeatures
 from depthdiff.models.unet import UNet2DConditionModel
-from depthdiff.run import Run
+from depthdiff.run import Run, check_tensors
 from depthdiff.sampler import guide
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -30,9 +30,9 @@ def noise_predictor(unet: UNet2DConditionModel, run: Run) -> Iterator[Predict]:
     outside = {id(t) for t, number in steps if not run.shortcuts.guides(number / run.plan.config.num_train_timesteps)}
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        check_tensors(run, latents, unet)
         guided = run.guidance_scale > 1
         whole = not guided or id(timestep) not in outside
-        check_rows(run, latents)
         context, depth = told.look_up(run, deep, whole)
         noise = unet(sample.filled(latents, depth), timestep, context, deep=deep, merging=merging).sample
         if not (guided and whole):
@@ -42,17 +42,6 @@ def noise_predictor(unet: UNet2DConditionModel, run: Run) -> Iterator[Predict]:
 
     with unet.remembering(run.plan.calls):
         yield predict
-
-
-def check_rows(run: Run, latents: Tensor) -> None:
-    """Refuse a context that does not fit guidance, as a callback may leave it that turns guidance off."""
-    wanted, each = (2 * len(latents), "two") if run.guidance_scale > 1 else (len(latents), "one")
-    if len(run.context) != wanted:
-        rows = "row" if wanted == 1 else "rows"
-        raise ValueError(
-            f"context must have {wanted} {rows}, {each} for each of the latents, got {len(run.context)}; with guidance "
-            f"it is the negative prompts and then the prompts, without it the prompts alone"
-        )
 
 
 class Told:
@@ -117,7 +106,7 @@ class UNetInput:
         """Return (N, 5, h, w): the latents (B, 4, h, w), N / B times, and the depth (N, 1, h, w)."""
         channels, copies = latents.shape[1], len(depth) // len(latents)
         if depth is not self.depth or version_of(depth) != self.version:
-            sample = torch.cat([torch.cat([latents] * copies), depth], dim=1)
+            sample = torch.cat([torch.cat([latents.to(depth.dtype)] * copies), depth], dim=1)
             self.sample = sample.contiguous(memory_format=self.memory_format)
             self.depth, self.version = depth, version_of(depth)
         else:

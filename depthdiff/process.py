@@ -45,23 +45,6 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def check_device(argument: str, name: str) -> torch.device:
-    """Return a device on which torch computes here.
-
-    Raises:
-        ValueError: there is no such device, or it holds no numbers, as "meta".
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(
-            f"{argument} must be a device that torch can use here, such as cpu, got {name!r}: {reason}"
-        ) from error
-    return device
-
-
 class Stream(io.TextIOBase):
     """Text for a person who may have gone: what cannot be written is left out, and what has no letter is spelt out.
 

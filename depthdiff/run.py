@@ -6,7 +6,7 @@ Letters: B pictures, L tokens, C their channels, H and W height and width in pix
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,10 @@ import numpy as np
 from PIL import Image
 from torch import Generator, Tensor
 
+from depthdiff.checks import check_generators, check_number, check_tensor, show
 from depthdiff.config import Output
+from depthdiff.inputs import LARGEST_SCALE
+from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.sampler import Step
 from depthdiff.schedulers.plan import Plan
 from depthdiff.shortcuts import Shortcuts
@@ -48,6 +51,10 @@ class CallState(threading.local):
     guidance_scale: float = 7.5
     clip_skip: int | None = None
     num_timesteps: int = 0
+
+    def begin(self, guidance_scale: float, clip_skip: int | None, num_timesteps: int) -> None:
+        """Take over what the call that begins was given."""
+        self.guidance_scale, self.clip_skip, self.num_timesteps = guidance_scale, clip_skip, num_timesteps
 
     def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
         return CallState, ()
@@ -91,6 +98,10 @@ def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: 
         pipeline: its first argument, whose `_guidance_scale` it may change.
         run: whose context and depth it may replace.
         step: whose latents it may replace.
+
+    Raises:
+        TypeError: it returns neither a dict nor None, or sets a guidance scale that is no number.
+        ValueError: it sets a guidance scale out of range.
     """
     tensors = {
         "latents": step.latents,
@@ -98,8 +109,69 @@ def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: 
         "negative_prompt_embeds": run.context.chunk(2)[0] if run.guidance_scale > 1 else None,
         "depth_mask": run.depth,
     }
-    replaced = function(pipeline, step.index, step.timestep, {name: tensors[name] for name in names}) or {}
+    replaced = function(pipeline, step.index, step.timestep, {name: tensors[name] for name in names})
+    if replaced is None:
+        replaced = {}
+    if not isinstance(replaced, Mapping):
+        raise TypeError(f"callback_on_step_end must return a dict of tensors by name, or None, got {show(replaced)}")
     step.latents = replaced.get("latents", step.latents)
     run.context = replaced.get("prompt_embeds", run.context)
     run.depth = replaced.get("depth_mask", run.depth)
-    run.guidance_scale = pipeline.guidance_scale
+    run.guidance_scale = check_number("guidance_scale", pipeline.guidance_scale, 0, LARGEST_SCALE)
+
+
+def check_run(run: object) -> None:
+    """Refuse what is not a prepared run, or one whose fields were replaced by something else.
+
+    Raises:
+        TypeError: always names the field.
+        ValueError: a number out of range.
+    """
+    if not isinstance(run, Run):
+        raise TypeError(f"run must be what `prepare` returns, got {show(run)}")
+    for name, part, kind in (("plan", run.plan, Plan), ("shortcuts", run.shortcuts, Shortcuts)):
+        if not isinstance(part, kind):
+            raise TypeError(f"{name} of a run must be a {kind.__name__}, got {show(part)}")
+    check_generators("generator", run.generator)
+    run.lora_scale = check_number("lora_scale", run.lora_scale, -LARGEST_SCALE, LARGEST_SCALE)
+    check_tensor("latents", run.latents, "(B, 4, h, w)", 4)
+
+
+def check_tensors(run: Run, latents: Tensor, unet: UNet2DConditionModel) -> None:
+    """Refuse tensors of a run, which the caller may have replaced, that fit neither each other nor the UNet.
+
+    Args:
+        run: whose context and depth.
+        latents: of the present step.
+        unet: reads them.
+
+    Raises:
+        TypeError: no tensor, or a guidance scale that is no number.
+        ValueError: names the tensor, its shape or dtype, and what it must be.
+    """
+    run.guidance_scale = check_number("guidance_scale", run.guidance_scale, 0, LARGEST_SCALE)
+    guided, (batch, channels, height, width) = run.guidance_scale > 1, latents.shape
+    if channels != unet.config.in_channels - 1:
+        raise ValueError(f"latents must have {unet.config.in_channels - 1} channels, got {channels}")
+    for name, tensor, form in (("context", run.context, "(B, L, C)"), ("depth", run.depth, "(B, 1, h, w)")):
+        check_tensor(name, tensor, form, form.count(",") + 1)
+        if tensor.dtype != unet.dtype or tensor.device != latents.device:
+            raise ValueError(
+                f"{name} must be {unet.dtype} on {latents.device}, as the unet and the latents are, got {tensor.dtype} "
+                f"on {tensor.device}; bring it there with .to"
+            )
+    wanted, each = (2 * batch, "two") if guided else (batch, "one")
+    if len(run.context) != wanted:
+        rows = "row" if wanted == 1 else "rows"
+        raise ValueError(
+            f"context must have {wanted} {rows}, {each} for each of the latents, got {len(run.context)}; with guidance "
+            f"it is the negative prompts and then the prompts, without it the prompts alone"
+        )
+    reads = max(unet.config.per_level("cross_attention_dim"))
+    if run.context.shape[2] != reads:
+        raise ValueError(f"context must be {reads} wide, which this UNet reads, got {run.context.shape[2]}")
+    if len(run.depth) not in (batch, wanted) or run.depth.shape[1:] != (1, height, width):
+        raise ValueError(
+            f"depth must be {(batch, 1, height, width)} as the latents{', or twice that' if guided else ''}, got "
+            f"{tuple(run.depth.shape)}"
+        )

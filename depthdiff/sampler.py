@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
+from depthdiff.checks import check_tensor
 from depthdiff.schedulers.plan import Plan
 
 
@@ -60,6 +61,10 @@ def denoise(
     Yields:
         Every step once it is taken; the next one starts from its `latents`, which the caller may have changed.
 
+    Raises:
+        TypeError: the caller has put something else than a tensor there.
+        ValueError: of another form, or of another size where the method remembers past steps.
+
     Examples:
         >>> import torch
         >>> from depthdiff import DDIMScheduler
@@ -76,4 +81,4 @@ def denoise(
         result = plan.step(noise_pred, index, latents, state, generator)
         step = Step(index, timestep, result.latents, result.denoised)
         yield step
-        latents, state = step.latents, result.state
+        latents, state = check_tensor("latents", step.latents, "(B, 4, h, w)", 4), result.state

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from depthdiff.inputs import check_number
+from depthdiff.checks import brief, check_number
 from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
 
 MOST_MERGED = 0.75
@@ -40,14 +40,14 @@ class Shortcuts:
     def __post_init__(self) -> None:
         interval = self.guidance_interval
         if not isinstance(interval, (tuple, list)) or len(interval) != 2:
-            raise ValueError(f"guidance_interval must be two numbers, low and high, got {interval!r}")
-        for number in interval:
-            check_number("guidance_interval", number, 0.0, 1.0)
-        if interval[0] > interval[1]:
-            raise ValueError(f"guidance_interval must be (low, high) with low <= high, got {interval!r}")
-        check_number("deep_cache", self.deep_cache, 1, whole=True)
-        check_number("token_merging", self.token_merging, 0.0, MOST_MERGED)
-        object.__setattr__(self, "guidance_interval", (float(interval[0]), float(interval[1])))
+            raise ValueError(f"guidance_interval must be two numbers, low and high, got {brief(interval)}")
+        low, high = (float(check_number("guidance_interval", number, 0.0, 1.0)) for number in interval)
+        if low > high:
+            raise ValueError(f"guidance_interval must be (low, high) with low <= high, got {(low, high)}")
+        object.__setattr__(self, "guidance_interval", (low, high))
+        object.__setattr__(self, "deep_cache", check_number("deep_cache", self.deep_cache, 1, whole=True))
+        merged = check_number("token_merging", self.token_merging, 0.0, MOST_MERGED)
+        object.__setattr__(self, "token_merging", merged)
 
     def guides(self, share: float) -> bool:
         """Tell whether guidance is on at a share of the training timesteps; 0 and 1 as limits have no end."""
@@ -74,7 +74,7 @@ def choose(preset: str | None, **options: Any) -> Shortcuts:
         TypeError: an option of a wrong type.
         ValueError: an unknown preset, or an option out of range.
     """
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, or None, got {preset!r}")
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, or None, got {brief(preset)}")
     chosen = Shortcuts() if preset is None else PRESETS[preset]
     return dataclasses.replace(chosen, **{name: value for name, value in options.items() if value is not None})

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from depthdiff.checkpoint.single_pipeline import load_into, load_single_components
-from depthdiff.components import Components, nearest
+from depthdiff.checks import nearest
+from depthdiff.components import Components
 
 if TYPE_CHECKING:
     from typing_extensions import Self

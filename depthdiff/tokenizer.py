@@ -6,21 +6,23 @@ Letters: B prompts, L tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from tokenizers import AddedToken
-from torch import Tensor
 
 from depthdiff.bpe import END_OF_WORD, as_special, build_bpe, group_words, read_merges, text_of
+from depthdiff.checks import check_flag, check_names, check_number, check_path
 from depthdiff.config import Output
+from depthdiff.token_inputs import check_token, list_added, one_of, read_ids, read_texts, read_words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+MOST_TOKENS = 2**20
 UNLIMITED = int(1e30)
 """`model_max_length` of a tokenizer whose files name none, as in transformers."""
 
@@ -82,12 +84,15 @@ class CLIPTokenizer:
         added_tokens: Iterable[AddedToken] = (),
     ) -> None:
         roles = (bos_token, eos_token, unk_token, pad_token)
+        for name, token in zip(ROLES, roles, strict=True):
+            check_token(name, token)
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = map(text_of, roles)
-        self.model_max_length = UNLIMITED if model_max_length is None else model_max_length
+        longest = UNLIMITED if model_max_length is None else model_max_length
+        self.model_max_length = check_number("model_max_length", longest, 1, whole=True)
         self.merges = read_merges(merges, vocab)
         self._backend = build_bpe(vocab, self.merges, self.unk_token)
         texts = self.special_tokens_map.values()
-        added = [as_special(token) if token.content in texts else token for token in added_tokens]
+        added = [as_special(token) if token.content in texts else token for token in list_added(added_tokens)]
         known = {token.content for token in added}
         self._backend.add_tokens(added + [as_special(token) for token in roles if text_of(token) not in known])
         self._vocab = vocab
@@ -149,6 +154,7 @@ class CLIPTokenizer:
         """
         from depthdiff.checkpoint.tokenizer_files import write_tokenizer  # deferred, as above
 
+        check_path("save_directory", save_directory)
         write_tokenizer(self, save_directory)
 
     def __call__(
@@ -178,11 +184,14 @@ class CLIPTokenizer:
             TypeError: `text` is no text.
             ValueError: an unknown option, no text, or texts of different lengths for one tensor.
         """
-        texts = _texts(text)
-        pad, cut = _one_of("padding", padding, PADDING), _one_of("truncation", truncation, TRUNCATION)
-        _one_of("return_tensors", return_tensors, dict.fromkeys((None, "pt", "np")))
+        texts = read_texts(text)
+        pad, cut = one_of("padding", padding, PADDING), one_of("truncation", truncation, TRUNCATION)
+        one_of("return_tensors", return_tensors, dict.fromkeys((None, "pt", "np")))
         cut = cut or (truncation is None and max_length is not None and padding is False)
-        limit = self.model_max_length if max_length is None else max_length
+        add_special_tokens = check_flag("add_special_tokens", add_special_tokens)
+        limit = self.model_max_length if max_length is None else check_number("max_length", max_length, 0, whole=True)
+        if pad == "limit" and UNLIMITED > limit > MOST_TOKENS:
+            raise ValueError(f"max_length must be at most {MOST_TOKENS} where texts are padded to it, got {limit:.3g}")
         room = limit - (2 if add_special_tokens else 0)
         if cut and room < 0:
             raise ValueError(f"max_length must leave room for the start and the end of a text, 2 tokens, got {limit}")
@@ -209,7 +218,7 @@ class CLIPTokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of one text, without start and end; a word's last token ends in "</w>"."""
-        return self._backend.encode(_texts(text)[0], add_special_tokens=False).tokens
+        return self._backend.encode(read_texts(text)[0], add_special_tokens=False).tokens
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> Any:
         """Turn ids back into text, in lower case and with a space after every word.
@@ -221,11 +230,11 @@ class CLIPTokenizer:
         Returns:
             One text, or a list of B.
         """
-        ids = np.asarray(token_ids).tolist() if isinstance(token_ids, (int, Tensor, np.ndarray)) else token_ids
-        ids = [ids] if isinstance(ids, int) else list(ids)
-        if ids and isinstance(ids[0], Iterable):
+        ids = read_ids("token_ids", token_ids)
+        ids = [ids] if isinstance(ids, int) else ids
+        if ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens) for row in ids]
-        text = self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        text = self._backend.decode(ids, skip_special_tokens=check_flag("skip_special_tokens", skip_special_tokens))
         return text.replace(END_OF_WORD, " ").strip()
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
@@ -236,16 +245,20 @@ class CLIPTokenizer:
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
         """Return the id of a token, or the list of those of several; unknown ones have `unk_token`'s."""
         if not isinstance(tokens, str):
+            tokens = check_names("tokens", tuple(tokens) if isinstance(tokens, Iterator) else tokens)
             return [self.convert_tokens_to_ids(token) for token in tokens]
         index = self._backend.token_to_id(tokens)
         return self._backend.token_to_id(self.unk_token) if index is None else index
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """Return the token of an id, or the list of those of several; None where the vocabulary has no such id."""
-        if isinstance(ids, int):
-            return self._backend.id_to_token(ids)
-        skipped = self.all_special_ids if skip_special_tokens else ()
-        return [self._backend.id_to_token(int(i)) for i in ids if int(i) not in skipped]
+        numbers = read_ids("ids", ids)
+        if isinstance(numbers, int):
+            return self._backend.id_to_token(numbers)
+        if numbers and isinstance(numbers[0], list):
+            raise TypeError("ids must be one id or a list of them, got several lists; pass them one at a time")
+        skipped = self.all_special_ids if check_flag("skip_special_tokens", skip_special_tokens) else ()
+        return [self._backend.id_to_token(i) for i in numbers if i not in skipped]
 
     def get_vocab(self, *, with_added_tokens: bool = True) -> dict[str, int]:
         """Return every token with its id, with or without the added ones."""
@@ -267,6 +280,7 @@ class CLIPTokenizer:
         Raises:
             ValueError: a word or one of its further tokens is a token already; nothing has changed then.
         """
+        words = read_words(words)
         known, lowered = self.get_vocab(), {word.lower() for word in self._learnt}
         names: list[str] = []
         counts = {word: len(ids) for word, ids in self._learnt.items()}
@@ -290,6 +304,10 @@ class CLIPTokenizer:
 
     def remove_words(self, words: Iterable[str]) -> None:
         """Forget learnt words; the ids of those that stay close up."""
+        words = check_names("words", words)
+        for word in words:
+            if word not in self._learnt:
+                raise ValueError(f"{word!r} was not learnt; the learnt words are {', '.join(self._learnt) or 'none'}")
         gone = {index for word in words for index in self._learnt[word]}
         self._replace([token for index, token in sorted(self.added_tokens_decoder.items()) if index not in gone])
 
@@ -335,22 +353,3 @@ class CLIPTokenizer:
     def all_special_ids(self) -> list[int]:
         """The ids of `all_special_tokens`."""
         return self.convert_tokens_to_ids(self.all_special_tokens)
-
-
-def _one_of(name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
-    if not isinstance(value, (bool, str, type(None))) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return choices[value]
-
-
-def _texts(text: Any) -> list[str]:
-    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else None
-    if texts is None or not all(isinstance(one, str) for one in texts):
-        found = type(text).__name__ if texts is None else ", ".join(sorted({type(one).__name__ for one in texts}))
-        raise TypeError(f"text must be a str or a list of str, got {found}")
-    if not texts:
-        raise ValueError("text must hold at least one text, got an empty list")
-    for one in texts:
-        if any("\ud800" <= character <= "\udfff" for character in one):
-            raise ValueError(f"text must be valid Unicode, got half of a surrogate pair in {one[:40]!r}")
-    return texts

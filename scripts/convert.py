@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from depthdiff.checkpoint.convert import to_folder, to_single_file
+from depthdiff.checkpoint.single_file import lost_settings, open_single_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.target.suffix != ".safetensors":
                 raise ValueError(f"{options.target} must end in .safetensors; pickles are not written")
             to_single_file(options.source, options.target, dtype=dtype, variant=options.variant)
+            warn_of_lost_settings(options.source, options.target)
         else:
             how = {"config": options.config, "prediction_type": options.prediction_type}
             to_folder(options.source, options.target, dtype=dtype, **how)
@@ -49,6 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"wrote {options.target}")
     return 0
+
+
+def warn_of_lost_settings(folder: Path, file: Path) -> None:
+    """Say what of the folder's configs a reader of the file alone would guess wrongly."""
+    lost = lost_settings(open_single_file(file), folder)
+    if lost:
+        print(
+            f"convert: warning: no shape in {file} tells {', '.join(lost)}; load it with config={str(folder)!r}",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ from random_checkpoint import build_pipeline
 DATA = Path(__file__).parent / "data"
 
 
-def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none, and say so."""
+def pytest_collection_modifyitems(config, items):
+    """Skip what needs a GPU where there is none, and long random tests unless `-m fuzz` asks for them; say so."""
+    for item in items:
+        if item.get_closest_marker("fuzz") and "fuzz" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; a share of it runs; -m fuzz runs the whole"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -64,7 +64,7 @@ def test_killed_between_any_two_steps(tmp_path, monkeypatch):
         new.save_pretrained(folder)
         assert names_below(folder) == names_below(tmp_path / "new")
     assert seen == sorted(seen, reverse=True), "once it is the new one it stays so"
-    assert seen.count("old") > 20
+    assert seen.count("old") > 8
     assert seen.count("new") > 20
 
 
@@ -145,9 +145,9 @@ def test_places_of_another_kind_are_refused_before_anything_is_written(pipe, tmp
     before = names_below(tmp_path)
     for target, error, message in (
         ("", ValueError, "save_directory must name a folder, got an empty text"),
-        (None, TypeError, "save_directory must be the path of a folder, got NoneType"),
-        (3, TypeError, "save_directory must be the path of a folder, got int"),
-        (b"x", TypeError, "save_directory must be the path of a folder, got bytes"),
+        (None, TypeError, "save_directory must be a path or a name, got NoneType"),
+        (3, TypeError, "save_directory must be a path or a name, got int 3"),
+        (b"x", TypeError, "save_directory must be a path or a name, got bytes"),
         (tmp_path / "file", NotADirectoryError, "save_directory is a file"),
         (tmp_path / "file" / "below", NotADirectoryError, "save_directory is a file or in one"),
         (tmp_path / "one", IsADirectoryError, "is a folder.*model_index.json"),

@@ -21,8 +21,7 @@ from depthdiff.adapters.names import COMPONENTS
 from depthdiff.adapters.saving import lora_state, prefixed, write_layers
 from depthdiff.adapters.textual_inversion import TextualInversion
 from depthdiff.adapters.weights import Weight, check_components, check_weight, component_weight, scaled
-from depthdiff.components import nearest
-from depthdiff.inputs import check_number
+from depthdiff.checks import check_flag, check_names, check_number, check_path, check_text, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +76,13 @@ class Adapters(TextualInversion, Merging):
             CheckpointError: the file is missing or damaged, or made for another model; nothing has changed then.
             ValueError: the name is taken.
         """
+        check_text("adapter_name", adapter_name)
         name = self._free_name(adapter_name, hotswap)
         if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
             settings: dict[str, Any] = {}
             state, source = pretrained_model_name_or_path_or_dict, f"adapter {name!r}"
         else:
+            check_path("the adapter's name", pretrained_model_name_or_path_or_dict)
             path = find_file(
                 pretrained_model_name_or_path_or_dict,
                 LORA_FILES,
@@ -109,8 +110,6 @@ class Adapters(TextualInversion, Merging):
         loras = self._adapters.loras
         if adapter_name is None:
             return next(name for name in map("default_{}".format, itertools.count()) if name not in loras)
-        if not isinstance(adapter_name, str) or not adapter_name:
-            raise ValueError(f"adapter_name must be a text, got {adapter_name!r}")
         if adapter_name in loras and not hotswap:
             raise ValueError(
                 f"adapter_name {adapter_name!r} is taken; choose another, or delete_adapters({adapter_name!r}) first"
@@ -212,7 +211,8 @@ class Adapters(TextualInversion, Merging):
             ValueError: no adapter, an unknown one, or a result that is not finite; nothing has changed then.
         """
         components = check_components(components)
-        check_number("lora_scale", lora_scale, -1e6, 1e6)
+        lora_scale = check_number("lora_scale", lora_scale, -1e6, 1e6)
+        check_flag("safe_fusing", safe_fusing)
         with self._turns.change("fuse_lora"):
             names = self.get_active_adapters() if adapter_names is None else self._known(adapter_names)
             if not names:
@@ -285,7 +285,7 @@ class Adapters(TextualInversion, Merging):
         write_layers(save_directory, lora_state(self._adapters.loras[name], self._adapted()), weight_name)
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
-        names = [names] if isinstance(names, str) else list(names)
+        names = check_names("adapter_names", names)
         for name in names:
             if name not in self._adapters.loras:
                 loaded = ", ".join(map(repr, self._adapters.loras)) or "none"

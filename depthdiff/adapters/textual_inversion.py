@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from depthdiff.adapters.files import find_file, read_file
 from depthdiff.adapters.lora import CONTEXTS, has_numbers
+from depthdiff.checks import check_names, check_path
 from depthdiff.config import CheckpointError
 from depthdiff.models.clip_text import CLIPTextModel
 from depthdiff.tokenizer import CLIPTokenizer
@@ -83,7 +84,7 @@ class TextualInversion:
         tokenizer, encoder = tokenizer or self.tokenizer, text_encoder or self.text_encoder
         given = pretrained_model_name_or_path
         sources: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
-        tokens = [token] * len(sources) if token is None else [token] if isinstance(token, str) else list(token)
+        tokens = [token] * len(sources) if token is None else check_names("token", token)
         if len(tokens) != len(sources) or not sources:
             raise ValueError(f"token must name one word for each of {len(sources)} sources, got {len(tokens)}")
         words: dict[str, Tensor] = {}
@@ -91,6 +92,7 @@ class TextualInversion:
             if isinstance(source, (Mapping, Tensor)):
                 content, name, stem = source, f"the {type(source).__name__} given", None
             else:
+                check_path("the word's file", source)
                 path = find_file(
                     source,
                     FILES,
@@ -140,7 +142,7 @@ def remove_words(tokens: str | Sequence[str] | None, tokenizer: CLIPTokenizer, e
         ValueError: a word that was not learnt.
     """
     learnt = tokenizer.learnt_words
-    chosen = list(learnt) if tokens is None else [tokens] if isinstance(tokens, str) else list(tokens)
+    chosen = list(learnt) if tokens is None else check_names("tokens", tokens)
     for word in chosen:
         if word not in learnt:
             raise ValueError(f"{word!r} was not learnt; the learnt words are {', '.join(learnt) or 'none'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -11,17 +10,22 @@ from typing import Any
 from torch import nn
 
 from depthdiff.adapters.names import COMPONENTS
+from depthdiff.checks import check_names as check_texts
+from depthdiff.checks import plain, show
 
 Weight = float | Mapping[str, Any]
 """How much of an adapter: a number, or {"unet": U, "text_encoder": number}, where U is a number or {"down": B, "mid":
 number, "up": B}, and B a number, a list with one for each transformer of a block, or {"block_1": number or list}."""
+
+LARGEST = 1e6
+"""Of a weight; float32 ends soon after."""
 
 PLACE = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.(?:(?:attentions|resnets)\.(?P<index>\d+)\.)?")
 
 
 def check_components(components: str | Sequence[str]) -> list[str]:
     """List components, and refuse none, or one that has no adapters."""
-    names = [components] if isinstance(components, str) else list(components)
+    names = check_texts("components", components)
     for name in names or ["none"]:
         if name not in COMPONENTS:
             raise ValueError(f"components must be among {', '.join(COMPONENTS)}, got {name!r}")
@@ -67,14 +71,19 @@ def check_blocks(weight: Mapping[str, Any], unet: nn.Module, others: Sequence[st
 def check_names(weight: Mapping[str, Any], known: Sequence[str]) -> None:
     """Refuse a name that no weight has."""
     for name in weight:
-        if name not in known:
-            raise ValueError(f"adapter_weights may name {', '.join(known)}, got {name!r}")
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"adapter_weights may name {', '.join(known)}, got {show(name)}")
 
 
 def check_number(number: Any) -> None:
     """Refuse what is no finite number; None stands for 1."""
-    if number is not None and (isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number)):
-        raise ValueError(f"adapter_weights must be finite numbers or dicts of them, got {number!r}")
+    one = plain(number)
+    if isinstance(one, int):  # which a float may not hold
+        one = max(-2 * LARGEST, min(one, 2 * LARGEST)) if not isinstance(one, bool) else one
+    if one is not None and (
+        isinstance(one, bool) or not isinstance(one, Real) or not -LARGEST <= float(one) <= LARGEST
+    ):
+        raise ValueError(f"adapter_weights must be finite numbers or dicts of them, got {show(number)}")
 
 
 def component_weight(weight: Weight, component: str) -> Weight:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from depthdiff.config import CheckpointError
+from depthdiff.config import CheckpointError, Config
 
 HEAD_DIM = 64
 PATCH = 16
@@ -230,3 +230,39 @@ INFER: Mapping[str, Callable[[Shapes], dict[str, Any]]] = {
     "depth_estimator": depth_estimator,
 }
 """Component -> what finds its config."""
+
+UNTOLD: Mapping[str, tuple[str, ...]] = {
+    "unet": ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "upcast_attention", "flip_sin_to_cos",
+             "freq_shift", "center_input_sample", "downsample_padding"),
+    "vae": ("norm_num_groups", "scaling_factor", "act_fn"),
+    "text_encoder": ("num_attention_heads", "hidden_act", "layer_norm_eps"),
+    "depth_estimator": ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_size", "qkv_bias"),
+}  # fmt: skip
+"""Component -> what of its config changes results, and no shape tells."""
+
+BACKBONE_UNTOLD = ("num_groups", "hidden_act")
+
+
+def guessed_wrongly(component: str, config: Config, shapes: Shapes) -> list[str]:
+    """List what the config of a network says and its shapes in a single file would make it otherwise.
+
+    Args:
+        component: which.
+        config: the network's own.
+        shapes: of its tensors in the file.
+    """
+    guess = INFER[component](shapes)
+
+    def differs(name: str, own: Config, guessed: Mapping[str, Any]) -> bool:
+        told = guessed.get(name, getattr(type(own), name))
+        levels = list(told) if isinstance(told, (list, tuple)) else [told]
+        value = own[name]
+        wanted = list(value) if isinstance(value, tuple) else [value] * len(levels)
+        return levels * (len(wanted) // len(levels)) != wanted
+
+    wrong = [name for name in UNTOLD[component] if differs(name, config, guess)]
+    if component == "depth_estimator":
+        backbone, inside = getattr(config, "backbone", None), guess["backbone_config"]
+        if isinstance(backbone, Config):
+            wrong += [f"backbone's {name}" for name in BACKBONE_UNTOLD if differs(name, backbone, inside)]
+    return wrong

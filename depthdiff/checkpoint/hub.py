@@ -14,10 +14,12 @@ from typing import Any
 
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.transaction import settle
+from depthdiff.checks import check_path, check_places
 from depthdiff.config import CheckpointError
 
 Name = str | os.PathLike[str]
 
+HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 BUNDLED = "mini"
 """The name of the small model that comes with the package; a folder of that name is reached as "./mini"."""
 
@@ -61,8 +63,18 @@ def fetch(
         The local folder, `subfolder` included.
 
     Raises:
+        TypeError: an argument of a wrong type.
         CheckpointError: neither folder nor repository, not reachable, or a file is missing.
     """
+    check_path("the model's name", name_or_path)
+    check_places(
+        subfolder=subfolder,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
     steps = re.split(r"[/\\]", subfolder.rstrip("/")) if subfolder else []
     if subfolder and (subfolder.startswith("/") or {"..", ""} & set(steps)):
         raise CheckpointError(f"subfolder must name a folder inside of {name_or_path}, got {subfolder!r}")
@@ -125,3 +137,5 @@ def _refuse_paths(name: Name) -> None:
         )
     if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or "\\" in text or not text.strip():
         raise CheckpointError(f"{text!r} is no folder, and no Hub id either, which reads owner/name")
+    if not HUB_ID.fullmatch(text):
+        raise CheckpointError(f"{text[:80]!r} is no folder, and no Hub id either: these hold letters, digits and -_.")

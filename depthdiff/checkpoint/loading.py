@@ -18,6 +18,7 @@ from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.hub import commit_of, fetch, naming_the_cache
 from depthdiff.checkpoint.kinds import describe_folder, refuse_other_kinds
 from depthdiff.checkpoint.weights import check_variant, has_weights, read_weights, suffixes, weight_files
+from depthdiff.checks import FLOATS, brief
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.models.base import Model
@@ -61,6 +62,7 @@ def load_model(
     torch_dtype: DType = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    copy: bool = False,
     **where: Any,
 ) -> AnyModel:
     """Load a network.
@@ -72,6 +74,7 @@ def load_model(
         torch_dtype: of the weights; float32 if absent, the file's own for "auto".
         variant: of the weight file, such as "fp16".
         use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
+        copy: weights into memory of the process's own, rather than map them.
         **where: as in `fetch`.
 
     Raises:
@@ -91,7 +94,7 @@ def load_model(
         model = build(cls, config, folder / "config.json")
         wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         dtype = torch.float32 if torch_dtype is None else torch_dtype
-        state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors)
+        state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors, copy)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -136,8 +139,10 @@ def check_dtype(dtype: object) -> None:
     Raises:
         ValueError: neither a floating-point dtype nor "auto" nor None.
     """
-    if dtype not in (None, "auto", torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f'torch_dtype must be a floating-point torch dtype, "auto" or None, got {dtype!r}')
+    known = dtype is None or (isinstance(dtype, str) and dtype == "auto")
+    if not known and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
+        found = repr(dtype) if isinstance(dtype, torch.dtype) else brief(dtype)
+        raise ValueError(f'torch_dtype must be a floating-point torch dtype, "auto" or None, got {found}')
 
 
 def computing_dtype(component: str, dtype: DType) -> DType:
@@ -160,8 +165,8 @@ def check_names(variant: object, use_safetensors: object) -> None:
         ValueError: always names the argument.
     """
     check_variant(variant)
-    if use_safetensors not in (None, True, False):
-        raise ValueError(f"use_safetensors must be True, False or None, got {use_safetensors!r}")
+    if use_safetensors is not None and not isinstance(use_safetensors, bool):
+        raise ValueError(f"use_safetensors must be True, False or None, got {brief(use_safetensors)}")
 
 
 def check_class(config: Mapping[str, Any], wanted: str, folder: Path) -> None:
@@ -182,6 +187,7 @@ def load_components(
     torch_dtype: DType = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    copy: bool = False,
     **where: Any,
 ) -> dict[str, Any]:
     """Load every component of a pipeline that is not in `overrides`.
@@ -192,6 +198,7 @@ def load_components(
         torch_dtype: of the weights; float32 if absent; for "auto" see `computing_dtype`.
         variant: of the weight files, such as "fp16".
         use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
+        copy: weights into memory of the process's own, rather than map them.
         **where: as in `depthdiff.checkpoint.hub.fetch`.
 
     Raises:
@@ -219,6 +226,7 @@ def load_components(
                     "torch_dtype": computing_dtype(name, torch_dtype),
                     "variant": variant,
                     "use_safetensors": use_safetensors,
+                    "copy": copy,
                 }
                 parts[name] = load_model(kind, folder, subfolder=name, **chosen)
             else:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.geometry import INFER, Shapes
+from depthdiff.checkpoint.geometry import INFER, Shapes, guessed_wrongly
 from depthdiff.checkpoint.header import is_pickle, read_start
 from depthdiff.checkpoint.hub import fetch
 from depthdiff.checkpoint.loading import AnyModel, build, check_dtype
@@ -25,6 +25,7 @@ from depthdiff.checkpoint.remap import Table
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES_LDM
 from depthdiff.checkpoint.weights import Source, open_pickle, open_safetensors, read_tensors
+from depthdiff.checks import check_path, check_places
 from depthdiff.config import CheckpointError
 from depthdiff.models.base import Model
 from depthdiff.models.clip_text import CLIPTextModel
@@ -142,6 +143,7 @@ def find_single_file(name: str | os.PathLike[str], *, revision: str | None = Non
         CheckpointError: there is no such file.
         ValueError: the address names another revision.
     """
+    check_path("the file's name", name)
     path, text = Path(name), os.fspath(name)
     if text and path.is_file():
         return path
@@ -193,6 +195,24 @@ def open_single_file(path: Path) -> SingleFile:
     if not file.parts:
         raise CheckpointError(f"{path} {_what_else(sources)}")
     return file
+
+
+def lost_settings(file: SingleFile, folder: Path) -> list[str]:
+    """List what the configs of a folder say that a single file made from it does not, each as "component: setting".
+
+    Args:
+        file: made from the folder.
+        folder: with a `config.json` for every network.
+
+    Raises:
+        CheckpointError: a config is missing or damaged.
+    """
+    lost = []
+    for component, part in file.parts.items():
+        config = part.cls.config_class.from_dict(read_json(folder / component / "config.json"))
+        shapes = Shapes(str(file.path), part.shapes)
+        lost += [f"{component}: {name}" for name in guessed_wrongly(component, config, shapes)]
+    return lost
 
 
 def _has_prefix(sources: Mapping[str, Source]) -> bool:
@@ -288,6 +308,7 @@ def load_single_model(
     Raises:
         CheckpointError: the file is missing, damaged, or has no such network.
     """
+    check_places(subfolder=subfolder, **where)
     from_where = {key: value for key, value in where.items() if key != "revision"}
     check_dtype(torch_dtype)
     file = open_single_file(find_single_file(name, **where))
@@ -301,6 +322,7 @@ def load_single_model(
 
 def read_config(name: str | os.PathLike[str], subfolder: str, **where: Any) -> dict[str, Any]:
     """Read the `config.json` of a component, of a pipeline or of the component alone; errors as in `fetch`."""
+    check_path("config", name)
     alone = Path(name) / "config.json"
     if not alone.is_file():
         alone = fetch(name, ["config.json"], subfolder=subfolder, **where) / "config.json"

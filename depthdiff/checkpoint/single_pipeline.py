@@ -21,6 +21,7 @@ from depthdiff.checkpoint.single_file import (
     open_single_file,
     read_config,
 )
+from depthdiff.checks import check_places
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.models.base import Model
@@ -57,6 +58,7 @@ def load_single_components(
         ValueError: `prediction_type` beside a scheduler.
     """
     check_dtype(torch_dtype)
+    check_places(**where)
     if prediction_type is not None and "scheduler" in overrides:
         raise ValueError("prediction_type and scheduler both say what the UNet predicts; give one of them")
     scheduler = overrides["scheduler"] if "scheduler" in overrides else make_scheduler(prediction_type)

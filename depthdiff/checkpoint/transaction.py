@@ -24,21 +24,21 @@ if sys.platform != "win32":  # there, saves do not wait for each other
 
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.write import PREFIX, check_target, flush_folder, fresh_name, write_text
+from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError
 
 JOURNAL = "journal.json"
 
 
-def check_folder(argument: str, folder: object) -> Path:
+def check_folder(argument: str, folder: Any) -> Path:
     """Return the absolute path of a folder that may not exist yet, or refuse what cannot be one.
 
     Raises:
         TypeError: not a path.
-        ValueError: an empty path.
+        ValueError: an empty path, or one that no file system can hold.
         NotADirectoryError: it, or what it would be in, is a file.
     """
-    if not isinstance(folder, (str, os.PathLike)) or not isinstance(os.fspath(folder), str):
-        raise TypeError(f"{argument} must be the path of a folder, got {type(folder).__name__}")
+    check_path(argument, folder)
     if not os.fspath(folder):
         raise ValueError(f'{argument} must name a folder, got an empty text; "." is the present one')
     path = Path(os.path.abspath(folder))

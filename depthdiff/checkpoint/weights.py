@@ -174,6 +174,7 @@ def read_weights(
     wanted: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype | None = None,
     use_safetensors: bool | None = None,
+    copy: bool = False,
 ) -> dict[str, Tensor]:
     """Read the weights in `folder`, under our names.
 
@@ -184,12 +185,13 @@ def read_weights(
         wanted: our key -> shape.
         dtype: to cast to; None leaves the file's own.
         use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
+        copy: into memory of the process's own, rather than map them.
 
     Raises:
         CheckpointError: a file is missing or damaged, or its keys, shapes or dtypes are not the network's.
     """
     name, sources = open_folder(cls, folder, variant, use_safetensors)
-    return read_tensors(name, sources, TABLES[cls.__name__], wanted, dtype)
+    return read_tensors(name, sources, TABLES[cls.__name__], wanted, dtype, copy)
 
 
 def open_folder(
@@ -216,6 +218,7 @@ def read_tensors(
     table: Table,
     wanted: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype | None = None,
+    copy: bool = False,
 ) -> dict[str, Tensor]:
     """Read tensors under our names.
 
@@ -225,6 +228,7 @@ def read_tensors(
         table: of its layout.
         wanted: our key -> shape.
         dtype: to cast to; None leaves the file's own.
+        copy: into memory of the process's own, rather than map them.
 
     Raises:
         CheckpointError: the keys, shapes or dtypes are not the network's.
@@ -239,9 +243,9 @@ def read_tensors(
         tensor = source.get()
         for part, _, ours in group:
             own = tensor if part is None else tensor.chunk(table.parts(key))[part]
-            cast = own if dtype is None else own.to(dtype)
+            cast = own.to(dtype or own.dtype, copy=copy)
             state[ours] = cast.reshape(wanted[ours])
-        if tensor.dtype != (dtype or tensor.dtype) and source.mapped:
+        if source.mapped and (copy or tensor.dtype != (dtype or tensor.dtype)):
             give_back(tensor)
     return state
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from depthdiff.checks import brief, plain
 from depthdiff.models.plain import has_tiles, only_computes
 
 AttentionFn = Callable[..., Tensor]
@@ -196,20 +197,21 @@ def use_attention(model: nn.Module, name: AttentionName, slice_size: int | Liter
     Raises:
         ValueError: unknown name, a slice size beyond a layer's heads, or a model without attention.
     """
-    if name not in FORMS:
-        raise ValueError(f"attention must be one of {', '.join(FORMS)}, got {name!r}")
+    if not isinstance(name, str) or name not in FORMS:
+        raise ValueError(f"attention must be one of {', '.join(FORMS)}, got {brief(name)}")
     layers = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no attention layer to switch to {name!r}")
     fewest = min(layer.num_heads for layer in layers)
-    if name == "sliced" and slice_size not in ("auto", "max"):
-        if not isinstance(slice_size, int) or isinstance(slice_size, bool) or not 1 <= slice_size <= fewest:
+    size: Any = plain(slice_size)
+    if name == "sliced" and not (isinstance(size, str) and size in ("auto", "max")):
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= fewest:
             raise ValueError(
-                f'slice_size must be "auto", "max" or a number of heads from 1 to {fewest}, got {slice_size!r}'
+                f'slice_size must be "auto", "max" or a number of heads from 1 to {fewest}, got {brief(slice_size)}'
             )
     for layer in layers:
         layer.attn_fn = FORMS[name]
         if name == "sliced":
-            heads = max(layer.num_heads // 2, 1) if slice_size == "auto" else 1 if slice_size == "max" else slice_size
+            heads = max(layer.num_heads // 2, 1) if size == "auto" else 1 if size == "max" else size
             layer.attn_fn = partial(sliced_attention, slice_size=heads)
     return len(layers)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from depthdiff.checks import check_path, show
 from depthdiff.config import Config
 from depthdiff.models.attention import AttentionName, use_attention
 from depthdiff.models.pages import give_back_unwritten
@@ -48,6 +49,9 @@ class Model(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        if not isinstance(config, self.config_class):
+            kind = self.config_class.__name__
+            raise TypeError(f"config must be a {kind}, got {show(config)}; from_config also takes a dict")
         self.config = config
         self._slice_size: int | Literal["auto", "max"] | None = None
         self._efficient = False
@@ -65,7 +69,11 @@ class Model(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build the network with random weights from a config or from the parsed JSON of one."""
+        """Build the network with random weights from a config or from the parsed JSON of one.
+
+        Raises:
+            CheckpointError: it describes no network of this class.
+        """
         return cls(config if isinstance(config, cls.config_class) else cls.config_class.from_dict(config))
 
     @classmethod
@@ -180,6 +188,7 @@ class Model(nn.Module):
         """
         from depthdiff.checkpoint.saving import save_model  # deferred, as above
 
+        check_path("save_directory", save_directory)
         save_model(
             self, save_directory, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
         )
@@ -232,7 +241,7 @@ class Model(nn.Module):
 
     def set_attention_slice(self, slice_size: int | Literal["auto", "max"] | None) -> None:
         """Compute attention for some heads at a time ("auto" half of them, "max" one), or at once for None."""
-        use_attention(self, "sdpa" if slice_size is None else "sliced", slice_size or "auto")
+        use_attention(self, "sdpa" if slice_size is None else "sliced", "auto" if slice_size is None else slice_size)
         self._slice_size = slice_size
         self._apply_switches()
 
@@ -246,7 +255,7 @@ class Model(nn.Module):
             ValueError: an operator was given.
         """
         if attention_op is not None:
-            raise ValueError(f"attention_op must be None, got {attention_op!r}: torch chooses the operator itself")
+            raise ValueError(f"attention_op must be None, got {show(attention_op)}: torch chooses the operator itself")
         self._efficient = True
         self._apply_switches()
 

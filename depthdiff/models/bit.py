@@ -41,6 +41,13 @@ class BitConfig(Config):
     out_features: tuple[str, ...] | None = None
 
     COUNTS: ClassVar[tuple[str, ...]] = ("depths",)
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        "num_channels",
+        "embedding_size",
+        "hidden_sizes",
+        "num_groups",
+        "width_factor",
+    )
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "model_type": ("bit",),
         "layer_type": ("bottleneck",),
@@ -50,6 +57,7 @@ class BitConfig(Config):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.depths) > len(self.hidden_sizes) or len(self.depths) < 3 or min(self.depths) < 1:
             raise ValueError(f"depths must be three or four positive numbers, one a stage, got {self.depths}")
         for width in (self.embedding_size, *self.widths, *map(bottleneck_width, self.widths)):

@@ -46,12 +46,14 @@ class CLIPTextConfig(Config):
     eos_token_id: int = 49407
 
     COUNTS: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
+    POSITIVE: ClassVar[tuple[str, ...]] = ("num_hidden_layers", "layer_norm_eps")
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "hidden_act": tuple(ACTIVATIONS),
         "use_attention_mask": (None, False),
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "vocab_size",
             "hidden_size",

@@ -59,6 +59,19 @@ class DPTConfig(Config):
     neck_ignore_stages: tuple[int, ...] = ()
 
     COUNTS: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "layer_norm_eps",
+        "image_size",
+        "patch_size",
+        "num_channels",
+        "reassemble_factors",
+        "neck_hidden_sizes",
+        "fusion_hidden_size",
+    )
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "model_type": ("dpt",),
         "hidden_act": tuple(ACTIVATIONS),
@@ -67,6 +80,7 @@ class DPTConfig(Config):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         levels = len(self.neck_hidden_sizes)
         for name in ("backbone_out_indices", "reassemble_factors"):
             if len(self[name]) != levels or not levels:

@@ -61,6 +61,7 @@ class UNet2DConditionConfig(Config):
     upcast_attention: bool = False
 
     COUNTS: ClassVar[tuple[str, ...]] = ("layers_per_block", "transformer_layers_per_block")
+    POSITIVE: ClassVar[tuple[str, ...]] = ("sample_size", "norm_eps")
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "down_block_types": DOWN_BLOCKS,
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
@@ -94,6 +95,7 @@ class UNet2DConditionConfig(Config):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         levels = len(self.block_out_channels)
         for name in ("down_block_types", "up_block_types"):
             if len(self[name]) != levels or not levels:

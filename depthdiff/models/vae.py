@@ -48,6 +48,7 @@ class AutoencoderKLConfig(Config):
     mid_block_add_attention: bool = True
 
     COUNTS: ClassVar[tuple[str, ...]] = ("layers_per_block",)
+    POSITIVE: ClassVar[tuple[str, ...]] = ("sample_size",)
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "down_block_types": ("DownEncoderBlock2D",),
         "up_block_types": ("UpDecoderBlock2D",),
@@ -58,10 +59,13 @@ class AutoencoderKLConfig(Config):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         levels = len(self.block_out_channels)
         for name in ("down_block_types", "up_block_types"):
             if len(self[name]) != levels or not levels:
                 raise ValueError(f"{name} must name {levels} blocks, one a level, got {len(self[name])}")
+        if self.sample_size == ():
+            raise ValueError("sample_size must be a number or two, got none")
         for channels in self.block_out_channels:
             if self.norm_num_groups < 1 or channels < 1 or channels % self.norm_num_groups:
                 raise ValueError(

@@ -18,8 +18,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from depthdiff.checks import (
+    check_dense,
+    check_device,
+    check_flag,
+    check_generators,
+    check_number,
+    check_tensor,
+    nearest,
+    plain,
+    show,
+)
 from depthdiff.config import CheckpointError, Output
-from depthdiff.schedulers.plan import DEFAULTED, Plan, SchedulerConfig
+from depthdiff.schedulers.plan import DEFAULTED, Plan, SchedulerConfig, check_pair
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,6 +57,10 @@ class Scheduler(ABC):
     Args:
         *values: the config's fields in their order, as for diffusers.
         **settings: the config's fields by name.
+
+    Raises:
+        TypeError: an unknown setting, or one of a wrong type.
+        ValueError: a setting out of range, or one that is not implemented.
     """
 
     config_class: ClassVar[type[SchedulerConfig]]
@@ -57,12 +72,16 @@ class Scheduler(ABC):
         names = self.config_class.field_names()
         if len(values) > len(names):
             raise TypeError(f"{type(self).__name__} takes at most {len(names)} arguments, got {len(values)}")
+        for name in settings.keys() - {*names, "foreign"}:
+            raise TypeError(f"{type(self).__name__} got an unknown setting {name!r}{nearest(name, names)}")
         both = sorted(set(names[: len(values)]) & settings.keys())
         if both:
             raise TypeError(f"{type(self).__name__} got {both[0]!r} twice")
         settings |= zip(names, values, strict=False)
         self.config: Any = self.config_class(given=frozenset(given), **settings)
         self.betas, self.alphas_cumprod = self.config.betas(), self.config.alphas_cumprod()
+        if not self.alphas_cumprod.isfinite().all():
+            raise ValueError("beta_end must leave some of the image for betas to be rescaled; lower it")
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, device="cpu")
         self.num_inference_steps: int | None = None
         self._plan: Any = None
@@ -87,17 +106,12 @@ class Scheduler(ABC):
             TypeError: `num_inference_steps` is no int, or `strength` no number.
             ValueError: out of range.
         """
-        limit = self.config.num_train_timesteps
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
-            raise TypeError(f"num_inference_steps must be an int, got {num_inference_steps!r}")
-        if not 1 <= num_inference_steps <= limit:
-            raise ValueError(f"num_inference_steps must be from 1 to {limit}, got {num_inference_steps}")
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-            raise TypeError(f"strength must be a number, got {strength!r}")
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must be in [0, 1], got {strength}")
-        skipped = num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
-        return self._make_plan(num_inference_steps, skipped, eta, torch.device(device))
+        count, limit = check_number("num_inference_steps", num_inference_steps, whole=True), len(self)
+        if not 1 <= count <= limit:
+            raise ValueError(f"num_inference_steps must be from 1 to {limit}, got {show(count).removeprefix('int ')}")
+        strength, eta = check_number("strength", strength, 0, 1), check_number("eta", eta, 0, 1)
+        skipped = count - min(int(count * strength), count)
+        return self._make_plan(count, skipped, eta, check_device("device", device))
 
     @abstractmethod
     def _make_plan(self, num_inference_steps: int, skipped: int, eta: float, device: torch.device) -> Plan:
@@ -114,9 +128,11 @@ class Scheduler(ABC):
         Raises:
             CheckpointError: a value that this package does not implement.
         """
-        if not isinstance(config, Mapping):
+        if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
             raise TypeError(f"config must be a scheduler's config or a dict, got {type(config).__name__}")
         defaulted = config.get(DEFAULTED, ())
+        if not isinstance(defaulted, (list, tuple)):
+            raise CheckpointError(f"{cls.__name__}: {DEFAULTED} must be a list of names, got {show(defaulted)}")
         values = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
         values |= overrides
         own = {name: values.pop(name) for name in cls.config_class.field_names() if name in values}
@@ -170,16 +186,18 @@ class Scheduler(ABC):
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Start a run of N steps; `timesteps` is then what the network is to see."""
-        self._plan = self.plan(num_inference_steps, device=device or "cpu")
-        self.num_inference_steps, self.timesteps = num_inference_steps, self._plan.timesteps
+        self._plan = self.plan(num_inference_steps, device="cpu" if device is None else device)
+        self.num_inference_steps, self.timesteps = plain(num_inference_steps), self._plan.timesteps
         self._restart()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say at which of the timesteps the loop begins."""
-        self._begin = begin_index
+        end = len(self) if self._plan is None else len(self._plan)
+        self._begin = check_number("begin_index", begin_index, 0, end - 1, whole=True)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """Bring latents to the scale that the network was trained on."""
+        check_tensor("sample", sample, "(B, C, h, w)")
         return sample if self._plan is None else self._plan.scale_model_input(sample, self._find(timestep))
 
     def step(
@@ -204,12 +222,18 @@ class Scheduler(ABC):
             return_dict: return a record, else the tuple of its fields.
 
         Raises:
-            ValueError: no run was started.
+            TypeError: an argument of a wrong type.
+            ValueError: no run was started, or one out of range.
         """
         if self._plan is None:
             raise ValueError("call set_timesteps before step: no run was started")
-        plan, index = self._tuned(eta, use_clipped_model_output), self._find(timestep)
-        number = timestep.item() if isinstance(timestep, Tensor) else timestep
+        check_pair("model_output", model_output, "sample", sample)
+        check_generators("generator", generator)
+        use_clipped = check_flag("use_clipped_model_output", use_clipped_model_output)
+        eta = check_number("eta", eta, 0, 1)
+        return_dict, number = check_flag("return_dict", return_dict), self._number(timestep)
+        plan, index = self._tuned(eta, use_clipped), self._find(number)
+        plan.check_state(self._state, sample)
         result = plan.advance(model_output, number, index, sample, self._state, generator)
         self._index, self._state = index + 1, result.state
         output = SchedulerOutput(result.latents, result.denoised if self.gives_denoised else None)
@@ -217,18 +241,36 @@ class Scheduler(ABC):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Make clean latents (B, C, h, w) as noisy as `timesteps` (B,) say."""
+        check_pair("original_samples", original_samples, "noise", noise)
         signal, rest = self._levels(original_samples, timesteps)
         return signal * original_samples + rest * noise
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Compute v, what a network of prediction type "v_prediction" learns. Source: arXiv:2202.00512, appendix D."""
+        check_pair("sample", sample, "noise", noise)
         signal, rest = self._levels(sample, timesteps)
         return signal * noise - rest * sample
 
     def _levels(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sqrt(ᾱ) and sqrt(1 - ᾱ) of timesteps; their range is looked at where that makes no device wait."""
+        if not isinstance(timesteps, Tensor):
+            raise TypeError(f"timesteps must be a tensor (B,) of whole numbers, got {show(timesteps)}")
+        check_dense("timesteps", timesteps)
+        if timesteps.dtype not in (torch.int64, torch.int32) or timesteps.numel() not in (1, len(like)):
+            raise ValueError(
+                f"timesteps must be one whole number, or one for each of {len(like)} samples, got {timesteps.dtype} of "
+                f"shape {tuple(timesteps.shape)}"
+            )
+        if timesteps.device.type == "cpu" and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < len(self):
+            raise ValueError(f"timesteps must be from 0 to {len(self) - 1}, got {timesteps.flatten()[:8].tolist()}")
         alpha_bar = self.alphas_cumprod.to(like.device, like.dtype)[timesteps.to(like.device)]
         alpha_bar = alpha_bar.view(-1, *(1,) * (like.ndim - 1))
         return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+    def _number(self, timestep: Tensor | float) -> float:
+        """Return a timestep as a number."""
+        one = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
+        return check_number("timestep", one, 0, len(self))
 
     def _restart(self) -> None:
         self._begin, self._index = None, None
@@ -241,10 +283,10 @@ class Scheduler(ABC):
 
     def _find(self, timestep: Tensor | float | None) -> int:
         """Return the index of the next step; the first one is looked up (the second of two that are the same)."""
+        number = None if timestep is None else self._number(timestep)
         if self._index is None:
             self._index = self._begin
         if self._index is None:
-            number = timestep.item() if isinstance(timestep, Tensor) else timestep
             places = [i for i, one in enumerate(self._plan.numbers) if one == number]
             self._index = places[min(1, len(places) - 1)] if places else 0
         return self._index

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from depthdiff.checks import check_number
 from depthdiff.noise import randn
 from depthdiff.schedulers.base import Scheduler
 from depthdiff.schedulers.plan import Plan, SchedulerConfig, StepResult, original_from, spaced
@@ -29,6 +30,12 @@ class DDIMConfig(SchedulerConfig):
     sample_max_value: float = 1.0
     timestep_spacing: str = "leading"
     rescale_betas_zero_snr: bool = False
+
+    POSITIVE: ClassVar[tuple[str, ...]] = ("clip_sample_range", "sample_max_value")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio, 0.0, 1.0)
 
     def betas(self) -> Tensor:
         """Compute the betas, rescaled to end in pure noise where the config says so."""
@@ -51,6 +58,13 @@ def threshold(denoised: Tensor, ratio: float, max_value: float) -> Tensor:
     return (flat.clamp(-limit, limit) / limit).view_as(denoised).to(denoised.dtype)
 
 
+def noise_from(latents: Tensor, denoised: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Return the noise in latents whose clean part is known; none where ᾱ is 1."""
+    if alpha_bar == 1:
+        return torch.zeros_like(latents)
+    return (latents - alpha_bar**0.5 * denoised) / (1 - alpha_bar) ** 0.5
+
+
 @dataclass(frozen=True)
 class DDIMPlan(Plan):
     """A run of DDIM; see `Plan`."""
@@ -64,13 +78,12 @@ class DDIMPlan(Plan):
     def alpha_bar(self, timestep: float) -> Tensor:
         """Return ᾱ of a timestep, which may lie behind the last one."""
         if timestep >= 0:
+            check_number("timestep", timestep, 0, len(self.alphas_cumprod) - 1)
             return self.alphas_cumprod[int(timestep)]
         return torch.tensor(1.0, device="cpu") if self.config.set_alpha_to_one else self.alphas_cumprod[0]
 
-    def add_noise(self, clean: Tensor, noise: Tensor) -> Tensor:
+    def noisy(self, clean: Tensor, noise: Tensor) -> Tensor:
         """See `Plan`."""
-        if not self.numbers:
-            return clean
         alpha_bar = self.alpha_bar(self.numbers[0]).to(clean.dtype)
         return alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
 
@@ -90,15 +103,17 @@ class DDIMPlan(Plan):
         if config.prediction_type == "v_prediction":
             noise = here**0.5 * noise_pred + (1 - here) ** 0.5 * latents
         elif config.prediction_type == "sample":
-            noise = (latents - here**0.5 * denoised) / (1 - here) ** 0.5
+            noise = noise_from(latents, denoised, here)
         if config.thresholding:
             denoised = threshold(denoised, config.dynamic_thresholding_ratio, config.sample_max_value)
         elif config.clip_sample:
             denoised = denoised.clamp(-config.clip_sample_range, config.clip_sample_range)
         if self.use_clipped:
-            noise = (latents - here**0.5 * denoised) / (1 - here) ** 0.5
-        deviation = self.eta * ((1 - below) / (1 - here) * (1 - here / below)) ** 0.5
-        latents = below**0.5 * denoised + (1 - below - deviation**2) ** 0.5 * noise
+            noise = noise_from(latents, denoised, here)
+        deviation = torch.tensor(0.0)
+        if self.eta > 0 and here < 1:
+            deviation = self.eta * ((1 - below) / (1 - here) * (1 - here / below)).clamp(min=0) ** 0.5
+        latents = below**0.5 * denoised + (1 - below - deviation**2).clamp(min=0) ** 0.5 * noise
         if self.eta > 0:
             fresh = randn(noise_pred.shape, generator, device=noise_pred.device, dtype=noise_pred.dtype)
             latents = latents + deviation * fresh
@@ -113,7 +128,13 @@ class DDIMScheduler(Scheduler):
 
     def _make_plan(self, num_inference_steps: int, skipped: int, eta: float, device: torch.device) -> DDIMPlan:
         numbers = spaced(self.config, num_inference_steps).round().astype(int)[::-1][skipped:].tolist()
-        stride = self.config.num_train_timesteps // num_inference_steps
+        count, offset = self.config.num_train_timesteps, self.config.steps_offset
+        if numbers and numbers[0] >= count:
+            raise ValueError(
+                f"num_inference_steps must be lower where steps_offset is {offset}, got {num_inference_steps}: they "
+                f"lead to timestep {numbers[0]}, the last is {count - 1}"
+            )
+        stride = count // num_inference_steps
         timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
         return DDIMPlan(timesteps, 1.0, tuple(numbers), self.config, self.alphas_cumprod, stride, eta)
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from depthdiff.checks import check_dense, show
 from depthdiff.schedulers.base import Scheduler
-from depthdiff.schedulers.plan import TABLE, Plan, SchedulerConfig, StepResult, spaced
+from depthdiff.schedulers.plan import TABLE, Plan, SchedulerConfig, StepResult, check_pair, check_past, spaced
 
 ORDER = 4
 KARRAS_RHO = 7.0
@@ -53,6 +54,9 @@ def lms_weights(sigmas: Sequence[float], index: int, order: int) -> list[float]:
         index: of the step.
         order: how many predictions to use, 1..4; their weights come newest first.
 
+    Raises:
+        ValueError: two of these levels are equal.
+
     Returns:
         `order` numbers, whose sum is the change in sigma. The integrands are cubics at most, for which the two-point
         Gauss-Legendre rule is exact.
@@ -61,6 +65,8 @@ def lms_weights(sigmas: Sequence[float], index: int, order: int) -> list[float]:
     middle, half = (start + end) / 2, (end - start) / 2
     nodes = [middle - half / math.sqrt(3), middle + half / math.sqrt(3)]
     levels = [sigmas[index - k] for k in range(order)]
+    if len(set(levels)) < len(levels):
+        raise ValueError(f"noise levels must fall from step to step, got {levels[::-1]}; take fewer steps")
     weights = []
     for here in levels:
         others = [level for level in levels if level is not here]
@@ -85,9 +91,15 @@ class LMSPlan(Plan):
         """See `Plan`."""
         return ()
 
-    def add_noise(self, clean: Tensor, noise: Tensor) -> Tensor:
+    def check_state(self, state: Any, latents: Tensor) -> None:
         """See `Plan`."""
-        return clean + noise * self.sigmas[self.skipped].to(clean.dtype) if self.numbers else clean
+        if not isinstance(state, tuple) or not all(isinstance(past, Tensor) for past in state):
+            raise TypeError(f"state must be that of the step before, or init_state() for the first, got {show(state)}")
+        check_past(state, latents)
+
+    def noisy(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """See `Plan`."""
+        return clean + noise * self.sigmas[self.skipped].to(clean.dtype)
 
     def scale_model_input(self, latents: Tensor, index: int) -> Tensor:
         """Scale to unit variance: arXiv:2206.00364, table 1, c_in."""
@@ -104,7 +116,11 @@ class LMSPlan(Plan):
     ) -> StepResult:
         """Take a step along the weighted derivatives d latents / d sigma."""
         index = index + self.skipped
+        if index >= len(self.sigmas) - 1:
+            raise ValueError(f"step must be called for {len(self)} timesteps alone; call set_timesteps for another run")
         sigma = self.sigmas[index]
+        if sigma == 0:  # a first beta of 0: they are clean already
+            return StepResult(latents, latents, state)
         if self.config.prediction_type == "epsilon":
             denoised = latents - sigma * noise_pred
         elif self.config.prediction_type == "v_prediction":
@@ -138,16 +154,36 @@ class LMSDiscreteScheduler(Scheduler):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Make clean latents (B, C, h, w) as noisy as `timesteps` (B,) of the present run say."""
+        check_pair("original_samples", original_samples, "noise", noise)
+        if not isinstance(timesteps, Tensor):
+            raise TypeError(f"timesteps must be a tensor (B,), got {show(timesteps)}")
+        check_dense("timesteps", timesteps)
         begin = self._index if self._begin is not None and self._index is not None else self._begin
         numbers = list(self._plan.numbers)
-        places = [numbers.index(t) if begin is None else begin for t in timesteps.flatten().tolist()]
+        wanted = timesteps.flatten().tolist()
+        unknown = [] if begin is not None else [t for t in wanted if t not in numbers]
+        if unknown or len(wanted) not in (1, len(original_samples)):
+            raise ValueError(
+                f"timesteps must be one, or one for each of {len(original_samples)} samples, out of those of this run "
+                f"({numbers[0]:g} to {numbers[-1]:g}), got {unknown[:3] or len(wanted)}"
+            )
+        places = [numbers.index(t) if begin is None else begin for t in wanted]
         sigmas = self.sigmas.to(original_samples.device, original_samples.dtype)[places]
         return original_samples + noise * sigmas.view(-1, *(1,) * (original_samples.ndim - 1))
+
+    @property
+    def _by_logarithm(self) -> bool:
+        """Whether steps are spaced by the logarithm of their noise levels."""
+        return bool(self.config.use_karras_sigmas or self.config.use_exponential_sigmas)
 
     def _make_plan(self, num_inference_steps: int, skipped: int, eta: float, device: torch.device) -> LMSPlan:
         config = self.config
         alphas_cumprod = self.alphas_cumprod.numpy()
-        levels = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+        with np.errstate(divide="ignore"):
+            levels = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+        if not np.isfinite(levels).all() or (levels[0] == 0 and self._by_logarithm):
+            kind = "some noise at the first timestep" if levels[0] == 0 else "some of the image at the last timestep"
+            raise ValueError(f"beta_start, beta_end and trained_betas must leave {kind}; choose others")
         numbers = spaced(config, num_inference_steps)[::-1].astype(np.float32)
         sigmas = np.interp(numbers, np.arange(len(levels)), levels)
         if config.use_karras_sigmas:  # arXiv:2206.00364, eq. 5
@@ -155,7 +191,7 @@ class LMSDiscreteScheduler(Scheduler):
             sigmas = roots**KARRAS_RHO
         elif config.use_exponential_sigmas:
             sigmas = np.exp(np.linspace(math.log(sigmas[0]), math.log(sigmas[-1]), num_inference_steps))
-        if config.use_karras_sigmas or config.use_exponential_sigmas:
+        if self._by_logarithm:
             numbers = np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(levels), np.arange(len(levels)))
         largest = float(sigmas.max())
         start = largest if config.timestep_spacing in ("linspace", "trailing") else (largest**2 + 1) ** 0.5

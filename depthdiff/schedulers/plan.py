@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from depthdiff.config import Config
+from depthdiff.checks import brief, check_number, check_tensor
+from depthdiff.config import MAX_LENGTH, Config
 
 DEFAULTED = "_use_default_values"
 """The key under which diffusers lists what a config does not say itself."""
@@ -59,14 +60,14 @@ class SchedulerConfig(Config):
 
     def __post_init__(self) -> None:
         for name, choices in self.CHOICES.items():
-            if self[name] not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {self[name]!r}")
-        if self.trained_betas is not None:
-            object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
+            value = self[name]
+            if isinstance(value, (str, bool)) and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {brief(value)}")
+        super().__post_init__()
         count, betas = self.num_train_timesteps, self.trained_betas or (self.beta_start, self.beta_end)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"num_train_timesteps must be a positive int, got {count!r}")
-        if not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+        check_number("num_train_timesteps", count, 1, MAX_LENGTH, whole=True)
+        check_number("steps_offset", getattr(self, "steps_offset", 0), 0, count - 1, whole=True)
+        if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"beta_start, beta_end and trained_betas must be in [0, 1), got {betas[:3]}")
         if self.trained_betas is not None and len(self.trained_betas) != count:
             raise ValueError(f"trained_betas must hold {count} numbers, got {len(self.trained_betas)}")
@@ -172,12 +173,33 @@ class Plan(ABC):
             latents: (B, C, h, w), what the network saw, before its scaling.
             state: of the step before; `init_state()` for the first.
             generator: for noise that is added on the way.
+
+        Raises:
+            TypeError: an argument of a wrong type.
+            ValueError: no such step, or tensors of different shapes.
         """
+        index = check_number("index", index, 0, len(self) - 1, whole=True)
+        check_pair("noise_pred", noise_pred, "latents", latents)
+        self.check_state(state, latents)
         return self.advance(noise_pred, self.numbers[index], index, latents, state, generator)
 
-    @abstractmethod
+    def check_state(self, state: Any, latents: Tensor) -> None:
+        """Refuse a state that is none of this plan's, or of latents of another shape; a plan may have none at all."""
+        return
+
     def add_noise(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """Make clean latents as noisy as the first step expects; a plan without steps leaves them clean."""
+        """Make clean latents as noisy as the first step expects; a plan without steps leaves them clean.
+
+        Raises:
+            TypeError: no tensors of numbers.
+            ValueError: tensors of different shapes.
+        """
+        check_pair("clean", clean, "noise", noise)
+        return self.noisy(clean, noise) if self.numbers else clean
+
+    @abstractmethod
+    def noisy(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """Do the work of `add_noise` for a plan that has steps."""
 
     @abstractmethod
     def advance(
@@ -192,6 +214,24 @@ class Plan(ABC):
         """Take the step of `index`, whose timestep is `timestep`."""
 
 
+def check_pair(name: str, x: object, other_name: str, other: object) -> None:
+    """Refuse what are no two float tensors of one shape."""
+    first, second = (check_tensor(*one, "(B, C, h, w)") for one in ((name, x), (other_name, other)))
+    if first.shape != second.shape:
+        raise ValueError(
+            f"{name} and {other_name} must have the same shape, got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+
+
+def check_past(past: Sequence[Tensor], latents: Tensor) -> None:
+    """Refuse latents of another shape than the predictions that a multistep method remembers."""
+    if past and past[0].shape != latents.shape:
+        raise ValueError(
+            f"latents must keep their shape {tuple(past[0].shape)} in a run of a multistep method, got "
+            f"{tuple(latents.shape)}; DDIM remembers nothing and takes others"
+        )
+
+
 def spaced(config: Any, num_inference_steps: int) -> np.ndarray:
     """Choose N of the T training timesteps, rising; whole numbers but for LMS. Source: arXiv:2305.08891, table 2."""
     count, spacing = config.num_train_timesteps, config.timestep_spacing
@@ -204,8 +244,17 @@ def spaced(config: Any, num_inference_steps: int) -> np.ndarray:
 
 
 def original_from(prediction_type: str, x: Tensor, out: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Predict the clean latents from noisy ones `x`, what the network returned and ᾱ."""
+    """Predict the clean latents from noisy ones `x`, what the network returned and ᾱ.
+
+    Raises:
+        ValueError: the noise is to tell what is left of the image where nothing is.
+    """
     if prediction_type == "epsilon":
+        if alpha_bar == 0:
+            raise ValueError(
+                "prediction_type must be 'v_prediction' or 'sample' where a step starts from pure noise, got "
+                "'epsilon'; or leave out rescale_betas_zero_snr, or lower beta_end"
+            )
         return (x - (1 - alpha_bar) ** 0.5 * out) / alpha_bar**0.5
     if prediction_type == "v_prediction":
         return alpha_bar**0.5 * x - (1 - alpha_bar) ** 0.5 * out

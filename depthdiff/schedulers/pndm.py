@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from depthdiff.checks import show
 from depthdiff.schedulers.base import Scheduler
-from depthdiff.schedulers.plan import Plan, SchedulerConfig, StepResult, original_from, spaced
+from depthdiff.schedulers.plan import Plan, SchedulerConfig, StepResult, check_past, original_from, spaced
 
 ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (  # newest prediction first; every row sums to 1
     (1.0,),
@@ -88,10 +89,14 @@ class PNDMPlan(Plan):
             return self.alphas_cumprod[min(int(timestep), len(self.alphas_cumprod) - 1)]
         return torch.tensor(1.0, device="cpu") if self.config.set_alpha_to_one else self.alphas_cumprod[0]
 
-    def add_noise(self, clean: Tensor, noise: Tensor) -> Tensor:
+    def check_state(self, state: Any, latents: Tensor) -> None:
         """See `Plan`."""
-        if not self.numbers:
-            return clean
+        if not isinstance(state, PNDMState):
+            raise TypeError(f"state must be that of the step before, or init_state() for the first, got {show(state)}")
+        check_past([*state.history, *(() if state.anchor is None else (state.anchor,))], latents)
+
+    def noisy(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """See `Plan`."""
         alpha_bar = self.alpha_bar(self.numbers[0]).to(clean.dtype)
         return alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
 
@@ -142,6 +147,10 @@ class PNDMPlan(Plan):
     def transfer(self, latents: Tensor, slope: Tensor, here: float, below: float) -> Tensor:
         """Move latents from one noise level to another along a predicted noise: arXiv:2202.09778, eq. 9."""
         a, b = self.alpha_bar(here), self.alpha_bar(below)
+        if a == b:  # which has no direction where both are 1
+            return latents
+        if a == 0:
+            raise ValueError(f"beta_end must leave some of the image at timestep {here:g}, got pure noise; lower it")
         if self.config.prediction_type == "v_prediction":
             slope = a**0.5 * slope + (1 - a) ** 0.5 * latents
         divisor = a * (1 - b) ** 0.5 + (a * (1 - a) * b) ** 0.5

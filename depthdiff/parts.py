@@ -1,0 +1,58 @@
+"""What a pipeline's components must be able to do, and where they may be moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from depthdiff.checks import show
+from depthdiff.schedulers.base import Scheduler
+
+NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "vae": ("AutoencoderKL", ("config", "encode", "decode", "factor")),
+    "text_encoder": ("CLIPTextModel", ("config", "token_embedding", "final_layer_norm")),
+    "tokenizer": ("CLIPTokenizer", ("__call__", "__len__", "decode", "model_max_length")),
+    "unet": ("UNet2DConditionModel", ("config", "conv_in", "remembering", "predict")),
+    "depth_estimator": ("DPTForDepthEstimation", ("__call__", "config", "use_fast_layout")),
+    "feature_extractor": ("DPTImageProcessor", ("__call__",)),
+}
+"""Component -> its class, and what of that is used."""
+
+MEMORY_FORMATS = (None, torch.contiguous_format, torch.preserve_format, torch.channels_last)
+
+
+def check_part(name: str, part: object) -> None:
+    """Refuse what cannot be a component; None is looked at when a call needs it.
+
+    Raises:
+        TypeError: names the component and what it lacks.
+    """
+    if name == "scheduler":
+        if part is not None and not isinstance(part, Scheduler):
+            raise TypeError(f"scheduler must be one of depthdiff's, got {show(part)}")
+        return
+    kind, uses = NEEDED[name]
+    lacks = ", ".join(one for one in uses if not hasattr(part, one) or isinstance(part, type))
+    if part is not None and lacks:
+        raise TypeError(f"{name} must be a {kind} or work like one, got {show(part)} without {lacks}")
+
+
+def parse_move(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any, bool, Any]:
+    """Read the arguments of `torch.nn.Module.to`: device, dtype, whether to wait, and memory format.
+
+    Raises:
+        TypeError: no such arguments.
+        ValueError: an unknown device.
+    """
+    for name, value in [*((f"argument {i}", value) for i, value in enumerate(args, 1)), *kwargs.items()]:
+        if not isinstance(value, (str, torch.device, torch.dtype, torch.memory_format, torch.Tensor, bool, type(None))):
+            raise TypeError(f"{name} of `to` must be a device, a dtype or a tensor, got {show(value)}")
+    try:
+        return torch._C._nn._parse_to(*args, **kwargs)
+    except (TypeError, RuntimeError, ValueError) as error:
+        found = ", ".join([*map(show, args), *(f"{name}={show(value)}" for name, value in kwargs.items())])
+        raise TypeError(
+            f"`to` takes a device, a dtype or both, non_blocking and memory_format, got {found or 'nothing'}"
+        ) from error
