@@ -110,7 +110,7 @@ class DDIMPlan(Plan):
             denoised = denoised.clamp(-config.clip_sample_range, config.clip_sample_range)
         if self.use_clipped:
             noise = noise_from(latents, denoised, here)
-        deviation = torch.tensor(0.0)
+        deviation = torch.tensor(0.0, device="cpu")
         if self.eta > 0 and here < 1:
             deviation = self.eta * ((1 - below) / (1 - here) * (1 - here / below)).clamp(min=0) ** 0.5
         latents = below**0.5 * denoised + (1 - below - deviation**2).clamp(min=0) ** 0.5 * noise
