@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from depthdiff.checks import check_path, show
+from depthdiff.checks import show
 from depthdiff.config import Config
 from depthdiff.models.attention import AttentionName, use_attention
 from depthdiff.models.pages import give_back_unwritten
@@ -188,7 +188,6 @@ class Model(nn.Module):
         """
         from depthdiff.checkpoint.saving import save_model  # deferred, as above
 
-        check_path("save_directory", save_directory)
         save_model(
             self, save_directory, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
         )
