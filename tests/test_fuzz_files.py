@@ -30,8 +30,30 @@ from tests.test_lora import kohya_file, same, snapshot
 
 PACKAGE = str(Path(depthdiff.__file__).parent)
 SECONDS = 5
-WORDS = ["<toy>", "", " ", "two words", "\ud800", "<\udfff>", "\u202e<x>", "e\u0301", "\ufeff", "\u00a0x", "\x00", "a" * 10_000,
-         "\U0001f98a", "ＡＢ", "ß", "İ", "!", "<|endoftext|>", "x\ny", "\u2028", "1" * 400, "<toy>_1"]  # fmt: skip
+WORDS = [
+    "<toy>",
+    "",
+    " ",
+    "two words",
+    "\ud800",
+    "<\udfff>",
+    "\u202e<x>",
+    "e\u0301",
+    "\ufeff",
+    "\u00a0x",
+    "\x00",
+    "a" * 10_000,
+    "\U0001f98a",
+    "ＡＢ",
+    "ß",
+    "İ",
+    "!",
+    "<|endoftext|>",
+    "x\ny",
+    "\u2028",
+    "1" * 400,
+    "<toy>_1",
+]
 
 
 def is_ours(error):
@@ -127,8 +149,29 @@ def change_values(state, rng, pickled):
         state[key] = {"nested": state[key]}
 
 
-SETTINGS = [5, "x", None, [], {}, -4, 0, 1e308, 10**400, True, {"": 1}, {"(.*)*!": 4}, {"((a+)+)+$": 4}, {"(": 1}, {"x" * 99_999: 1},
-            {".*": 2}, {"to_q": "4"}, {"to_q": -1}, {"to_q": 1e12}, {r"^mid_block\.attentions": 2}, {"\ud800": 1}]  # fmt: skip
+SETTINGS = [
+    5,
+    "x",
+    None,
+    [],
+    {},
+    -4,
+    0,
+    1e308,
+    10**400,
+    True,
+    {"": 1},
+    {"(.*)*!": 4},
+    {"((a+)+)+$": 4},
+    {"(": 1},
+    {"x" * 99_999: 1},
+    {".*": 2},
+    {"to_q": "4"},
+    {"to_q": -1},
+    {"to_q": 1e12},
+    {r"^mid_block\.attentions": 2},
+    {"\ud800": 1},
+]
 
 
 def some_settings(rng):
@@ -353,7 +396,7 @@ def test_bombs(tmp_path):
 
 
 OTHERS = {
-    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(mark) (w) file closefile\nshowpage\n%%EOF\n",
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
     "pdf": b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\ntrailer << /Root 1 0 R >>\n%%EOF\n",
     "wmf": b"\xd7\xcd\xc6\x9a" + bytes(18) + b"\x01\x00\x09\x00" + bytes(40),
     "emf": b"\x01\x00\x00\x00" + bytes(36) + b" EMF" + bytes(60),
@@ -366,8 +409,12 @@ OTHERS = {
     "mpeg": b"\x00\x00\x01\xb3\x01\x00\x10" + bytes(50),
     "gbr": struct.pack(">7I", 28, 2, 4, 4, 1, 0x47494D50, 10) + bytes(16),
 }
-CLAIMS = [struct.pack(order + size, number & mask) for order in "<>" for size, mask in (("H", 0xFFFF), ("I", 0xFFFFFFFF))
-          for number in (0, 1, 0x7FFF, 0xFFFF, 2**31 - 1, 2**32 - 1)]  # fmt: skip
+CLAIMS = [
+    struct.pack(order + size, number & mask)
+    for order in "<>"
+    for size, mask in (("H", 0xFFFF), ("I", 0xFFFFFFFF))
+    for number in (0, 1, 0x7FFF, 0xFFFF, 2**31 - 1, 2**32 - 1)
+]
 
 
 def whole_pictures():
