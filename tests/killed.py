@@ -148,6 +148,25 @@ WORKS = {
 }
 
 
+def report_writing(save, pipe):
+    """Write to a pipe when the first unfinished file is opened; the command tries its places before."""
+    real, begun = cli.save_all, []
+
+    def begin(works):
+        os.write(pipe, b"x")
+        real(works)
+
+    def watch(event, arguments):
+        if event == "open" and not begun and ".depthdiff-" in str(arguments[0]):
+            begun.append(True)
+            os.write(pipe, b"x")
+
+    if save.__qualname__.startswith("command"):
+        cli.save_all = begin
+    else:
+        sys.addaudithook(watch)
+
+
 def fork(save, err, when):
     """Let a child save one version after the other; return its number when it begins to, or begins to write."""
     ours, theirs = os.pipe()
@@ -161,11 +180,10 @@ def fork(save, err, when):
     try:
         signal.signal(signal.SIGINT, leave)  # as it is while the command is imported
         os.dup2(os.open(err, os.O_WRONLY), 2)
-        if when == "writing":
-            real = cli.save_all
-            cli.save_all = lambda works: (os.write(theirs, b"x"), real(works))
-        else:
+        if when == "any":
             os.write(theirs, b"x")
+        else:
+            report_writing(save, theirs)
         for n in itertools.cycle(VERSIONS[::-1]):
             save(n)
     except BaseException:
@@ -213,9 +231,8 @@ def interrupt(work, place, count, number):
         names.append(below(place / "out"))
     rng, faults, statuses, errors = random.Random(work), [], Counter(), Counter()
     found, met = Counter(), 0
-    whens = ["writing", "writing", "any"] if work == "command" else ["any"]
     for index in range(count):
-        when = whens[index % len(whens)]
+        when = "any" if index % 3 == 2 else "writing"
         (place / "err").write_text("")
         child = fork(save, place / "err", when)
         time.sleep(rng.uniform(0, 0.01 if when == "writing" else took[1]))

@@ -101,9 +101,26 @@ def no_place(rng):
     Path("out/loop.png").symlink_to("loop.png")
     Path("out/read-only.png").write_text("x")
     Path("out/read-only.png").chmod(0o444)
-    places = ["out/pipe.png", "out/folder.png", "out/broken.png", "out/loop.png", "/dev/null", "/dev/full", "/dev/stdout",
-              "out", ".", "/", "", "out/", "out/nowhere/a.png", "in/photo.png/a.png", f"out/{'n' * 296}.png",
-              f"out/{'é' * 130}.png", f"{'x/' * 3000}a.png", "out/a\0.png", "/proc/self/a.png"]  # fmt: skip
+    long = [f"out/{'n' * 296}.png", f"out/{'é' * 130}.png", f"{'x/' * 3000}a.png"]
+    places = [
+        "out/pipe.png",
+        "out/folder.png",
+        "out/broken.png",
+        "out/loop.png",
+        "/dev/null",
+        "/dev/full",
+        "/dev/stdout",
+        "out",
+        ".",
+        "/",
+        "",
+        "out/",
+        "out/no/a.png",
+        "in/photo.png/a.png",
+        "out/a\0.png",
+        "/proc/self/a.png",
+        *long,
+    ]
     if not os.access("out/read-only.png", os.W_OK):
         places.append("out/read-only.png")
     place = rng.choice(places)
@@ -146,7 +163,7 @@ NUMBERS = {
     "--depth": ["in", "in/nowhere.png", "/dev/null", ""],
     "PROMPT": ["a \udcff cup", "\ud800"],
     "-n": ["\udcfe"],
-    "IMAGE": ["in", "nowhere.png", "/dev/null", "", "in/photo.png/", "a\0.png", "x" * 300],
+    "IMAGE": ["in", "nowhere.png", "/dev/null", "", "a\0.png", "x" * 300],
 }
 
 
@@ -197,6 +214,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(tmp_path, monkeyp
         kind = kinds[index % len(kinds)]
         more, name = kind(rng)
         other = "another case" in name and not Path(str(more[-1])).exists()  # which is another file here
+        other = other and Path(more[-1]).suffix == ".PNG"
         before = contents(place)
         try:
             status = cli.main(arguments_of(more))
@@ -274,7 +292,7 @@ STREAMS = {
     "ascii": "PYTHONIOENCODING=ascii {}",
     "cp1252": "PYTHONIOENCODING=cp1252 {}",
 }
-QUICK = ("neither", "one line is read", "ascii")
+QUICK = ("neither", "one line is read")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs bash and /dev/full")

@@ -294,7 +294,7 @@ def test_damaged_adapters(tmp_path, count):
         counts[result if result in ("read", "refused") else "fault"] += 1
         if result not in ("read", "refused"):
             faults.append(f"{index}: {result}")
-    print(counts)
+    print(counts, *faults)
     assert faults == []
     assert counts["refused"] > count / 4
     assert counts["read"] > count / 20

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes as POSIX does")
-SHARE = [6, pytest.param(100, marks=pytest.mark.fuzz)]
-WORKS = ("picture", "sheet", "depth", "save_pretrained", "to_folder", "to_single_file", "save_lora_weights", "command")
+SHARES = {"picture": 6, "sheet": 6, "depth": 6, "save_lora_weights": 6, "save_pretrained": 3, "to_folder": 3,
+          "to_single_file": 3, "command": 6}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,13 @@ def interrupt():
         process.stdin.close()
 
 
-@pytest.mark.parametrize("count", SHARE)
-@pytest.mark.parametrize("work", WORKS)
+def whole(work):
+    return pytest.param(work, 100, marks=pytest.mark.fuzz)
+
+
+@pytest.mark.parametrize(
+    ("work", "count"), [case for work, share in SHARES.items() for case in ((work, share), whole(work))]
+)
 def test_killed_at_any_moment(interrupt, tmp_path, work, count):
     """And the next save leaves nothing unfinished, whatever the kill left."""
     answer = interrupt(work=work, place=str(tmp_path / "place"), count=count, number=signal.SIGKILL)
@@ -47,7 +52,7 @@ def test_killed_at_any_moment(interrupt, tmp_path, work, count):
     assert answer["met"] >= count // 10, "the kills met the writing"
 
 
-@pytest.mark.parametrize("count", SHARE)
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.fuzz)])
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_the_command_cleans_up_when_it_is_interrupted(interrupt, tmp_path, name, status, count):
     """Whole files, none unfinished, one line, and the status that shells expect."""

@@ -88,9 +88,18 @@ def replacing(folder: Path, parts: Mapping[str, Sequence[str]]) -> Iterator[Call
         if not committed:
             for part in parts:
                 shutil.rmtree(folder / part / name, ignore_errors=True)
-            for place in reversed(made):
-                with suppress(OSError):  # not empty: somebody else has written there
-                    place.rmdir()
+            _remove_folders(made)
+        raise
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder and those that it is in; where the block fails, remove those that did not exist."""
+    made = _make_folders(folder)
+    try:
+        yield
+    except BaseException:
+        _remove_folders(made)
         raise
 
 
@@ -148,6 +157,12 @@ def _make_folders(folder: Path) -> list[Path]:
     for place in missing:
         place.mkdir(exist_ok=True)
     return missing
+
+
+def _remove_folders(made: Sequence[Path]) -> None:
+    for place in reversed(made):
+        with suppress(OSError):  # not empty: somebody else has written there
+            place.rmdir()
 
 
 def _unfinished(folder: Path) -> list[str]:
