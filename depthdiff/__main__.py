@@ -26,7 +26,8 @@ def main() -> int:
     What is imported stays until the end: looking through it for garbage meanwhile took 0.2 of 1.3 seconds.
     """
     ours = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, leave) if ours else None
+    if ours and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, leave)  # until the command's work begins, and when all is written
     gc.disable()
     try:
         from depthdiff.cli import main as command
@@ -34,12 +35,7 @@ def main() -> int:
         gc.freeze()
     finally:
         gc.enable()
-    if ours:
-        signal.signal(signal.SIGINT, before)
-    status = command()
-    if ours:
-        signal.signal(signal.SIGINT, leave)  # all is written; what is left is the interpreter's own end
-    return status
+    return command()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import random
+import signal
 import sys
 import traceback
 import warnings
@@ -138,9 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     verbose = False
+    came: list[int] = []
     with lenient_streams():
         try:
-            with cleaning_up():
+            with cleaning_up() as came:
                 if arguments[:1] == ["inspect"]:
                     return run_inspect(arguments[1:])
                 options = build_parser().parse_args(arguments)
@@ -153,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Terminated:
             return fail("terminated", 143)
         except Exception as error:  # whatever it is, a person reads one line
+            if came:  # torch makes errors of its own of what a signal raises within it
+                return fail("interrupted", 130) if came[0] == signal.SIGINT else fail("terminated", 143)
             if verbose:
                 traceback.print_exc()
             return fail(f"error: {' '.join(str(error).split()) or type(error).__name__}", 1)

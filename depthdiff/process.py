@@ -95,22 +95,30 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def cleaning_up() -> Iterator[None]:
-    """Within, SIGTERM and SIGHUP raise `Terminated`, so that unfinished files are removed; in the main thread alone."""
+def cleaning_up() -> Iterator[list[int]]:
+    """Within, SIGINT raises `KeyboardInterrupt`, SIGTERM and SIGHUP `Terminated`, so that unfinished files are removed.
+
+    In the main thread alone.
+
+    Yields:
+        The signals that came: a library in which one raises may turn that into an error of its own.
+    """
+    came: list[int] = []
 
     def end(signum: int, frame: FrameType | None) -> None:
-        raise Terminated(signal.Signals(signum).name)
+        came.append(signum)
+        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(signal.Signals(signum).name)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     kept = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
     try:
         for number, handler in kept.items():
             if handler is not signal.SIG_IGN:  # as nohup leaves it
                 signal.signal(number, end)
-        yield
+        yield came
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

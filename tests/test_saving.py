@@ -12,6 +12,8 @@ import torch
 from random_checkpoint import build_pipeline
 
 from depthdiff import CheckpointError, StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
+from depthdiff.checkpoint.saving import owned_files
+from depthdiff.checkpoint.transaction import replacing
 
 
 def fingerprint(folder):
@@ -64,7 +66,7 @@ def test_killed_between_any_two_steps(tmp_path, monkeypatch):
         new.save_pretrained(folder)
         assert names_below(folder) == names_below(tmp_path / "new")
     assert seen == sorted(seen, reverse=True), "once it is the new one it stays so"
-    assert seen.count("old") > 8
+    assert seen.count("old") > 5  # 10 observed: before the journal, only whole files take their names
     assert seen.count("new") > 20
 
 
@@ -230,6 +232,17 @@ def test_two_processes_save_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert fingerprint(folder) in whole
+    assert not list(folder.glob("**/.depthdiff-*"))
+
+
+def test_a_part_is_saved_while_the_whole_is_saved(pipe, tmp_path):
+    """What the whole has not finished is not taken for abandoned; it is last, and so it counts."""
+    folder, parts = tmp_path / "checkpoint", {"": ("model_index.json",), "unet": owned_files(pipe.unet, None)}
+    with replacing(folder, parts) as staged:
+        (staged("") / "model_index.json").write_text("{}")
+        pipe.unet.save_pretrained(staged("unet"))
+        build_pipeline("tiny", 100).unet.save_pretrained(folder / "unet")
+    assert torch.equal(UNet2DConditionModel.from_pretrained(folder / "unet").conv_in.bias, pipe.unet.conv_in.bias)
     assert not list(folder.glob("**/.depthdiff-*"))
 
 

@@ -193,9 +193,10 @@ def whole_shape(method: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int
             raise ValueError("hada_w2_a")
         return first
     if method == "LoKr":
-        small = shapes.get("lokr_w1") or product("lokr_w1_a", "lokr_w1_b")
-        large = shapes.get("lokr_w2") or product("lokr_w2_a", "lokr_w2_b", "lokr_t2" if "lokr_t2" in shapes else None)
-        if len(small) != 2:
+        core = "lokr_t2" if "lokr_t2" in shapes else None
+        small = shapes["lokr_w1"] if "lokr_w1" in shapes else product("lokr_w1_a", "lokr_w1_b")
+        large = shapes["lokr_w2"] if "lokr_w2" in shapes else product("lokr_w2_a", "lokr_w2_b", core)
+        if len(small) != 2 or len(large) < 2:
             raise ValueError("lokr_w1")
         return small[0] * large[0], small[1] * large[1], *large[2:]
     return shapes["diff"]

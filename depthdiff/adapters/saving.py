@@ -15,7 +15,7 @@ from depthdiff.adapters.lora import Lora
 from depthdiff.adapters.names import COMPONENTS, KOHYA, split_key
 from depthdiff.checkpoint.stream import tensor_entry, write_safetensors
 from depthdiff.checkpoint.tables import TABLES
-from depthdiff.checkpoint.transaction import check_folder
+from depthdiff.checkpoint.transaction import check_folder, making
 from depthdiff.checkpoint.write import check_plain_name
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -64,13 +64,12 @@ def write_layers(
     if save_function is None and not name.endswith(".safetensors"):
         raise ValueError(f"weight_name must end in .safetensors, got {name!r}: pickles are not written")
     entries = [tensor_entry(key, tensor) for key, tensor in state.items()]
-    place.mkdir(parents=True, exist_ok=True)
-    if save_function is not None:
-        save_function(
-            {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}, str(place / name)
-        )
-    else:
-        write_safetensors(place / name, entries)
+    with making(place):
+        if save_function is None:
+            write_safetensors(place / name, entries)
+        else:
+            copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
+            save_function(copies, str(place / name))
     return place / name
 
 

@@ -66,13 +66,15 @@ def read_tensors_anyhow(path: Path, most: int) -> Any:
         CheckpointError: as `read_pickle`; or there are more tensors, or more numbers, than the file can hold.
     """
     content, _ = _load(path, mapped=False)
-    tensors, rest = [], [content]
+    tensors, rest, seen = [], [content], set()
     while rest:
         value = rest.pop()
-        rest += list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
         if isinstance(value, Tensor):
             tensors.append(value)
-        if len(tensors) > most or len(rest) > 100 * most:
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:  # one may hold itself
+            seen.add(id(value))
+            rest += value.values() if isinstance(value, dict) else value
+        if len(tensors) > most or len(rest) > 100 * most or len(seen) > 100 * most:
             raise CheckpointError(f"{path} has more than {most:,} tensors or values; is it an adapter?")
     claimed = sum(tensor.nbytes for tensor in tensors)
     if claimed > path.stat().st_size or not all(map(is_weight, tensors)):

@@ -19,11 +19,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-if sys.platform != "win32":  # there, saves do not wait for each other
-    import fcntl
-
 from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.write import PREFIX, check_target, flush_folder, fresh_name, write_text
+from depthdiff.checkpoint.write import PREFIX, check_target, flush_folder, fresh_name, hold, write_text
 from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError
 
@@ -91,9 +88,18 @@ def replacing(folder: Path, parts: Mapping[str, Sequence[str]]) -> Iterator[Call
         if not committed:
             for part in parts:
                 shutil.rmtree(folder / part / name, ignore_errors=True)
-            for place in reversed(made):
-                with suppress(OSError):  # not empty: somebody else has written there
-                    place.rmdir()
+            _remove_folders(made)
+        raise
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder and those that it is in; where the block fails, remove those that did not exist."""
+    made = _make_folders(folder)
+    try:
+        yield
+    except BaseException:
+        _remove_folders(made)
         raise
 
 
@@ -130,22 +136,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _hold(folder: Path, wait: bool = True) -> int | None:
-    """Lock a folder until the returned descriptor is closed.
-
-    Returns:
-        None where there are no such locks. Raises BlockingIOError if another holds it and `wait` is False.
-    """
+    """Lock a folder until the returned descriptor is closed; errors as in `hold`, None where there are no locks."""
     if sys.platform == "win32":
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException as error:
+        held = hold(descriptor, wait)
+    except BaseException:
         os.close(descriptor)
-        if isinstance(error, OSError) and error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EBADF):
-            return None
         raise
-    return descriptor
+    if held:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _make_folders(folder: Path) -> list[Path]:
@@ -156,19 +159,31 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
+def _remove_folders(made: Sequence[Path]) -> None:
+    for place in reversed(made):
+        with suppress(OSError):  # not empty: somebody else has written there
+            place.rmdir()
+
+
 def _unfinished(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.name.startswith(PREFIX) and entry.is_dir())
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what saves left that were killed before their journal; living ones hold their folder's lock."""
-    names = [name for name in _unfinished(folder) if not (folder / name / JOURNAL).exists()]
-    for name in names:
-        try:
-            descriptor = _hold(folder / name, wait=False)
-        except BlockingIOError:
+    """Remove what saves left that were killed before their journal; living ones hold their folder's lock.
+
+    A folder that is a part of a checkpoint may hold what a save of the whole has not finished: that holds its own.
+    """
+    for name in _unfinished(folder):
+        whole = folder.parent / name
+        held = whole if whole.is_dir() else folder / name
+        if (held / JOURNAL).exists():
             continue
+        try:
+            descriptor = _hold(held, wait=False)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # it lives, or has just ended
         if descriptor is not None:
             os.close(descriptor)
             for place in (*folder.glob(f"*/{name}"), folder / name):
@@ -188,6 +203,7 @@ def _check_part(folder: Path, part: str, patterns: Sequence[str]) -> None:
 def _changes(place: Path, name: str, patterns: Sequence[str]) -> dict[str, list[str]]:
     """List what a part's new files are, flushed to disk, and which old files they make stale."""
     staged = place / name
+    staged.stat()  # refuses a folder that has been removed meanwhile
     new = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if not path.is_dir())
     for one in new:
         if (place / one).is_dir():

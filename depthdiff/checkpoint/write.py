@@ -1,25 +1,33 @@
 """One file, written whole or not at all; every file that this package writes goes through here.
 
 The bytes go to a fresh name in the same folder, are flushed to disk, and take the file's place by a rename. Whatever
-interrupts this (an error, a full disk, a kill) leaves what was there.
+interrupts this (an error, a full disk, a kill) leaves what was there. What a kill left unfinished, the next file that
+is written into that folder removes: an unfinished file or folder whose writer lives is locked.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+if sys.platform != "win32":  # there, nothing waits for another process, and what a kill left stays
+    import fcntl
+
 from depthdiff.config import CheckpointError
 
 PREFIX = ".depthdiff-"
 """How the names of unfinished files and folders begin; the rest is random."""
+
+UNFINISHED = re.compile(re.escape(PREFIX) + "[0-9a-f]{16}")
 
 
 def fresh_name() -> str:
@@ -73,9 +81,8 @@ def try_to_write(folder: Path, needed: int = 0) -> None:
     Raises:
         OSError: a file cannot be made there, or there is not enough room.
     """
-    partial = folder / fresh_name()
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    os.unlink(partial)
+    with _fresh_file(folder):
+        pass
     free = shutil.disk_usage(folder).free
     if free < needed:
         message = f"there is room for {free:,} bytes, and up to {needed:,} are to be written; free some"
@@ -95,19 +102,14 @@ def writing(path: str | os.PathLike[str], *, follow: bool = True) -> Iterator[Bi
         OSError: likewise, or the file cannot be written.
     """
     target = check_target(path, follow=follow)
-    partial = target.with_name(fresh_name())
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    remove_abandoned_files(target.parent)
+    with _fresh_file(target.parent) as partial:
+        with partial.open("r+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         _keep_mode(target, partial)
         os.replace(partial, target)
-    except BaseException:
-        with suppress(OSError):  # the first error is the one to know
-            os.unlink(partial)
-        raise
     flush_folder(target.parent)
 
 
@@ -131,6 +133,71 @@ def flush_folder(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def hold(descriptor: int, wait: bool = True) -> bool:
+    """Lock an open file or folder until its descriptor is closed.
+
+    Returns:
+        Whether the file system has such locks.
+
+    Raises:
+        BlockingIOError: another holds it and `wait` is False.
+    """
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EBADF):
+            return False
+        raise
+    return True
+
+
+def remove_abandoned_files(folder: Path) -> None:
+    """Remove the unfinished files in a folder whose writers were killed, where the file system can tell."""
+    if sys.platform == "win32":
+        return
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if UNFINISHED.fullmatch(entry.name)]
+    for name in names:
+        with suppress(OSError):  # its writer lives, or has just finished, or is another user
+            descriptor = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if stat.S_ISREG(os.fstat(descriptor).st_mode) and hold(descriptor, wait=False):
+                    os.unlink(folder / name)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def _fresh_file(folder: Path) -> Iterator[Path]:
+    """Make an empty file, locked where the system can, and remove it in the end if it still has this name."""
+    while True:
+        partial, holding = folder / fresh_name(), None
+        try:  # before it is made, since a signal may raise at any moment
+            holding = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            if sys.platform == "win32":  # which renames no open file
+                os.close(holding)
+                holding = None
+            if holding is None or _is_ours(holding):
+                yield partial
+                return
+        finally:
+            with suppress(OSError):  # it has its own name; or the first error is the one to know
+                os.unlink(partial)
+            if holding is not None:
+                os.close(holding)
+
+
+def _is_ours(descriptor: int) -> bool:
+    """Lock a new file; return False if another process has taken it for abandoned in the moment before."""
+    try:
+        hold(descriptor, wait=False)
+    except BlockingIOError:
+        return False
+    return os.fstat(descriptor).st_nlink > 0
 
 
 def check_plain_name(argument: str, name: object, suffix: str = "") -> None:
