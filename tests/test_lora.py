@@ -542,6 +542,16 @@ REFUSED = {
         },
         "is given twice",
     ),
+    "one axis": (lambda s: {k: v[:, 0] if "attn2_to_v.lora_down" in k else v for k, v in s.items()}, "do not fit"),
+    "no axes, full": (lambda s: {f"{next(iter(s)).split('.')[0]}.diff": torch.tensor(1.0)}, "do not fit"),
+    "no axes, LoKr": (
+        lambda s: {f"{next(iter(s)).split('.')[0]}.lokr_w{n}": torch.tensor(1.0) for n in "12"},
+        "do not fit",
+    ),
+    "lengths of the other axis": (
+        lambda s: {**s, "lora_unet_down_blocks_1_resnets_0_conv1.dora_scale": torch.ones(32)},
+        "do not fit",
+    ),
     "long alpha": (lambda s: {k: torch.rand(3) if "alpha" in k else v for k, v in s.items()}, "must be one number"),
 }
 

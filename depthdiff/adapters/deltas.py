@@ -128,14 +128,17 @@ def decompose(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
             length over each channel in, as LyCORIS does.
     """
     changed = weight + delta
-    if magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == weight.shape[1]:
-        kept, shape = 1, (1, -1)
-    else:
-        kept, shape = 0, (-1, 1)
+    kept = kept_axis(magnitude, weight.shape)
+    shape = (1, -1) if kept else (-1, 1)
     over = [axis for axis in range(weight.ndim) if axis != kept]
     length = torch.linalg.vector_norm(changed, dim=over, keepdim=True)
     length = length.clamp(min=torch.finfo(length.dtype).tiny)  # a direction without length stays so
     return changed / length * magnitude.reshape(*shape, *[1] * (weight.ndim - 2))
+
+
+def kept_axis(magnitude: Tensor, weight: tuple[int, ...]) -> int:
+    """Return which axis of a weight (O, I, *K) has a length for each channel: 0 for out, 1 for in."""
+    return int(magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == weight[1])
 
 
 def fits(delta: Delta, weight: tuple[int, ...]) -> bool | None:
@@ -150,11 +153,11 @@ def fits(delta: Delta, weight: tuple[int, ...]) -> bool | None:
         return False
     count, wanted = math.prod(shape), math.prod(weight)
     image_only = len(weight) == 4 and count == wanted // weight[1] * (weight[1] - 1)
-    if not count or shape[0] != weight[0] or not (count == wanted or image_only):
+    if not count or not shape or shape[0] != weight[0] or not (count == wanted or image_only):
         return False
     if delta.magnitude is not None:
-        lengths = (weight[0], weight[1] - image_only) if len(weight) > 1 else weight
-        if delta.magnitude.numel() not in lengths:
+        known = (weight[0], weight[1] - image_only) if len(weight) > 1 else ()
+        if not known or delta.magnitude.numel() != known[kept_axis(delta.magnitude, known)]:
             return False
     return None if image_only else True
 
