@@ -79,14 +79,12 @@ class Recording:
             sample, time, *rest = self.inputs
             context = [KeysValues(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
             self.replay, self.output = backend.record(lambda: body(sample, time, context), sample.device)
-        self.lock = threading.Lock()
 
     def run(self, inputs: list[Tensor]) -> Tensor:
-        """Replay it on inputs, for one thread at a time; the result is the caller's."""
-        with self.lock:
-            torch._foreach_copy_(self.inputs, inputs)
-            self.replay()
-            return self.output.clone()
+        """Replay it on inputs; the result is the caller's."""
+        torch._foreach_copy_(self.inputs, inputs)
+        self.replay()
+        return self.output.clone()
 
 
 class StepGraph(Body):
@@ -118,6 +116,7 @@ class StepGraph(Body):
         self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
         self.reason: str | None = None
         self._failed: set[Hashable] = set()
+        self._lock = threading.Lock()
         self._state: tuple[Any, ...] = ()
 
     def __call__(self, sample: Tensor, time: Tensor, context: Sequence[KeysValues], *more: Any, **named: Any) -> Tensor:
@@ -127,12 +126,13 @@ class StepGraph(Body):
         inputs = [sample, time, *(tensor for pair in context for tensor in pair)]
         unknown = any(argument is not None for argument in (*more, *named.values()))
         reason = "it has arguments that no recording knows" if unknown else self._reason_against(inputs)
-        recording = self._recording(inputs) if reason is None else None
-        if recording is None:
-            self._note(reason)
-            return self.body(sample, time, context, *more, **named)
-        self.reason = None
-        return recording.run(inputs)
+        with self._lock:  # recordings are made, replayed and dropped by one thread at a time
+            recording = self._recording(inputs) if reason is None else None
+            if recording is not None:
+                self.reason = None
+                return recording.run(inputs)
+        self._note(reason)
+        return self.body(sample, time, context, *more, **named)
 
     def _reason_against(self, inputs: list[Tensor]) -> str | None:
         if torch.is_grad_enabled():

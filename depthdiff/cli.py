@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import math
 import random
 import signal
 import sys
@@ -28,6 +27,7 @@ from depthdiff.checkpoint.weights import check_variant
 from depthdiff.checkpoint.write import check_target, try_to_write
 from depthdiff.checks import check_device, check_number
 from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
+from depthdiff.inputs import LARGEST_SCALE
 from depthdiff.models.attention import FORMS
 from depthdiff.picture_files import (
     MAX_PIXELS,
@@ -241,8 +241,7 @@ def check_files(options: argparse.Namespace) -> list[Path]:
             if Path(file).suffix in (".safetensors", *PICKLES) and not Path(file).is_file():
                 raise FileNotFoundError(f"{name} {file} is no file")
             inputs |= files_of(name, file)
-    if options.model is not None:
-        inputs |= files_of("model", options.model)
+    inputs |= files_of("model", options.model or BUNDLED)
     output: Path = options.output or options.image.with_name(f"{options.image.stem}-depthdiff.png")
     outputs = [output]
     if options.num_images > 1:
@@ -342,7 +341,7 @@ def check_room(options: argparse.Namespace, outputs: list[Path], photo: Image.Im
         )
     if options.model is not None or options.size is not None:  # else the bundled model may choose a smaller size
         for folder in {path.absolute().parent for path in outputs}:
-            try_to_write(folder, 3 * pixels * len(outputs))
+            try_to_write(folder, pixels * len(outputs) // 20)  # less than any type needs
 
 
 def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> StableDiffusionDepth2ImgPipeline:
@@ -397,8 +396,7 @@ def lora_weight(text: str) -> float:
         number = 1.0 if weight is None else float(weight)
     except ValueError as error:
         raise ValueError(f"--lora {text}: {weight!r} must be a number") from error
-    if not math.isfinite(number):
-        raise ValueError(f"--lora {text}: {weight!r} must be a finite number")
+    check_number(f"the weight of --lora {text}", number, -LARGEST_SCALE, LARGEST_SCALE)
     return number
 
 

@@ -234,8 +234,9 @@ class Components:
         Raises:
             ValueError: a device that does not exist, or two different ones.
         """
-        self._start_offloading(gpu_id, device)
-        self._offload_whole = True
+        with self._turns.change("enable_model_cpu_offload"):
+            self._start_offloading(gpu_id, device)
+            self._offload_whole = True
 
     def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
         """Keep the weights on the CPU and bring each layer's to `device` only while it works: least memory, slow.
@@ -247,20 +248,22 @@ class Components:
         Raises:
             ValueError: a device that does not exist, or two different ones.
         """
-        self._start_offloading(gpu_id, device)
-        target = self.execution_device
-        for network in self.networks.values():
-            for layer in network.modules():
-                if next(layer.parameters(recurse=False), None) is not None:
-                    self._hooks += Visit(device=target).attach(layer)
+        with self._turns.change("enable_sequential_cpu_offload"):
+            self._start_offloading(gpu_id, device)
+            target = self.execution_device
+            for network in self.networks.values():
+                for layer in network.modules():
+                    if next(layer.parameters(recurse=False), None) is not None:
+                        self._hooks += Visit(device=target).attach(layer)
 
     def remove_all_hooks(self) -> None:
         """End offloading; the networks stay on the CPU until `to` moves them."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self.maybe_free_model_hooks()
-        self._offload_device, self._offload_whole = None, False
+        with self._turns.change("remove_all_hooks"):
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            self.maybe_free_model_hooks()
+            self._offload_device, self._offload_whole = None, False
 
     def maybe_free_model_hooks(self) -> None:
         """Bring a network that is still on the offloading device back to the CPU."""
@@ -284,9 +287,11 @@ class Components:
         self._offload_device = device
 
     def _in_use(self, ends_by_itself: bool = True) -> AbstractContextManager[None]:
-        """Within, no other thread changes the weights; where they are offloaded, calls take turns."""
-        if self._offload_device is not None and ends_by_itself:
-            return self._turns.change("a call with offloading, which moves weights,")
+        """Within, no other thread changes the weights; where layers move or cast theirs at work, calls take turns."""
+        moving = self._offload_device is not None
+        moving = moving or any(getattr(part, "storage_dtype", None) is not None for part in self.networks.values())
+        if moving and ends_by_itself:
+            return self._turns.change("a call with offloading or layerwise casting")
         return self._turns.use(ends_by_itself)
 
     def _at_work(self, name: str) -> Any:

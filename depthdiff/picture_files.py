@@ -14,7 +14,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from depthdiff.checkpoint.write import write_file
+from depthdiff.adapters.files import ADAPTER_CONFIG
+from depthdiff.checkpoint.hub import BUNDLED, bundled
+from depthdiff.checkpoint.write import files_below, write_file
 from depthdiff.decoding import DECODING, DEEP
 
 SETTINGS = "depthdiff"
@@ -26,8 +28,8 @@ READ = (
 )
 """Pillow's names of the types that are read. EPS, WMF and the like are programs, which Pillow would have others run."""
 
-MAX_PIXELS = 2**28
-"""Of a picture that is read: a few bytes of a file can claim any number of pixels."""
+MAX_PIXELS = 178_956_970
+"""Of a picture that is read: a few bytes of a file can claim any number of pixels. Pillow itself refuses more."""
 
 
 def open_image(path: Path, name: str) -> Image.Image:
@@ -41,13 +43,11 @@ def open_image(path: Path, name: str) -> Image.Image:
         OSError: the file cannot be opened.
         ValueError: it is not a picture of a known type, damaged or too large.
     """
-    Image.init()
-    known = [kind for kind in READ if kind in Image.OPEN]
     content = path.read_bytes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-            with Image.open(io.BytesIO(content), formats=known) as file:
+            with Image.open(io.BytesIO(content), formats=_readable()) as file:
                 if file.width * file.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"it claims {file.width}x{file.height} pixels")
                 return file.copy()
@@ -148,9 +148,9 @@ def same_files(paths: Mapping[str, Path]) -> list[tuple[str, str]]:
 
 def files_of(name: str, place: str) -> dict[str, Path]:
     """List the files that a model or adapter consists of, where it is on this machine: name for errors -> path."""
-    path = Path(place)
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path] if path.is_file() else []
-    return {f"{file} of the {name}": file for file in files}
+    path = bundled() if place == BUNDLED else Path(place)
+    beside = [path.with_name(ADAPTER_CONFIG)] if path.is_file() else []
+    return {f"{file} of the {name}": file for file in (*files_below(path), *beside) if file.is_file()}
 
 
 def refuse_one_file_for_two(inputs: dict[str, Path], writes: list[Path]) -> None:
@@ -159,18 +159,25 @@ def refuse_one_file_for_two(inputs: dict[str, Path], writes: list[Path]) -> None
     Raises:
         ValueError: names both.
     """
-    named = {f"{path} ({number} of the files to write)": path for number, path in enumerate(writes, 1)}
+    named = {f"{path} (file {number} to write)": path for number, path in enumerate(writes, 1)}
     for first, second in same_files(inputs | named):
         if second in named:
             raise ValueError(
-                f"the photo and the files to write must all have different names: {first} and {second} are one file"
+                f"the files to write must all have different names, and none that of a file that is read: {first} and "
+                f"{second} are the same file"
             )
 
 
 def _decode(content: bytes) -> Image.Image | None:
     """Read a picture that was just encoded; None where its type is not read."""
     try:
-        with Image.open(io.BytesIO(content), formats=[kind for kind in READ if kind in Image.OPEN]) as file:
+        with Image.open(io.BytesIO(content), formats=_readable()) as file:
             return file.copy()
     except UnidentifiedImageError:
         return None
+
+
+def _readable() -> list[str]:
+    """List the types that are read and that this Pillow knows."""
+    Image.init()
+    return [kind for kind in READ if kind in Image.OPEN]

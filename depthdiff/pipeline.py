@@ -52,7 +52,15 @@ from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
 from depthdiff.precision import check_finite, check_first_step, finite
 from depthdiff.predictor import noise_predictor
-from depthdiff.run import CallState, Run, StableDiffusionPipelineOutput, StepCallback, call_back, check_run
+from depthdiff.run import (
+    CallState,
+    Run,
+    StableDiffusionPipelineOutput,
+    StepCallback,
+    call_back,
+    check_run,
+    keeps_the_outer_call,
+)
 from depthdiff.sampler import Step
 from depthdiff.schedulers.base import Scheduler
 from depthdiff.shortcuts import choose
@@ -136,6 +144,7 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
 
     @torch.no_grad()
     @uses_weights
+    @keeps_the_outer_call
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -330,6 +339,8 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
                 run.latents = step.latents
                 yield step
                 run.latents = step.latents
+                if self._offload_whole:
+                    self._at_work("unet")  # another network may have worked meanwhile
 
     @torch.no_grad()
     @uses_weights

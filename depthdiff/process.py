@@ -20,9 +20,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_buffers() -> bool:
-    """Let the C library keep freed buffers for the next ones in place of returning them page by page.
+    """Let the C library keep freed buffers for the next ones instead of returning them page by page.
 
-    The pages of a large buffer are otherwise cleared anew each time that one is made. Of effect with glibc alone.
+    The pages of a large buffer are otherwise cleared again each time that one is made. It works with glibc alone.
 
     Returns:
         Whether the allocator took it.
@@ -73,6 +73,12 @@ class Stream(io.TextIOBase):
     def isatty(self) -> bool:
         """Return whether a person watches."""
         return self.stream is not None and not self.stream.closed and self.stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the stream beneath, by which its width is found."""
+        if self.stream is None:
+            raise io.UnsupportedOperation("there is no stream")
+        return self.stream.fileno()
 
     def _let_go(self, stream: TextIO) -> None:
         """Write no more, and let what is still buffered go nowhere when the interpreter ends."""

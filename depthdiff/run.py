@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,8 @@ from depthdiff.sampler import Step
 from depthdiff.schedulers.plan import Plan
 from depthdiff.shortcuts import Shortcuts
 
+P = ParamSpec("P")
+R = TypeVar("R")
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 """(pipeline, index, timestep, tensors by name) -> the tensors to replace; diffusers' `callback_on_step_end`."""
 
@@ -46,11 +49,13 @@ class CallState(threading.local):
         guidance_scale: of the call.
         clip_skip: of the call.
         num_timesteps: how many times it runs the UNet.
+        depth: how many calls are under way, one within a callback of the other.
     """
 
     guidance_scale: float = 7.5
     clip_skip: int | None = None
     num_timesteps: int = 0
+    depth: int = 0
 
     def begin(self, guidance_scale: float, clip_skip: int | None, num_timesteps: int) -> None:
         """Take over what the call that begins was given."""
@@ -58,6 +63,24 @@ class CallState(threading.local):
 
     def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
         return CallState, ()
+
+
+def keeps_the_outer_call(call: Callable[P, R]) -> Callable[P, R]:
+    """Let a call within a callback of another leave what the pipeline says of the other."""
+
+    @wraps(call)
+    def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
+        state: CallState = args[0]._call  # type: ignore[attr-defined]
+        before = state.guidance_scale, state.clip_skip, state.num_timesteps
+        state.depth += 1
+        try:
+            return call(*args, **kwargs)
+        finally:
+            state.depth -= 1
+            if state.depth:
+                state.begin(*before)
+
+    return keeping
 
 
 @dataclass

@@ -121,6 +121,6 @@ class SingleFiles(Components):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        for name, network in loaded.items():
-            setattr(self, name, network)
+        with self._turns.change("load_single_file"):
+            vars(self).update(loaded)
         return list(loaded)

@@ -5,6 +5,7 @@ A readers-writer lock. It waits for what ends by itself, and refuses by name wha
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ class Turns:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._uses: dict[object, tuple[int, bool]] = {}
+        self._process = os.getpid()
+        self._uses: dict[object, tuple[int, bool]] = {}  # -> thread, whether it is a call
         self._changer: int | None = None
         self._waiting = 0
 
@@ -35,19 +37,19 @@ class Turns:
         """Use the weights; waits while another thread changes them.
 
         Args:
-            ends_by_itself: False for a run that is in its caller's hands, for which no change waits.
+            ends_by_itself: as a call does; False for a run that is in its caller's hands, for which no change waits.
         """
-        token, me = object(), threading.get_ident()
-        with self._condition:
-            mine = [ends for thread, ends in self._uses.values() if thread == me]
-            while not mine and self._changer != me and (self._changer is not None or self._waiting):
-                self._condition.wait()
-            self._uses[token] = me, ends_by_itself or any(mine)  # a run within a call ends with it
+        token, me = object(), self._here()
         try:
+            with self._condition:
+                inside = self._changer == me or any(thread == me for thread, _ in self._uses.values())
+                while not inside and (self._changer is not None or self._waiting):
+                    self._condition.wait()
+                self._uses[token] = me, ends_by_itself
             yield
         finally:
             with self._condition:
-                del self._uses[token]
+                self._uses.pop(token, None)
                 self._condition.notify_all()
 
     @contextmanager
@@ -61,31 +63,43 @@ class Turns:
             RuntimeError: another thread has a run that it steps through itself; or this change is made within a call
                 while there are calls of others, which may be about to do the same.
         """
-        me = threading.get_ident()
-        with self._condition:
-            outermost = self._changer != me
-            self._waiting += 1
-            try:
-                while outermost and (self._changer is not None or self._others(me)):
-                    within = any(thread == me for thread, _ in self._uses.values())
-                    if within or not all(ends for _, ends in self._others(me)):
-                        whose = "it is asked for within one" if within else "another thread steps through a run"
-                        raise RuntimeError(
-                            f"{what} changes weights that calls of other threads use, and cannot wait for them: "
-                            f"{whose}; end that first, or use one pipeline a thread"
-                        )
-                    self._condition.wait()
-                self._changer = me
-            finally:
-                self._waiting -= 1
-                self._condition.notify_all()
+        me = self._here()
+        outermost = self._changer != me
         try:
+            with self._condition:
+                self._waiting += 1
+                try:
+                    while outermost and self._others_work(me):
+                        self._refuse_to_wait(me, what)
+                        self._condition.wait()
+                    self._changer = me
+                finally:
+                    self._waiting -= 1
+                    self._condition.notify_all()
             yield
         finally:
-            if outermost:
-                with self._condition:
+            with self._condition:
+                if outermost and self._changer == me:
                     self._changer = None
                     self._condition.notify_all()
 
-    def _others(self, me: int) -> list[tuple[int, bool]]:
-        return [use for use in self._uses.values() if use[0] != me]
+    def _here(self) -> int:
+        """Return this thread; a process that was forked has none of the others."""
+        if self._process != os.getpid():
+            vars(self).update(vars(Turns()))
+        return threading.get_ident()
+
+    def _others_work(self, me: int) -> bool:
+        return self._changer is not None or any(thread != me for thread, _ in self._uses.values())
+
+    def _refuse_to_wait(self, me: int, what: str) -> None:
+        """Refuse a change that would wait for what does not end by itself, or for what may wait for it."""
+        calls = {thread for thread, is_call in self._uses.values() if is_call} | {self._changer}
+        within = any(thread == me for thread, _ in self._uses.values())
+        stuck = any(thread != me and thread not in calls for thread, _ in self._uses.values())
+        if within or stuck:
+            whose = "it was requested from inside a call" if within else "another thread steps through a run"
+            raise RuntimeError(
+                f"{what} changes weights that calls of other threads use, and cannot wait for them: {whose}; end that "
+                "first, or use one pipeline per thread"
+            )

@@ -100,6 +100,38 @@ def test_what_cannot_be_converted(place, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "unet.safetensors"]
 
 
+def test_a_source_is_never_written_over(place, tmp_path, capsys):
+    """However it is spelt or linked; and what else is in the target stays."""
+    source, folder = tmp_path / "m.safetensors", tmp_path / "folder"
+    shutil.copy(place[0] / "single.safetensors", source)
+    shutil.copytree(place[0] / "folder", folder)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "unet").rename(tmp_path / "elsewhere" / "unet")
+    (folder / "unet").symlink_to(tmp_path / "elsewhere" / "unet")
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    for file in (folder / weights, tmp_path / "elsewhere" / weights, folder / "vae" / ".." / weights):
+        before = file.read_bytes()
+        assert convert.main([str(folder), str(file)]) == 1
+        assert "would be lost" in capsys.readouterr().err
+        assert file.read_bytes() == before
+    (tmp_path / "target" / "notes").mkdir(parents=True)
+    (tmp_path / "target" / "notes" / "mine.bin.txt").write_text("mine")
+    (tmp_path / "target" / "style.safetensors").write_text("mine")
+    assert convert.main([str(source), str(tmp_path)]) == 1
+    assert "is inside" in capsys.readouterr().err
+    (tmp_path / "target" / "unet").symlink_to(tmp_path / "back")
+    (tmp_path / "back").mkdir()
+    linked = tmp_path / "back" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(source, linked)
+    assert convert.main([str(linked), str(tmp_path / "target")]) == 1
+    assert "would be lost" in capsys.readouterr().err
+    (tmp_path / "target" / "unet").unlink()
+    assert convert.main([str(source), str(tmp_path / "target")]) == 0
+    assert source.read_bytes() == (place[0] / "single.safetensors").read_bytes() == linked.read_bytes()
+    assert (tmp_path / "target" / "notes" / "mine.bin.txt").read_text() == "mine"
+    assert (tmp_path / "target" / "style.safetensors").read_text() == "mine"
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(2)}, path)

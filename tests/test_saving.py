@@ -11,7 +11,7 @@ import pytest
 import torch
 from random_checkpoint import build_pipeline
 
-from depthdiff import CheckpointError, StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
+from depthdiff import CheckpointError, CLIPTokenizer, StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
 from depthdiff.checkpoint.saving import owned_files
 from depthdiff.checkpoint.transaction import replacing
 
@@ -201,6 +201,9 @@ EVIL = {
     "absolute": {"": {"replace": ["/etc/x"], "remove": []}},
     "another form": {"": ["model_index.json"]},
     "through a link": {"link": {"replace": [], "remove": ["victim"]}},
+    "over a link to a file": {"": {"replace": ["link/victim"], "remove": []}},
+    "a link on the way to a part": {"link/.": {"replace": [], "remove": ["victim"]}},
+    "below a link": {"": {"replace": [], "remove": ["link/victim"]}},
 }
 
 
@@ -216,6 +219,78 @@ def test_a_journal_from_elsewhere_touches_nothing(pipe, tmp_path, case):
     with pytest.raises(CheckpointError, match=r"journal.json is damaged or leads out of its folder"):
         UNet2DConditionModel.from_pretrained(folder)
     assert (tmp_path / "victim").read_text() == "mine"
+
+
+def killed_after_its_journal(monkeypatch, save):
+    """Run a save that ends before the first of its renames."""
+    real = os.replace
+
+    def replace(source, target):
+        if Path(source).parent.name.startswith(".depthdiff-") and not Path(target).parent.name.startswith(
+            ".depthdiff-"
+        ):
+            raise Ended  # a staged file would take its place
+        return real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Ended):
+            save()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_component_whose_save_was_killed_is_whole_in_its_pipeline(pipe, tmp_path, monkeypatch, linked):
+    """Whoever loads it: by itself, as a sub-folder, with the pipeline; also where its folder is a link."""
+    new = build_pipeline("tiny", 100)
+    for load in (
+        lambda: UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint" / "unet"),
+        lambda: UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint", subfolder="unet"),
+        lambda: StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path / "checkpoint").unet,
+    ):
+        for save in (
+            lambda: new.unet.save_pretrained(tmp_path / "checkpoint" / "unet", max_shard_size="200KB"),
+            lambda: new.save_pretrained(tmp_path / "checkpoint", max_shard_size="200KB"),
+        ):
+            pipe.save_pretrained(tmp_path / "checkpoint")
+            if linked:
+                (tmp_path / "checkpoint" / "unet").rename(tmp_path / "elsewhere")
+                (tmp_path / "checkpoint" / "unet").symlink_to(tmp_path / "elsewhere")
+            killed_after_its_journal(monkeypatch, save)
+            assert torch.equal(load().conv_in.bias, new.unet.conv_in.bias)
+            assert not [path for path in tmp_path.rglob(".depthdiff-*")]
+            shutil.rmtree(tmp_path / "checkpoint")
+            shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
+
+
+def test_a_save_that_was_killed_is_no_longer_finished_after_a_newer_one(pipe, tmp_path, monkeypatch):
+    """The newer one has begun before the kill, and ends after it."""
+    folder, killed = tmp_path / "checkpoint", build_pipeline("tiny", 100)
+    pipe.save_pretrained(folder)
+    expected = fingerprint(folder)
+    real, done = CLIPTokenizer.save_pretrained, []
+
+    def save(tokenizer, place):
+        if not done:
+            done.append(True)
+            killed_after_its_journal(monkeypatch, lambda: killed.unet.save_pretrained(folder / "unet"))
+            killed_after_its_journal(monkeypatch, lambda: killed.save_pretrained(folder, max_shard_size="100KB"))
+        return real(tokenizer, place)
+
+    monkeypatch.setattr(CLIPTokenizer, "save_pretrained", save)
+    pipe.save_pretrained(folder)
+    assert done
+    assert fingerprint(folder) == expected
+    assert fingerprint(folder) == expected
+    assert not list(folder.rglob(".depthdiff-*"))
+    assert [path.name for path in (folder / "unet").glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_private_files_stay_private(pipe, tmp_path):
+    pipe.unet.save_pretrained(tmp_path)
+    for path in tmp_path.iterdir():
+        path.chmod(0o600)
+    pipe.unet.save_pretrained(tmp_path)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
 
 
 def test_two_processes_save_at_once(tmp_path):

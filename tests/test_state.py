@@ -1,8 +1,11 @@
 """State changes by success alone, and a call's own settings concern that call: failures, interrupts, loops, threads."""
 
+import os
 import random
+import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -297,3 +300,118 @@ def test_a_callback_sees_and_sets_the_guidance_of_its_own_call(pipe, small_photo
     barrier = threading.Barrier(1)
     for made, scale in zip(together, (3.0, 7.0), strict=True):
         assert np.array_equal(made, make(scale))
+
+
+@pytest.mark.parametrize("how", ["model offloading", "sequential offloading", "layerwise casting"])
+def test_calls_take_turns_where_layers_move_their_weights(small_photo, how):
+    """Also one that begins while another denoises; a change waits for both. A twin tells what each gives alone."""
+    pipes = [build_pipeline("tiny") for _ in range(2)]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        if how == "layerwise casting":
+            pipe.unet.enable_layerwise_casting(torch.bfloat16, torch.float32)
+        else:
+            switch = "enable_model_cpu_offload" if how[0] == "m" else "enable_sequential_cpu_offload"
+            getattr(pipe, switch)(device="cpu")
+    pipe, photo = pipes[0], small_photo.resize((64, 40))
+    alone = [picture(pipes[1], photo, seed=seed) for seed in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        others = []
+
+        def begin(pipe, i, timestep, tensors):
+            others.append(pool.submit(picture, pipe, photo, 1.0, 1))
+            return {}
+
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "strength": 1.0, "output_type": "np", "generator": generator}
+        made = pipe(PROMPTS[0], photo, callback_on_step_end=begin, **options).images
+        assert np.array_equal(made, alone[0])
+        assert len(others) >= 2
+        assert all(np.array_equal(other.result(), alone[1]) for other in others)
+    for seed, made in enumerate(in_threads([partial(picture, pipe, photo, 1.0, seed) for seed in range(6)], 3)):
+        assert np.array_equal(made, alone[seed])
+    if how != "layerwise casting":
+        jobs = [
+            partial(picture, pipe, photo),
+            lambda: pipe.load_lora_weights(lora(pipe), "a"),
+            partial(picture, pipe, photo),
+        ]
+        in_threads(jobs, 3)
+        assert pipe.get_active_adapters() == ["a"]
+
+
+def test_a_run_that_a_callback_keeps_is_refused_to_others_and_not_waited_for(pipe, small_photo):
+    kept = []
+
+    def keep(pipe, i, timestep, tensors):
+        if not kept:
+            kept.append(pipe.denoise(pipe.prepare(PROMPTS[0], small_photo, num_inference_steps=3)))
+            next(kept[0])
+        return {}
+
+    options = {"num_inference_steps": 2, "strength": 1.0, "callback_on_step_end": keep}
+    pipe(PROMPTS[0], small_photo, **options)
+    with pytest.raises(RuntimeError, match="another thread steps through a run"):
+        in_threads([lambda: pipe.load_lora_weights(lora(pipe))], 1)
+    kept[0].close()
+    in_threads([lambda: pipe.load_lora_weights(lora(pipe))], 1)
+
+
+def test_a_call_within_a_callback_leaves_the_outer_one_as_it_is(pipe, small_photo):
+    """Whose guidance it would otherwise have switched off."""
+    generator = torch.Generator().manual_seed(1)
+    options = {"num_inference_steps": 3, "strength": 1.0, "output_type": "np", "generator": generator}
+    expected = pipe(PROMPTS[0], small_photo, guidance_scale=5.0, **options).images
+
+    def call(pipe, i, timestep, tensors):
+        pipe(PROMPTS[1], small_photo, guidance_scale=1.0, num_inference_steps=1, strength=1.0)
+        assert (pipe.guidance_scale, pipe.num_timesteps) == (5.0, expected_steps)
+        return {}
+
+    expected_steps = pipe.num_timesteps
+    generator.manual_seed(1)
+    made = pipe(PROMPTS[0], small_photo, guidance_scale=5.0, callback_on_step_end=call, **options).images
+    assert np.array_equal(made, expected)
+
+
+def test_a_network_put_in_the_place_of_another_has_no_adapters(small_photo, tmp_path):
+    """Whatever the scale of a call; and it is saved as it is."""
+    pipe = build_pipeline("tiny")
+    pipe.load_lora_weights(lora(pipe), "a")
+    pipe.fuse_lora(["unet"])
+    pipe.unet = build_pipeline("tiny", 100).unet
+    before = {key: tensor.clone() for key, tensor in pipe.unet.state_dict().items()}
+    pipe.text_encoder = build_pipeline("tiny").text_encoder
+    assert np.array_equal(picture(pipe, small_photo, 0.5), picture(pipe, small_photo))
+    pipe.save_pretrained(tmp_path)
+    saved = depthdiff.UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet").state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in saved.items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(pipe, small_photo):
+    """A run of another thread is under way when the process is forked."""
+    tensors, begun, end = lora(pipe), threading.Event(), threading.Event()
+
+    def hold():
+        for _ in pipe.denoise(pipe.prepare(PROMPTS[0], small_photo, num_inference_steps=3)):
+            begun.set()
+            end.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    begun.wait(60)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        pipe.load_lora_weights(tensors)
+        os._exit(0)
+    end.set()
+    holder.join()
+    deadline = time.monotonic() + 60
+    while (status := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if status[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert status[0] and os.waitstatus_to_exitcode(status[1]) == 0

@@ -141,25 +141,23 @@ class Merging(Components):
         """Return a network as a call sees it that takes the active adapters times `scale`."""
         if scale is None or scale == 1:
             return network
-        merge = self._own_merge(component)
-        with torch.no_grad():
-            weights = self._weights(component, merge, self._adapters.shares(component, scale))
+        return self._with_shares(component, network, self._adapters.shares(component, scale))
+
+    def _saved(self) -> dict[str, Any]:
+        """Return the components with what is fused, and without what is merely active."""
+        fused = AdapterState(fused=self._adapters.fused)
+        changed = {name: self._with_shares(name, part, fused.shares(name)) for name, part in self._adapted().items()}
+        return self.components | changed
+
+    @torch.no_grad()
+    def _with_shares(self, component: str, network: Any, shares: Shares) -> Any:
+        """Return a network with other adapters, or with other shares of them; as it is where it has none yet."""
+        merge = self._merges[component]
+        weights = self._weights(component, merge, shares) if merge.network is network else None
         if weights is None:
             return network
         others = {key: _original(merge, key) for key in merge.originals if key not in weights}
         return with_weights(network, others | weights)
-
-    def _saved(self) -> dict[str, Any]:
-        """Return the components with what is fused, and without what is merely active."""
-        parts = dict(self.components)
-        state = AdapterState(fused=self._adapters.fused)
-        for component, network in self._adapted().items():
-            merge = self._own_merge(component)
-            weights = self._weights(component, merge, state.shares(component))
-            if weights is not None:
-                others = {key: _original(merge, key) for key in merge.originals if key not in weights}
-                parts[component] = with_weights(network, others | weights)
-        return parts
 
 
 def _original(merge: Merge, key: str) -> Tensor:
@@ -183,11 +181,10 @@ def _exchange(changes: list[tuple[Any, str, Tensor]], then: Any, undo: Any) -> N
         for parameter, tensor in parameters:
             parameter.data = tensor
         then()
+        for network in networks:
+            network.mark = object()
     except BaseException:
         for parameter, tensor in before:
             parameter.data = tensor
         undo()
         raise
-    finally:
-        for network in networks:
-            network.mark = object()

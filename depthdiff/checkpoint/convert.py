@@ -26,7 +26,7 @@ from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import KEPT, PREFIXES, TABLES_LDM
 from depthdiff.checkpoint.transaction import check_folder, replacing, settle
 from depthdiff.checkpoint.weights import DTYPES, Source, check_floats, open_folder
-from depthdiff.checkpoint.write import check_target, refuse_same_file
+from depthdiff.checkpoint.write import check_target, files_below, refuse_same_file
 from depthdiff.config import CheckpointError
 from depthdiff.models.base import Model
 from depthdiff.models.pages import give_back
@@ -49,8 +49,10 @@ def to_single_file(folder: Path, target: Path, *, dtype: torch.dtype | None = No
         OSError: the file cannot be written.
     """
     target = check_target(target)
-    settle(folder)
-    refuse_same_file(target, {f"the file {path.relative_to(folder)} of {folder}": path for path in folder.rglob("*")})
+    for place in (folder, *(folder / component for component in CLASSES)):
+        if place.is_dir():
+            settle(place)
+    refuse_same_file(target, files_below(folder))
     entries: list[Entry] = []
     for component, cls in CLASSES.items():
         place = folder / component
@@ -103,6 +105,8 @@ def to_folder(
     settings: dict[str, Any] = {"config": config, "prediction_type": prediction_type}
     components = load_single_components(opened.path, overrides=models, **settings)
     parts = {"": (INDEX,), **{name: owned_files(model, None) for name, model in models.items()}}
+    for path in (path for name in parts if (target / name).is_dir() for path in (target / name).iterdir()):
+        refuse_same_file(path, [opened.path])
     with replacing(target, parts | {name: () for name in components.keys() - models.keys()}) as staged:
         write_json(staged("") / INDEX, model_index(components, "StableDiffusionDepth2ImgPipeline"))
         for component, model in models.items():

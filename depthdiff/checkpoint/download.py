@@ -6,6 +6,7 @@ huggingface_hub.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -88,6 +89,9 @@ def download(repo_id: str, **options: Any) -> Path:
             f"login page in between? If this goes on, {healed(entry)}"
         ) from error
     except (OSError, TRANSPORT) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            message = f"{repo_id}: the cache {entry.parent} cannot be written: {error.strerror}; pass another cache_dir"
+            raise CheckpointError(message) from error
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise CheckpointError(
             f"{repo_id}: the download broke off ({reason}); files that are whole are kept, so run it again to go on"

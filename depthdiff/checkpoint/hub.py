@@ -97,6 +97,8 @@ def fetch(
         )
     else:
         settle(root)
+        if subfolder and (root / subfolder).is_dir():
+            settle(root / subfolder)
     folder = root / subfolder if subfolder else root
     missing = [name for name in filenames if not (folder / name).is_file()]
     if missing:

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.write import PREFIX, check_target, flush_folder, fresh_name, hold, write_text
+from depthdiff.checkpoint.write import PREFIX, check_target, flush_folder, fresh_name, hold, keep_mode, write_text
 from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError
 
@@ -63,30 +63,34 @@ def replacing(folder: Path, parts: Mapping[str, Sequence[str]]) -> Iterator[Call
     """
     made = _make_folders(folder)
     name = fresh_name()
-    committed = False
     try:
         settle(folder)
         for part, patterns in parts.items():
             _check_part(folder, part, patterns)
-        with locked(folder):
+        with _Locks() as locks:
+            locks.add(folder)
             _remove_abandoned(folder)
             (folder / name).mkdir()
-            holding = _hold(folder / name)
+            holding = _Lock(folder / name)
         try:
             for part in parts:
                 made += _make_folders(folder / part)
                 (folder / part / name).mkdir(exist_ok=not part)
             yield lambda part: folder / part / name
-            journal = {part: _changes(folder / part, name, patterns) for part, patterns in parts.items()}
-            write_text(folder / name / JOURNAL, json.dumps(journal))
-            committed = True
-            _finish(folder, name, journal)
-        finally:
-            if holding is not None:
-                os.close(holding)
-    except BaseException:
-        if not committed:
             for part in parts:
+                _flush(folder / part / name)
+            with _Locks() as locks:  # from here on there is one journal at a time
+                for place in (folder, *sorted(folder / part for part in parts)):
+                    locks.add(place)
+                    _settle(place, locks)
+                journal = {part: _changes(folder / part, name, patterns) for part, patterns in parts.items()}
+                write_text(folder / name / JOURNAL, json.dumps(journal))
+                _finish(folder, name, journal)
+        finally:
+            holding.close()
+    except BaseException:
+        if not (folder / name / JOURNAL).exists():
+            for part in sorted(parts, reverse=True):  # the folder's own is the last, by which the others are found
                 shutil.rmtree(folder / part / name, ignore_errors=True)
             _remove_folders(made)
         raise
@@ -109,46 +113,77 @@ def settle(folder: Path) -> None:
     Raises:
         CheckpointError: the journal is damaged, or the folder cannot be written.
     """
-    for name in _unfinished(folder):
-        for root in (folder, folder.parent):
-            path = root / name / JOURNAL
-            if path.is_file():
-                journal = read_json(path)
-                _check_journal(root, name, journal)
-                try:
-                    _finish(root, name, journal)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{root}: a save was interrupted, and what remains of it cannot be done now: {error}; "
-                        "make the folder writable and load it again"
-                    ) from error
+    names = _unfinished(folder)
+    for root in (folder, folder.parent):
+        if any((root / name / JOURNAL).is_file() for name in names):
+            try:
+                with _Locks() as locks:
+                    locks.add(root)
+                    _settle(root, locks)
+            except CheckpointError:
+                raise
+            except OSError as error:
+                raise CheckpointError(
+                    f"{root}: a save was interrupted, and what remains of it cannot be done now: {error}; "
+                    "make the folder writable and load it again"
+                ) from error
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process or thread changes the names in a folder, where the file system can tell."""
-    descriptor = _hold(folder)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
+def _settle(root: Path, locks: _Locks) -> None:
+    """Finish what journals in a locked folder say."""
+    for name in _unfinished(root):
+        if (root / name / JOURNAL).is_file():
+            journal = read_json(root / name / JOURNAL)
+            _check_journal(root, name, journal)
+            for part in sorted(journal):
+                locks.add(root / part)
+            _finish(root, name, journal)
+
+
+class _Lock:
+    """A folder's lock, which waits for whoever holds it; given back when it is forgotten, too.
+
+    Args:
+        folder: that exists.
+        wait: raise BlockingIOError if False and another holds it.
+
+    Attributes:
+        works: whether the file system has such locks.
+    """
+
+    def __init__(self, folder: Path, wait: bool = True) -> None:
+        self.descriptor, self.works = -1, False
+        if sys.platform != "win32":
+            self.descriptor = os.open(folder, os.O_RDONLY)
+            self.works = hold(self.descriptor, wait)
+
+    def close(self) -> None:
+        """Give it back."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
             os.close(descriptor)
 
+    __del__ = close
 
-def _hold(folder: Path, wait: bool = True) -> int | None:
-    """Lock a folder until the returned descriptor is closed; errors as in `hold`, None where there are no locks."""
-    if sys.platform == "win32":
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        held = hold(descriptor, wait)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    if held:
-        return descriptor
-    os.close(descriptor)
-    return None
+
+class _Locks:
+    """Locks of folders, in which no other process or thread changes names meanwhile; each is taken once."""
+
+    def __init__(self) -> None:
+        self.locks: dict[tuple[int, int], _Lock] = {}
+
+    def __enter__(self) -> _Locks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for lock in self.locks.values():
+            lock.close()
+
+    def add(self, folder: Path) -> None:
+        """Wait for a folder."""
+        found = folder.stat()
+        if (found.st_dev, found.st_ino) not in self.locks:
+            self.locks[found.st_dev, found.st_ino] = _Lock(folder)
 
 
 def _make_folders(folder: Path) -> list[Path]:
@@ -181,13 +216,12 @@ def _remove_abandoned(folder: Path) -> None:
         if (held / JOURNAL).exists():
             continue
         try:
-            descriptor = _hold(held, wait=False)
+            lock = _Lock(held, wait=False)
         except (BlockingIOError, FileNotFoundError):
             continue  # it lives, or has just ended
-        if descriptor is not None:
-            os.close(descriptor)
-            for place in (*folder.glob(f"*/{name}"), folder / name):
-                shutil.rmtree(place, ignore_errors=True)
+        lock.close()
+        for place in (*folder.glob(f"*/{name}"), folder / name) if lock.works else ():
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _check_part(folder: Path, part: str, patterns: Sequence[str]) -> None:
@@ -200,62 +234,64 @@ def _check_part(folder: Path, part: str, patterns: Sequence[str]) -> None:
             check_target(place / name, follow=False)
 
 
-def _changes(place: Path, name: str, patterns: Sequence[str]) -> dict[str, list[str]]:
-    """List what a part's new files are, flushed to disk, and which old files they make stale."""
-    staged = place / name
+def _flush(staged: Path) -> None:
+    """Flush new files to disk; those of other libraries were not."""
     staged.stat()  # refuses a folder that has been removed meanwhile
-    new = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if not path.is_dir())
-    for one in new:
-        if (place / one).is_dir():
-            message = "a folder is where a file is to be written; move it away"
-            raise IsADirectoryError(errno.EISDIR, message, str(place / one))
-        descriptor = os.open(staged / one, os.O_RDWR)
+    for path in staged.iterdir():
+        if not path.is_file():
+            message = "a component has saved more than files, which is not supported"
+            raise IsADirectoryError(errno.EISDIR, message, str(path))
+        descriptor = os.open(path, os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _changes(place: Path, name: str, patterns: Sequence[str]) -> dict[str, list[str]]:
+    """List a part's new files, and the old ones that they make stale."""
+    new = sorted(path.name for path in (place / name).iterdir())
+    for one in new:
+        if (place / one).is_dir():
+            message = "a folder is where a file is to be written; move it away"
+            raise IsADirectoryError(errno.EISDIR, message, str(place / one))
     old = sorted(path.name for path in place.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in patterns))
     return {"replace": new, "remove": [one for one in old if one not in new and not (place / one).is_dir()]}
 
 
 def _finish(folder: Path, name: str, journal: Mapping[str, Any]) -> None:
-    """Do what a journal says; what was done before an interruption is left alone."""
-    with locked(folder):
-        if not (folder / name / JOURNAL).is_file():
-            return  # another process was faster
-        for part, changes in journal.items():
-            place = folder / part
-            for one in changes["replace"]:
-                if (place / name / one).exists():
-                    (place / one).parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(place / name / one, place / one)
-            for one in changes["remove"]:
-                (place / one).unlink(missing_ok=True)
-            flush_folder(place)
-        for part in journal:
-            if part:
-                shutil.rmtree(folder / part / name, ignore_errors=True)
-        os.unlink(folder / name / JOURNAL)
-        shutil.rmtree(folder / name, ignore_errors=True)
+    """Do what a journal of locked folders says; what was done before an interruption is left alone."""
+    for part, changes in journal.items():
+        place = folder / part
+        for one in changes["replace"]:
+            if (place / name / one).exists():
+                keep_mode(place / one, place / name / one)
+                os.replace(place / name / one, place / one)
+        for one in changes["remove"]:
+            (place / one).unlink(missing_ok=True)
+        flush_folder(place)
+    os.unlink(folder / name / JOURNAL)
+    for part in sorted(journal, reverse=True):
+        shutil.rmtree(folder / part / name, ignore_errors=True)
 
 
 def _check_journal(folder: Path, name: str, journal: Mapping[str, Any]) -> None:
-    """Refuse a journal that is none of ours: it must stay inside the folder, and links are not followed."""
-    good = all(_is_inside(part) or not part for part in journal)
+    """Refuse a journal that is none of ours.
+
+    It may change files in the folder and in folders in it, and in one that a link leads to only if the save has left
+    its own folder there.
+    """
+    good = all(not part or _is_plain(part) for part in journal)
     for part, changes in journal.items() if good else ():
-        places = (folder / name, folder / part, folder / part / name)
-        good = good and not any(place.is_symlink() for place in places if place != folder)
+        staged = folder / part / name
+        good = good and staged.is_dir() and not staged.is_symlink()
         good = good and isinstance(changes, Mapping) and changes.keys() == {"replace", "remove"}
         lists = changes.values() if good else ()
-        good = good and all(isinstance(names, list) and all(map(_is_inside, names)) for names in lists)
-        good = good and all("/" not in one for one in changes["remove"])
+        good = good and all(isinstance(names, list) and all(map(_is_plain, names)) for names in lists)
     if not good:
         raise CheckpointError(f"{folder / name / JOURNAL} is damaged or leads out of its folder; delete {name} there")
 
 
-def _is_inside(name: object) -> bool:
-    """Return whether a name leads to something inside the folder that it is relative to."""
-    if not isinstance(name, str) or "\\" in name or "\0" in name:
-        return False
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
+def _is_plain(name: object) -> bool:
+    """Return whether a name is that of something in a folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -108,7 +108,7 @@ def writing(path: str | os.PathLike[str], *, follow: bool = True) -> Iterator[Bi
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _keep_mode(target, partial)
+        keep_mode(target, partial)
         os.replace(partial, target)
     flush_folder(target.parent)
 
@@ -212,23 +212,33 @@ def check_plain_name(argument: str, name: object, suffix: str = "") -> None:
         raise ValueError(f"{argument} must be the name of a file{ending}, without a folder, got {name!r}")
 
 
-def refuse_same_file(target: Path, sources: dict[str, Path]) -> None:
-    """Refuse to write over one of the files that are read, however either is spelt or linked.
+def files_below(place: Path) -> list[Path]:
+    """List the files in a folder, and in those that links in it lead to; of a file, the file."""
+    if place.is_file():
+        return [place]
+    files, seen = [], set()
+    for root, folders, names in os.walk(place, followlinks=True):
+        found = os.stat(root)
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()  # a link that leads back
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        files += [path for name in names if (path := Path(root, name)).is_file()]
+    return files
 
-    Args:
-        target: to be written.
-        sources: what is read, by the name to call it in the error.
+
+def refuse_same_file(target: Path, sources: Iterable[Path]) -> None:
+    """Refuse to write over one of the files that are read, however either is spelt or linked.
 
     Raises:
         CheckpointError: names both.
     """
-    if target.exists():
-        for name, source in sources.items():
-            if source.exists() and os.path.samefile(source, target):
-                raise CheckpointError(f"{target} is {name} itself, which would be lost; name another file to write")
+    for source in sources if target.exists() else ():
+        if os.path.samefile(source, target):
+            raise CheckpointError(f"{target} is {source}, which is read and would be lost; name another file to write")
 
 
-def _keep_mode(old: Path, new: Path) -> None:
+def keep_mode(old: Path, new: Path) -> None:
     """Give a new file the permissions of the one that it replaces."""
     if old.is_file():
         mode = stat.S_IMODE(old.stat().st_mode)
