@@ -59,12 +59,12 @@ DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "floa
 MAX_STEPS, MAX_IMAGES, MAX_SIZE = 100_000, 1000, 2**14
 """What no run needs; schedulers have limits of their own below."""
 
-SIZE_HELP = "of the picture's shorter side (default: the photo's own, or 128 for mini if 1.5 times too large)"
+SIZE_HELP = "length of the picture's shorter side (default: the photo's, or 128 for mini if 1.5 times too large)"
 LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
 EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
 PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsilon)"
 DTYPE_HELP = "of the weights; auto is bfloat16 where the processor has it, else float32 (float16 on cuda, else auto)"
-TF32_HELP = "multiply float32 matrices in TF32, faster and with 3 digits; of effect on cuda alone"
+TF32_HELP = "multiply float32 matrices in TF32: faster, with about 3 digits; cuda only"
 SHORTCUT_HELP = {
     "guidance_interval": "guide only where the noise is between these shares of all steps, 0..1 (default: 0 1)",
     "deep_cache": "run the UNet's deeper part at every N-th step only (default: 1)",
@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
     parser.add_argument("image", metavar="IMAGE", type=Path, help="the photo to start from")
-    parser.add_argument("-o", "--output", metavar="OUT", type=Path, help="where to (default: IMAGE-depthdiff.png)")
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, help="file to write (default: IMAGE-depthdiff.png)")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is done; show tracebacks")
     parser.add_argument("--version", action="version", version=f"depthdiff {depthdiff.__version__}")
 
@@ -100,8 +100,10 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
     look.add_argument("--scheduler", choices=SCHEDULERS, help="the solver (default: the checkpoint's)")
 
-    speed = parser.add_argument_group("speed", "Each makes another picture, close to the full computation's, sooner.")
-    speed.add_argument("--preset", choices=PRESETS, help="a good choice of the others, which count where given as well")
+    speed = parser.add_argument_group("speed", "Each is faster and gives a slightly different picture.")
+    speed.add_argument(
+        "--preset", choices=PRESETS, help="sensible values for the options below; those given explicitly win"
+    )
     speed.add_argument(
         "--guidance-interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help=SHORTCUT_HELP["guidance_interval"]
     )
@@ -110,7 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     depth = parser.add_argument_group("depth")
     depth.add_argument("--depth", metavar="FILE", type=Path, help="use this depth map (8 or 16 bit, white is near)")
-    depth.add_argument("--save-depth", metavar="FILE", type=Path, help="write the depth map that was used, 16 bit")
+    depth.add_argument(
+        "--save-depth",
+        metavar="FILE",
+        type=Path,
+        help="write the depth map that was used (16 bit where the type can hold that)",
+    )
     depth.add_argument("--sheet", metavar="FILE", type=Path, help="write photo, depth and results side by side")
 
     machine = parser.add_argument_group("model and machine")
@@ -310,7 +317,7 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
 
 
 def save_all(works: list[partial[None]]) -> None:
-    """Write every file and print its name; where some fail, the others are written all the same.
+    """Write every file and print its name; where some fail, the others are still written.
 
     Raises:
         OSError: of the first that failed.
