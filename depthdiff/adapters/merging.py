@@ -85,27 +85,25 @@ class Merging(Components):
 
     @torch.no_grad()
     def _become(self, state: AdapterState) -> None:
-        """Make the adapters and the weights what a state says, both or neither.
+        """Make the adapters and the weights what a state says, both or neither; the caller holds `self._turns`.
 
         Raises:
             ValueError: weights would not be finite.
-            RuntimeError: see `depthdiff.turns.Turns.change`.
         """
-        with self._turns.change("changing adapters"):
-            merges, changes, before = dict(self._merges), [], (self._adapters, self._merges)
-            for component in COMPONENTS:
-                old, network = self._own_merge(component), getattr(self, component)
-                if old is not self._merges[component]:
-                    changes += list(_put_back(self._merges[component]))
-                weights = self._weights(component, old, state.shares(component))
-                if weights is not None:
-                    touched = {key: _original(old, key) for key in (*old.originals, *weights)}
-                    kept = {key: original.cpu() for key, original in touched.items() if key in weights}
-                    changes += [(network, key, weights.get(key, touched[key])) for key in touched]
-                    old = Merge(network, state.shares(component), kept)
-                merges[component] = old
-            _exchange(changes, lambda: vars(self).update(_adapters=state, _merges=merges),
-                      lambda: vars(self).update(zip(("_adapters", "_merges"), before, strict=True)))  # fmt: skip
+        merges, changes, before = dict(self._merges), [], (self._adapters, self._merges)
+        for component in COMPONENTS:
+            old, network = self._own_merge(component), getattr(self, component)
+            if old is not self._merges[component]:
+                changes += list(_put_back(self._merges[component]))
+            weights = self._weights(component, old, state.shares(component))
+            if weights is not None:
+                touched = {key: _original(old, key) for key in (*old.originals, *weights)}
+                kept = {key: original.cpu() for key, original in touched.items() if key in weights}
+                changes += [(network, key, weights.get(key, touched[key])) for key in touched]
+                old = Merge(network, state.shares(component), kept)
+            merges[component] = old
+        _exchange(changes, lambda: vars(self).update(_adapters=state, _merges=merges),
+                  lambda: vars(self).update(zip(("_adapters", "_merges"), before, strict=True)))  # fmt: skip
 
     def _own_merge(self, component: str) -> Merge:
         """Return what is merged into the present network: nothing if the user has put it in the place of another."""
