@@ -31,6 +31,7 @@ from depthdiff.inputs import LARGEST_SCALE
 from depthdiff.models.attention import FORMS
 from depthdiff.picture_files import (
     MAX_PIXELS,
+    check_text,
     check_type,
     depth_bits,
     files_of,
@@ -215,18 +216,6 @@ def check_numbers(options: argparse.Namespace) -> None:
     for text in options.lora:
         lora_weight(text)
     shortcuts(options)
-
-
-def check_text(name: str, text: str) -> None:
-    """Refuse what the terminal's encoding could not read.
-
-    Raises:
-        ValueError: names the argument.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must be valid UTF-8, got bytes that are not") from error
 
 
 def check_files(options: argparse.Namespace) -> list[Path]:

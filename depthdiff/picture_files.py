@@ -92,6 +92,18 @@ def save_image(picture: Image.Image, path: Path, how: Mapping[str, Any] | None =
     write_file(path, encode(picture, path, how))
 
 
+def check_text(name: str, text: str) -> None:
+    """Refuse what the terminal's encoding could not read.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be valid UTF-8, got bytes that are not") from error
+
+
 def check_type(path: Path, size: tuple[int, int] = (320, 264)) -> None:
     """Refuse a file whose type cannot hold an RGB picture of some size.
 
