@@ -198,7 +198,7 @@ def check_numbers(options: argparse.Namespace) -> None:
     """
     check_number("--strength", options.strength, 0, 1)
     check_number("--steps", options.steps, 1, MAX_STEPS, whole=True)
-    check_number("--guidance", options.guidance, 0, 1e6)
+    check_number("--guidance", options.guidance, 0, LARGEST_SCALE)
     check_number("--eta", options.eta, 0, 1)
     check_number("--num-images", options.num_images, 1, MAX_IMAGES, whole=True)
     if options.seed is not None:

@@ -200,16 +200,14 @@ def _is_ours(descriptor: int) -> bool:
     return os.fstat(descriptor).st_nlink > 0
 
 
-def check_plain_name(argument: str, name: object, suffix: str = "") -> None:
+def check_plain_name(argument: str, name: object) -> None:
     """Refuse a file name that could lead out of its folder.
 
     Raises:
-        ValueError: not a name, or one with another ending than `suffix`.
+        ValueError: not a name.
     """
-    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set('/\\\0:*?"<>|')
-    if not plain or not str(name).endswith(suffix):
-        ending = f" that ends in {suffix}" if suffix else ""
-        raise ValueError(f"{argument} must be the name of a file{ending}, without a folder, got {name!r}")
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set('/\\\0:*?"<>|'):
+        raise ValueError(f"{argument} must be the name of a file, without a folder, got {name!r}")
 
 
 def files_below(place: Path) -> list[Path]:
