@@ -93,6 +93,7 @@ class Config(FrozenDict):
     a config file that asks for another one is refused by name instead of being built wrongly. It may also name keys
     that are no fields, for features whose mere presence matters. `COUNTS` names the fields that say how many layers
     there are: a damaged file must not have a network built without end. `POSITIVE` names those that must be above 0.
+    `model_type` is transformers' name of the kind.
 
     Raises:
         TypeError: a value of a wrong type.
@@ -102,6 +103,7 @@ class Config(FrozenDict):
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     COUNTS: ClassVar[tuple[str, ...]] = ()
     POSITIVE: ClassVar[tuple[str, ...]] = ()
+    model_type: ClassVar[str] = ""
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # a field's default, an attribute of the class, would hide the item
