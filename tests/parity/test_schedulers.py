@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 
-import depthdiff
+import depthdiff.schedulers as depthdiff
 
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PUBLISHED = {**BASE, "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
@@ -79,7 +79,7 @@ def walk(scheduler, clean, noise, steps, strength, eta=0.0, generator=None):
     for i, timestep in enumerate(plan.timesteps):
         predicted = network(plan.scale_model_input(latents, i), timestep)
         result = plan.step(predicted, i, latents, state, generator)
-        latents, state = result.latents, result.state
+        latents, state = result.prev_sample, result.state
         seen.append(latents)
     return plan.timesteps, seen
 
