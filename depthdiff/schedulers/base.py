@@ -10,6 +10,7 @@ Letters are as in `depthdiff.schedulers.schedule`.
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from depthdiff.checkpoint.config_file import ConfigMixin
 from depthdiff.checks import check_dense, check_device, check_number, check_tensor, show
 from depthdiff.config import BaseOutput, FrozenDict
 from depthdiff.schedulers.schedule import (
+    Levels,
     check_pair,
     check_timesteps,
     make_betas,
@@ -179,6 +181,8 @@ class SchedulerMixin(ConfigMixin, ABC):
         "prediction_type": ("epsilon", "v_prediction", "sample"),
         "timestep_spacing": ("leading", "trailing", "linspace"),
     }
+    final_alpha_cumprod: Any
+    """ᾱ behind the last step, in the methods that go by timesteps."""
     fractional_timesteps: ClassVar[bool] = False
     """Whether timesteps may lie between those of the training."""
 
@@ -293,6 +297,12 @@ class SchedulerMixin(ConfigMixin, ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """Call `load_config`, whose older name this is."""
+        warnings.warn("get_config_dict is deprecated; call load_config", FutureWarning, stacklevel=2)
+        return cls.load_config(*args, **kwargs)
+
     # diffusers' contract
 
     def __len__(self) -> int:
@@ -325,15 +335,21 @@ class SchedulerMixin(ConfigMixin, ABC):
         """Set the attributes in which the contract keeps a run; a method without state has none."""
         return
 
-    def _run_timesteps(self) -> tuple[float, ...]:
-        """Return the caller's own timesteps of the present run, falling; empty where they are evenly spaced."""
-        return tuple(self.timesteps.tolist()) if self.custom_timesteps else ()
+    def _levels(self) -> Levels:
+        """Return the noise levels of the present run from the attributes as they are.
 
-    def _step_ratio(self) -> int:
-        """Return the distance between timesteps of the present run."""
+        Raises:
+            ValueError: no run was started.
+        """
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step; no run was started")
-        return len(self) // read_steps(self.num_inference_steps, len(self))
+        step_ratio = len(self) // read_steps(self.num_inference_steps, len(self))
+        return self._levels_of(step_ratio, self.timesteps.tolist() if self.custom_timesteps else ())
+
+    def _levels_of(self, step_ratio: int, run: Sequence[float]) -> Levels:
+        """Return noise levels whose steps are `step_ratio` long, or end at the next timestep of `run`."""
+        end = torch.as_tensor(self.final_alpha_cumprod, device="cpu")
+        return Levels(self.alphas_cumprod.cpu(), end, step_ratio, tuple(run))
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """Scale latents (B, C, h, w) to what the network was trained on: as they are."""

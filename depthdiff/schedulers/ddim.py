@@ -205,16 +205,6 @@ class DDIMScheduler(SchedulerMixin):
         self.final_alpha_cumprod: Any = torch.tensor(1.0, device="cpu") if set_alpha_to_one else self.alphas_cumprod[0]
         self.init_noise_sigma: Any = 1.0
 
-    def _alpha_prod(self, timestep: float) -> Tensor:
-        """Return ᾱ of a timestep; below 0 lies the end of a run."""
-        table = self.final_alpha_cumprod if timestep < 0 else self.alphas_cumprod[int(timestep)]
-        return torch.as_tensor(table, device="cpu")
-
-    def _prev_timestep(self, timestep: float) -> float:
-        """Return the timestep at which the step from this one ends."""
-        own = self._run_timesteps()
-        return max((one for one in own if one < timestep), default=-1) if own else timestep - self._step_ratio()
-
     def _make_plan(
         self, run: np.ndarray, step_ratio: int | None, t_start: int, eta: float, device: torch.device
     ) -> DDIMPlan:
@@ -224,13 +214,12 @@ class DDIMScheduler(SchedulerMixin):
                 f"num_inference_steps must be lower where steps_offset is {self.config.steps_offset}, got {len(run)}: "
                 f"they lead to timestep {numbers[0]}, the last is {len(self) - 1}"
             )
-        ends = [*numbers[1:], -1] if step_ratio is None else [one - step_ratio for one in numbers]
-        alpha_prod_t, alpha_prod_t_prev = (
-            tuple(self._alpha_prod(one).clone() for one in levels[t_start:]) for levels in (numbers, ends)
-        )
-        timesteps = torch.tensor(numbers[t_start:], dtype=torch.int64, device=device)
-        config = FrozenDict(self.config)
-        return DDIMPlan(timesteps, tuple(numbers[t_start:]), config, alpha_prod_t, alpha_prod_t_prev, eta)
+        levels = self._levels_of(step_ratio or 0, numbers if step_ratio is None else ())
+        numbers = numbers[t_start:]
+        alpha_prod_t = tuple(levels.alpha_prod(one).clone() for one in numbers)
+        alpha_prod_t_prev = tuple(levels.alpha_prod(levels.after(one)).clone() for one in numbers)
+        timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
+        return DDIMPlan(timesteps, tuple(numbers), FrozenDict(self.config), alpha_prod_t, alpha_prod_t_prev, eta)
 
     def step(
         self,
@@ -266,12 +255,12 @@ class DDIMScheduler(SchedulerMixin):
             check_pair("variance_noise", variance_noise, "sample", sample)
             if eta > 0 and generator is not None:
                 raise ValueError("generator or variance_noise must be None, got both; both say what noise is added")
-        number = read_timestep(timestep, len(self) - 1)
+        number, levels = read_timestep(timestep, len(self) - 1), self._levels()
         prev_sample, pred_original_sample = ddim_step(
             sample,
             model_output,
-            self._alpha_prod(number),
-            self._alpha_prod(self._prev_timestep(number)),
+            levels.alpha_prod(number),
+            levels.alpha_prod(levels.after(number)),
             self.config,
             eta=eta,
             use_clipped_model_output=check_flag("use_clipped_model_output", use_clipped_model_output),
@@ -289,7 +278,8 @@ class DDIMScheduler(SchedulerMixin):
         return signal * noise - rest * sample
 
     def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
-        return ddim_variance(self._alpha_prod(timestep), self._alpha_prod(prev_timestep))
+        levels = self._levels_of(0, ())
+        return ddim_variance(levels.alpha_prod(timestep), levels.alpha_prod(prev_timestep))
 
     def _threshold_sample(self, sample: Tensor) -> Tensor:
         return dynamic_threshold(sample, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)

@@ -69,17 +69,53 @@ def lms_weights(sigmas: Sequence[float], index: int, order: int) -> list[float]:
     return weights
 
 
+def lms_step(
+    sample: Tensor,
+    model_output: Tensor,
+    sigmas: Tensor,
+    index: int,
+    derivatives: tuple[Tensor, ...],
+    prediction_type: str,
+    *,
+    order: int = ORDER,
+    fix_start: bool = False,
+) -> StepOutput:
+    """Take a step along the weighted derivatives d sample / d sigma.
+
+    Args:
+        sample: (B, C, h, w), at the level `sigmas[index]`.
+        model_output: (B, C, h, w), what the network returned.
+        sigmas: (N + 1,), of the whole run, ending in 0.
+        index: of the step in the whole run.
+        derivatives: past ones, oldest first.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        order: how many derivatives are used at most.
+        fix_start: give weights only to derivatives that there are.
+
+    Returns:
+        A record whose state is the derivatives, with that of this step.
+    """
+    check_past(derivatives, sample)
+    sigma = sigmas[index]
+    if sigma == 0:  # a first beta of 0: they are clean already
+        return StepOutput(sample, sample, derivatives)
+    pred_original_sample = predict_x0_from_sigma(prediction_type, sample, model_output, sigma)
+    derivatives = (*derivatives, (sample - pred_original_sample) / sigma)[-order:]
+    weights = lms_weights(sigmas.tolist(), index, len(derivatives) if fix_start else min(index + 1, order))
+    pairs = zip(weights, reversed(derivatives), strict=False)  # see the module: there may be fewer derivatives
+    change = sum((weight * derivative for weight, derivative in pairs), torch.zeros_like(sample))
+    return StepOutput(sample + change, pred_original_sample, derivatives)
+
+
 @dataclass(frozen=True, eq=False)
 class LMSPlan(SigmaPlan):
     """A run of LMS; see `SigmaPlan`. Its state is the tuple of past derivatives, oldest first.
 
     Attributes:
-        fix_start: whether only predictions that there are get weights.
-        order: how many predictions are used at most.
+        fix_start: give weights only to derivatives that there are.
     """
 
     fix_start: bool
-    order: int = ORDER
 
     def init_state(self) -> tuple[Tensor, ...]:
         """See `Plan`."""
@@ -93,21 +129,12 @@ class LMSPlan(SigmaPlan):
         state: tuple[Tensor, ...],
         generator: Generator | Sequence[Generator] | None = None,
     ) -> StepOutput:
-        """Take a step along the weighted derivatives d latents / d sigma; see `Plan`. LMS draws no noise."""
+        """See `Plan`; LMS draws no noise."""
         index = self._check_step(noise_pred, index, latents) + self.t_start
         if not isinstance(state, tuple) or not all(isinstance(past, Tensor) for past in state):
             raise TypeError(f"state must be that of the step before, or init_state() for the first, got {show(state)}")
-        check_past(state, latents)
-        sigma = self.sigmas[index]
-        if sigma == 0:  # a first beta of 0: they are clean already
-            return StepOutput(latents, latents, state)
-        pred_original_sample = predict_x0_from_sigma(self.config.prediction_type, latents, noise_pred, sigma)
-        derivatives = (*state, (latents - pred_original_sample) / sigma)[-self.order :]
-        order = len(derivatives) if self.fix_start else min(index + 1, self.order)
-        weights = lms_weights(self.sigmas.tolist(), index, order)
-        pairs = zip(weights, reversed(derivatives), strict=False)  # see the module: there may be fewer derivatives
-        change = sum((weight * derivative for weight, derivative in pairs), torch.zeros_like(latents))
-        return StepOutput(latents + change, pred_original_sample, derivatives)
+        kind = self.config.prediction_type
+        return lms_step(latents, noise_pred, self.sigmas, index, state, kind, fix_start=self.fix_start)
 
 
 class LMSDiscreteScheduler(SigmaSchedulerMixin):
@@ -204,9 +231,8 @@ class LMSDiscreteScheduler(SigmaSchedulerMixin):
         )
         self._warn_if_unscaled()
         index, sigmas = self._find_step(timestep), self.sigmas.cpu()
-        numbers = (0.0,) * (len(sigmas) - 1)  # the method asks for sigmas alone
-        plan = LMSPlan(self.timesteps, numbers, self.config, sigmas, 0, self.fix_start, order)
-        result = plan.step(model_output, index, sample, tuple(self.derivatives))
+        past, kind = tuple(self.derivatives), self.config.prediction_type
+        result = lms_step(sample, model_output, sigmas, index, past, kind, order=order, fix_start=self.fix_start)
         self._step_index, self.derivatives = index + 1, list(result.state)
         if not return_dict:
             return result.prev_sample, result.pred_original_sample

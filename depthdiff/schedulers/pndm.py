@@ -9,6 +9,7 @@ one; the run is then one stride out of step. `fix_start` cuts first: with true p
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Generator, Tensor
 from depthdiff.checks import check_flag, check_tensor, show
 from depthdiff.config import FrozenDict, register_to_config
 from depthdiff.schedulers.base import Plan, SchedulerMixin, SchedulerOutput, StepOutput
-from depthdiff.schedulers.schedule import check_pair, check_past, predict_epsilon, predict_x0, read_timestep
+from depthdiff.schedulers.schedule import Levels, check_pair, check_past, predict_epsilon, predict_x0, read_timestep
 
 ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (  # newest prediction first; every row sums to 1
     (1.0,),
@@ -74,45 +75,72 @@ class PNDMState(NamedTuple):
     cur_model_output: Tensor | float = 0
 
 
+def plms_step(
+    noise_pred: Tensor, timestep: float, latents: Tensor, state: PNDMState, levels: Levels, prediction_type: str
+) -> StepOutput:
+    """Take a linear multistep step: arXiv:2202.09778, eq. 12."""
+    check_past([*state.ets, *(() if state.cur_sample is None else (state.cur_sample,))], latents)
+    here, below = timestep, levels.after(timestep)
+    if state.counter == 1:  # take the provisional step again, with the mean of both slopes
+        here, below = levels.before(timestep), timestep
+        ets = state.ets
+        slope = (noise_pred + ets[-1]) / 2
+        start = latents if state.cur_sample is None else state.cur_sample
+    else:
+        ets = (*state.ets, noise_pred)[-4:]
+        weights = ADAMS_BASHFORTH[len(ets) - 1]
+        slope = sum((w * past for w, past in zip(weights, reversed(ets), strict=True)), torch.zeros_like(latents))
+        start = latents
+    prev_sample = pndm_transfer(start, slope, levels.alpha_prod(here), levels.alpha_prod(below), prediction_type)
+    pred_original_sample = predict_x0(prediction_type, latents, noise_pred, levels.alpha_prod(timestep))
+    cur_sample = latents if state.counter == 0 else None
+    state = PNDMState(state.counter + 1, ets, cur_sample, state.cur_model_output)
+    return StepOutput(prev_sample, pred_original_sample, state)
+
+
+def prk_step(
+    noise_pred: Tensor,
+    timestep: float,
+    latents: Tensor,
+    state: PNDMState,
+    levels: Levels,
+    prediction_type: str,
+    prk_timesteps: Sequence[int],
+) -> StepOutput:
+    """Take one of the four parts of a pseudo-Runge-Kutta step: arXiv:2202.09778, eq. 13."""
+    check_past([*state.ets, *(() if state.cur_sample is None else (state.cur_sample,))], latents)
+    part = state.counter % CALLS
+    here, below = prk_timesteps[state.counter - part], timestep
+    if part in (0, 2):  # the first and third part end half a step on, where the second and the fourth begin
+        below = prk_timesteps[state.counter + 1] if levels.run else timestep - levels.step_ratio // 2
+    slope = state.cur_model_output + RUNGE_KUTTA[part] * noise_pred
+    ets, cur_sample = state.ets, state.cur_sample
+    if part == 0:
+        ets, cur_sample = (*ets, noise_pred)[-4:], latents
+    start = latents if cur_sample is None else cur_sample
+    last = part == CALLS - 1
+    along = slope if last else noise_pred
+    prev_sample = pndm_transfer(start, along, levels.alpha_prod(here), levels.alpha_prod(below), prediction_type)
+    pred_original_sample = predict_x0(prediction_type, latents, noise_pred, levels.alpha_prod(timestep))
+    state = PNDMState(state.counter + 1, ets, cur_sample, 0 if last else slope)
+    return StepOutput(prev_sample, pred_original_sample, state)
+
+
 @dataclass(frozen=True, eq=False)
 class PNDMPlan(Plan):
     """A run of PNDM; see `Plan`.
 
     Attributes:
-        alphas_cumprod: (T,).
-        final_alpha_cumprod: 0-d, ᾱ behind the last step.
-        step_ratio: distance between timesteps.
-        run: the caller's own timesteps, falling; empty where they are `step_ratio` apart.
+        levels: ᾱ of timesteps, and where steps end.
         prk_timesteps: those of the Runge-Kutta calls, before the cut.
     """
 
-    alphas_cumprod: Tensor
-    final_alpha_cumprod: Tensor
-    step_ratio: int
-    run: tuple[int, ...]
+    levels: Levels
     prk_timesteps: tuple[int, ...]
 
     def init_state(self) -> PNDMState:
         """See `Plan`."""
         return PNDMState()
-
-    def alpha_prod(self, timestep: float) -> Tensor:
-        """Return ᾱ of a timestep; below 0 lies the end of a run."""
-        return self.final_alpha_cumprod if timestep < 0 else self.alphas_cumprod[min(int(timestep), self._last)]
-
-    @property
-    def _last(self) -> int:
-        return len(self.alphas_cumprod) - 1
-
-    def after(self, timestep: float) -> float:
-        """Return the timestep at which a step from this one ends."""
-        return max((t for t in self.run if t < timestep), default=-1) if self.run else timestep - self.step_ratio
-
-    def before(self, timestep: float) -> float:
-        """Return the timestep from which a step ends at this one."""
-        if self.run:
-            return min((t for t in self.run if t > timestep), default=timestep)
-        return timestep + self.step_ratio
 
     def step(
         self,
@@ -126,60 +154,12 @@ class PNDMPlan(Plan):
         index = self._check_step(noise_pred, index, latents)
         if not isinstance(state, PNDMState):
             raise TypeError(f"state must be that of the step before, or init_state() for the first, got {show(state)}")
-        return self.step_any(noise_pred, self.numbers[index], latents, state)
-
-    def step_any(self, noise_pred: Tensor, timestep: float, latents: Tensor, state: PNDMState) -> StepOutput:
-        """Take a step of the Runge-Kutta start, or of the multistep method."""
+        arguments = noise_pred, self.numbers[index], latents, state, self.levels, self.config.prediction_type
         in_start = state.counter < len(self.prk_timesteps)
-        return (self.step_prk if in_start else self.step_plms)(noise_pred, timestep, latents, state)
-
-    def step_plms(self, noise_pred: Tensor, timestep: float, latents: Tensor, state: PNDMState) -> StepOutput:
-        """Take a linear multistep step: arXiv:2202.09778, eq. 12."""
-        check_past([*state.ets, *(() if state.cur_sample is None else (state.cur_sample,))], latents)
-        here, below = timestep, self.after(timestep)
-        if state.counter == 1:  # take the provisional step again, with the mean of both slopes
-            here, below = self.before(timestep), timestep
-            ets = state.ets
-            slope = (noise_pred + ets[-1]) / 2
-            start = latents if state.cur_sample is None else state.cur_sample
-        else:
-            ets = (*state.ets, noise_pred)[-4:]
-            weights = ADAMS_BASHFORTH[len(ets) - 1]
-            slope = sum((w * past for w, past in zip(weights, reversed(ets), strict=True)), torch.zeros_like(latents))
-            start = latents
-        prev_sample = self.transfer(start, slope, here, below)
-        cur_sample = latents if state.counter == 0 else None
-        state = PNDMState(state.counter + 1, ets, cur_sample, state.cur_model_output)
-        return StepOutput(prev_sample, self.denoised(latents, noise_pred, timestep), state)
-
-    def step_prk(self, noise_pred: Tensor, timestep: float, latents: Tensor, state: PNDMState) -> StepOutput:
-        """Take one of the four parts of a pseudo-Runge-Kutta step: arXiv:2202.09778, eq. 13."""
-        check_past([*state.ets, *(() if state.cur_sample is None else (state.cur_sample,))], latents)
-        part = state.counter % CALLS
-        here, below = self.prk_timesteps[state.counter - part], timestep
-        if part in (0, 2):  # the first and third part end half a step on, where the second and the fourth begin
-            below = self.prk_timesteps[state.counter + 1] if self.run else timestep - self.step_ratio // 2
-        slope = state.cur_model_output + RUNGE_KUTTA[part] * noise_pred
-        ets, cur_sample = state.ets, state.cur_sample
-        if part == 0:
-            ets, cur_sample = (*ets, noise_pred)[-4:], latents
-        last = part == CALLS - 1
-        start = latents if cur_sample is None else cur_sample
-        prev_sample = self.transfer(start, slope if last else noise_pred, here, below)
-        state = PNDMState(state.counter + 1, ets, cur_sample, 0 if last else slope)
-        return StepOutput(prev_sample, self.denoised(latents, noise_pred, timestep), state)
-
-    def transfer(self, latents: Tensor, slope: Tensor, here: float, below: float) -> Tensor:
-        """Move latents from one timestep to another."""
-        levels = self.alpha_prod(here), self.alpha_prod(below)
-        return pndm_transfer(latents, slope, *levels, self.config.prediction_type)
-
-    def denoised(self, latents: Tensor, noise_pred: Tensor, timestep: float) -> Tensor:
-        """Predict the clean latents."""
-        return predict_x0(self.config.prediction_type, latents, noise_pred, self.alpha_prod(timestep))
+        return prk_step(*arguments, self.prk_timesteps) if in_start else plms_step(*arguments)
 
     def _noisy(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
-        alpha_prod_t = self.alpha_prod(self.numbers[index]).to(clean.dtype)
+        alpha_prod_t = self.levels.alpha_prod(self.numbers[index]).to(clean.dtype)
         return alpha_prod_t**0.5 * clean + (1 - alpha_prod_t) ** 0.5 * noise
 
 
@@ -263,11 +243,9 @@ class PNDMScheduler(SchedulerMixin):
                 prk += [here, half, half, below]
             plms = steps[CALLS - 1 :]
         numbers = (prk + plms)[t_start:]
-        table, end = self.alphas_cumprod.cpu().clone(), torch.as_tensor(self.final_alpha_cumprod, device="cpu").clone()
-        own = tuple(steps) if step_ratio is None else ()
+        levels = copy.deepcopy(self._levels_of(step_ratio or 0, steps if step_ratio is None else ()))
         timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
-        config = FrozenDict(self.config)
-        return PNDMPlan(timesteps, tuple(numbers), config, table, end, step_ratio or 0, own, tuple(prk))
+        return PNDMPlan(timesteps, tuple(numbers), FrozenDict(self.config), levels, tuple(prk))
 
     def _start_run(self, run: np.ndarray, plan: PNDMPlan) -> None:
         self._timesteps = run.round().astype(int)[::-1].copy()
@@ -278,14 +256,6 @@ class PNDMScheduler(SchedulerMixin):
     def _set_state(self, state: PNDMState) -> None:
         self.counter, self.cur_sample, self.cur_model_output = state.counter, state.cur_sample, state.cur_model_output
         self.ets = list(state.ets)
-
-    def _present_plan(self) -> PNDMPlan:
-        """Plan the present run from the attributes as they are."""
-        prk = () if self.prk_timesteps is None or self.config.skip_prk_steps else tuple(self.prk_timesteps.tolist())
-        table, end = self.alphas_cumprod.cpu(), torch.as_tensor(self.final_alpha_cumprod, device="cpu")
-        own = tuple(int(one) for one in self._timesteps[::-1]) if self.custom_timesteps else ()
-        ratio = 0 if own else self._step_ratio()
-        return PNDMPlan(torch.empty(0), (), self.config, table, end, ratio, own, prk)
 
     def step(
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
@@ -302,41 +272,49 @@ class PNDMScheduler(SchedulerMixin):
             TypeError: an argument of a wrong type.
             ValueError: no run was started, or an argument out of range.
         """
-        return self._take(PNDMPlan.step_any, model_output, timestep, sample, return_dict)
+        in_start = self.counter < self._prk_calls() and not self.config.skip_prk_steps
+        return (self.step_prk if in_start else self.step_plms)(model_output, timestep, sample, return_dict)
 
     def step_prk(
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
         """Take a step of the Runge-Kutta start; arguments and errors as `step`."""
-        start = 0 if self.prk_timesteps is None else len(self.prk_timesteps)
-        if self.num_inference_steps is not None and self.counter >= start:
-            raise ValueError(f"step_prk must be called for {start} timesteps alone, got one more; call step_plms")
-        return self._take(PNDMPlan.step_prk, model_output, timestep, sample, return_dict)
+        calls = self._prk_calls()
+        if self.num_inference_steps is not None and self.counter >= calls:
+            raise ValueError(f"step_prk must be called for {calls} timesteps alone, got one more; call step_plms")
+        prk = () if self.prk_timesteps is None else tuple(self.prk_timesteps.tolist())
+        return self._take(prk_step, model_output, timestep, sample, return_dict, prk)
 
     def step_plms(
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
         """Take a linear multistep step; arguments and errors as `step`."""
-        start = 0 if self.prk_timesteps is None or self.config.skip_prk_steps else len(self.prk_timesteps)
-        if start and len(self.ets) < CALLS - 1:
+        calls = 0 if self.config.skip_prk_steps else self._prk_calls()
+        if calls and len(self.ets) < CALLS - 1:
             raise ValueError(
-                f"step_plms must come after {start} calls of step_prk, got {self.counter}; or skip_prk_steps"
+                f"step_plms must come after {calls} calls of step_prk, got {self.counter}; or skip_prk_steps"
             )
-        return self._take(PNDMPlan.step_plms, model_output, timestep, sample, return_dict)
+        return self._take(plms_step, model_output, timestep, sample, return_dict)
+
+    def _prk_calls(self) -> int:
+        return 0 if self.prk_timesteps is None else len(self.prk_timesteps)
 
     def _take(
-        self, step: Any, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool
+        self, step: Any, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool, *more: Any
     ) -> SchedulerOutput | tuple[Tensor]:
-        """Take a step of the present plan and keep its state."""
+        """Take a step of the present run and keep its state."""
         check_pair("model_output", model_output, "sample", sample)
         return_dict = check_flag("return_dict", return_dict)
         state = PNDMState(self.counter, tuple(self.ets), self.cur_sample, self.cur_model_output)
-        result = step(self._present_plan(), model_output, read_timestep(timestep, len(self)), sample, state)
+        number, levels = read_timestep(timestep, len(self)), self._levels()
+        result = step(model_output, number, sample, state, levels, self.config.prediction_type, *more)
         self._set_state(result.state)
         return SchedulerOutput(result.prev_sample) if return_dict else (result.prev_sample,)
 
     def _get_prev_sample(self, sample: Tensor, timestep: int, prev_timestep: int, model_output: Tensor) -> Tensor:
-        return self._present_plan().transfer(sample, model_output, int(timestep), int(prev_timestep))
+        levels = self._levels_of(0, ())
+        ends = levels.alpha_prod(timestep), levels.alpha_prod(prev_timestep)
+        return pndm_transfer(sample, model_output, *ends, self.config.prediction_type)
 
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Scale latents (B, C, h, w) to what the network was trained on: as they are."""

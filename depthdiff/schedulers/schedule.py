@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,39 @@ def check_timesteps(timesteps: object, num_train_timesteps: int, *, whole: bool 
         before, after = numbers[rises[0] - 1], numbers[rises[0]]
         raise ValueError(f"timesteps must fall, each once, got {after} after {before}; sort them, the largest first")
     return np.array(numbers, dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Noise levels of a run in terms of timesteps: ᾱ of each, and where the steps end.
+
+    Attributes:
+        alphas_cumprod: (T,), on the CPU.
+        final_alpha_cumprod: 0-d, ᾱ behind the last step, where timesteps are below 0.
+        step_ratio: distance between timesteps.
+        run: the caller's own timesteps, falling; empty where they are `step_ratio` apart.
+    """
+
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: Tensor
+    step_ratio: int
+    run: tuple[float, ...] = ()
+
+    def alpha_prod(self, timestep: float) -> Tensor:
+        """Return ᾱ of a timestep; one behind the noisiest counts as that."""
+        if timestep < 0:
+            return self.final_alpha_cumprod
+        return self.alphas_cumprod[min(int(timestep), len(self.alphas_cumprod) - 1)]
+
+    def after(self, timestep: float) -> float:
+        """Return the timestep at which the step from this one ends; below 0 behind the last."""
+        return max((t for t in self.run if t < timestep), default=-1) if self.run else timestep - self.step_ratio
+
+    def before(self, timestep: float) -> float:
+        """Return the timestep from which a step ends at this one."""
+        if self.run:
+            return min((t for t in self.run if t > timestep), default=timestep)
+        return timestep + self.step_ratio
 
 
 def predict_x0(prediction_type: str, sample: Tensor, model_output: Tensor, alpha_prod_t: Tensor) -> Tensor:
