@@ -93,7 +93,7 @@ def plms_step(
         start = latents
     prev_sample = pndm_transfer(start, slope, levels.alpha_prod(here), levels.alpha_prod(below), prediction_type)
     pred_original_sample = predict_x0(prediction_type, latents, noise_pred, levels.alpha_prod(timestep))
-    cur_sample = latents if state.counter == 0 else None
+    cur_sample = latents if state.counter == 0 else None if state.counter == 1 else state.cur_sample
     state = PNDMState(state.counter + 1, ets, cur_sample, state.cur_model_output)
     return StepOutput(prev_sample, pred_original_sample, state)
 

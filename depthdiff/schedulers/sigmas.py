@@ -22,6 +22,9 @@ from depthdiff.config import MAX_LENGTH
 from depthdiff.schedulers.base import Plan, SchedulerMixin
 from depthdiff.schedulers.schedule import TABLE, check_pair, read_timestep
 
+LOGARITHMIC = ("use_karras_sigmas", "use_exponential_sigmas")
+"""Settings that space noise levels, and let timesteps follow from them."""
+
 KARRAS_RHO = 7.0
 """Source: arXiv:2206.00364, sec. 5.1."""
 
@@ -95,8 +98,8 @@ class SigmaSchedulerMixin(SchedulerMixin):
 
     def _start_full_run(self) -> None:
         """Start with a run over all timesteps of the training."""
-        if self.config.use_karras_sigmas and self.config.use_exponential_sigmas:
-            raise ValueError("use_karras_sigmas and use_exponential_sigmas exclude each other; choose one")
+        if all(self.config.get(name) for name in LOGARITHMIC):
+            raise ValueError(f"{' and '.join(LOGARITHMIC)} exclude each other; choose one")
         self.set_timesteps(len(self))
 
     def _most_steps(self) -> int:
@@ -105,9 +108,8 @@ class SigmaSchedulerMixin(SchedulerMixin):
 
     def _train_sigmas(self) -> np.ndarray:
         """Compute the noise level of every training timestep: (T,), rising."""
-        alphas_cumprod = self.alphas_cumprod.cpu().numpy()
-        with np.errstate(divide="ignore"):
-            levels: np.ndarray = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+        alphas_cumprod = self.alphas_cumprod.cpu()
+        levels: np.ndarray = (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).numpy()
         if not np.isfinite(levels).all() or (levels[0] == 0 and self._by_logarithm):
             kind = "some noise at the first timestep" if levels[0] == 0 else "some of the image at the last timestep"
             raise ValueError(f"beta_start, beta_end and trained_betas must leave {kind}; choose others")
@@ -116,7 +118,7 @@ class SigmaSchedulerMixin(SchedulerMixin):
     @property
     def _by_logarithm(self) -> bool:
         """Whether levels are spaced by themselves, and timesteps follow from them."""
-        return bool(self.config.use_karras_sigmas or self.config.use_exponential_sigmas)
+        return any(self.config.get(name) for name in LOGARITHMIC)
 
     def _make_sigmas(self, run: np.ndarray, step_ratio: int | None) -> tuple[np.ndarray, Tensor]:
         """Return the timesteps of a run as float32, and its noise levels, ending in 0."""
@@ -126,9 +128,9 @@ class SigmaSchedulerMixin(SchedulerMixin):
             )
         levels, numbers = self._train_sigmas(), run.astype(np.float32)
         sigmas = np.interp(numbers, np.arange(len(levels)), levels)
-        if self.config.use_karras_sigmas:
+        if self.config.get("use_karras_sigmas"):
             sigmas = self._convert_to_karras(sigmas)
-        elif self.config.use_exponential_sigmas:
+        elif self.config.get("use_exponential_sigmas"):
             sigmas = self._convert_to_exponential(sigmas, len(sigmas))
         if self._by_logarithm:
             numbers = self._sigma_to_t(sigmas, np.log(levels)).astype(np.float32)
@@ -183,7 +185,7 @@ class SigmaSchedulerMixin(SchedulerMixin):
             IndexError: it is not there.
         """
         timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        number = read_timestep(timestep, len(self))
+        number = read_timestep(timestep, math.inf)
         places = [i for i, one in enumerate(timesteps.tolist()) if one == number]
         if not places:
             raise IndexError(f"timestep must be one of `timesteps`, got {number}; take them from there, unrounded")
