@@ -141,7 +141,11 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            options = {"num_layers": layers_per_block, "add_downsample": i < last, "downsample_padding": 0}
+            options: dict[str, Any] = {
+                "num_layers": layers_per_block,
+                "add_downsample": i < last,
+                "downsample_padding": 0,
+            }
             self.down_blocks.append(DownEncoderBlock2D(widths[max(i - 1, 0)], width, **options, **common))
         self.mid_block = UNetMidBlock2D(
             widths[-1], None, **common, attention_head_dim=widths[-1], add_attention=mid_block_add_attention
@@ -187,7 +191,7 @@ class Decoder(nn.Module):
             widths[0], None, **common, attention_head_dim=widths[0], add_attention=mid_block_add_attention
         )
         for i, width in enumerate(widths):
-            options = {"num_layers": layers_per_block + 1, "add_upsample": i < last}
+            options: dict[str, Any] = {"num_layers": layers_per_block + 1, "add_upsample": i < last}
             block = UpDecoderBlock2D(
                 widths[max(i - 1, 0)], width, resnet_time_scale_shift=norm_type, **options, **common
             )
