@@ -124,7 +124,7 @@ class DeepCache:
         """Keep what the last residual block reads of the deep part."""
         skip = self.unet.conv_in.out_channels
         self.features = input_tensor[:, :-skip]
-        return self.read(input_tensor, *args, **kwargs)  # type: ignore[no-any-return]
+        return self.read(input_tensor, *args, **kwargs)
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Predict the noise; arguments and result are those of the UNet's `forward`."""
@@ -221,7 +221,7 @@ class TokenMerger:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             groups = self.group(hidden_states, self.size)
             if groups is None:
-                return plain(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+                return plain(hidden_states, *args, **kwargs)
             return groups.unmerge(plain(groups.merge(hidden_states), *args, **kwargs))
 
         attention.forward = forward

@@ -18,6 +18,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -364,6 +365,10 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         pixels = finite("vae", vae, lambda net: net.decode(scaled.to(dtype_of(net)), return_dict=False)[0], scaled)
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
+    def decode_latents(self, latents: Tensor) -> np.ndarray:
+        """Turn latents (B, 4, h, w) into an array (B, H, W, 3), float32, in [0, 1]."""
+        return self.decode(latents, "np")
+
 
 def predict_noise(unet: Any, scheduler: Any, run: Run, timestep: Tensor) -> Tensor:
     """Ask the UNet for the noise in the latents, and apply guidance: (B, 4, h, w)."""
@@ -384,7 +389,7 @@ def predict_noise(unet: Any, scheduler: Any, run: Run, timestep: Tensor) -> Tens
         return_dict=False,
     )[0]
     if not guided:
-        return noise_pred  # type: ignore[no-any-return]
+        return noise_pred
     uncond, cond = noise_pred.chunk(2)
     return apply_guidance(uncond, cond, run.guidance_scale)
 
@@ -408,7 +413,7 @@ def denoised(scheduler: Any, output: Any, noise_pred: Tensor, timestep: Tensor, 
     Source: arXiv:2006.11239, eq. 15; arXiv:2202.00512, appendix D (v).
     """
     if getattr(output, "pred_original_sample", None) is not None:
-        return output.pred_original_sample  # type: ignore[no-any-return]
+        return output.pred_original_sample
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
     alpha_bar = scheduler.alphas_cumprod.to(latents.device)[timestep.long()]

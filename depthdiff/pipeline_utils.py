@@ -433,7 +433,7 @@ class DiffusionPipeline:
 
     def disable_vae_slicing(self) -> None:
         """Encode and decode the whole batch at once."""
-        self.vae.disable_slicing()  # type: ignore[attr-defined]
+        self.vae.disable_slicing()
 
     def enable_vae_tiling(self) -> None:
         """Encode and decode large images in overlapping tiles."""
@@ -441,7 +441,7 @@ class DiffusionPipeline:
 
     def disable_vae_tiling(self) -> None:
         """Encode and decode images whole."""
-        self.vae.disable_tiling()  # type: ignore[attr-defined]
+        self.vae.disable_tiling()
 
     # The progress bar
 

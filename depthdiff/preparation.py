@@ -162,8 +162,7 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         start = (num_inference_steps - steps) * self.scheduler.order
         if hasattr(self.scheduler, "set_begin_index") and start < len(self.scheduler.timesteps):
             self.scheduler.set_begin_index(start)
-        timesteps = self.scheduler.timesteps[start:] if steps else self.scheduler.timesteps[:0]
-        return timesteps, steps
+        return self.scheduler.timesteps[start:], steps
 
     @torch.no_grad()
     @uses_weights
@@ -210,7 +209,7 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         if not len(timestep):
             return latents
         noise = randn(latents.shape, generator, device=device, dtype=dtype)
-        return self.scheduler.add_noise(latents, noise, timestep)  # type: ignore[no-any-return]
+        return self.scheduler.add_noise(latents, noise, timestep)
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Return those of `eta` and `generator` that the scheduler's `step` takes."""
@@ -227,10 +226,6 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         """Read the prompts, the negative ones first, in one tensor; arguments as those of `encode_prompt`."""
         positive, negative = self.encode_prompt(*args, **kwargs)
         return positive if negative is None else torch.cat([negative, positive])
-
-    def decode_latents(self, latents: Tensor) -> np.ndarray:
-        """Turn latents (B, 4, h, w) into an array (B, H, W, 3), float32, in [0, 1]."""
-        return self.decode(latents, "np")  # type: ignore[no-any-return]
 
     def run_safety_checker(self, image: Any, device: Any, dtype: Any) -> tuple[Any, None]:
         """Return the images as they are, and None: no safety check runs."""

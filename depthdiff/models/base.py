@@ -345,4 +345,4 @@ def call_layer(layer: Callable[..., Result], *args: Any, **kwargs: Any) -> Resul
 
 def checkpoint_layer(layer: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
     """Call a layer, and let its gradients compute it again."""
-    return checkpoint(layer, *args, use_reentrant=False, **kwargs)  # type: ignore[no-any-return]
+    return checkpoint(layer, *args, use_reentrant=False, **kwargs)

@@ -292,6 +292,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
         bias = None if encoder_attention_mask is None else mask_to_bias(encoder_attention_mask, sample.dtype)
         down_blocks: list[Any] = list(self.down_blocks)
         up_blocks: list[Any] = list(self.up_blocks)
+        no_residuals: list[Any] = [None] * len(down_blocks)
         told: dict[str, Any] = {
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": None,
@@ -302,7 +303,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
             temb = self.time_embedding(self.get_time_embed(sample, timestep), timestep_cond)
             hidden_states = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
             skips: tuple[Tensor, ...] = (hidden_states,)
-            for block, residual in zip(down_blocks, within or [None] * len(down_blocks), strict=True):
+            for block, residual in zip(down_blocks, within or no_residuals, strict=True):
                 hidden_states, more = go_down(block, hidden_states, temb, told, residual)
                 skips = (*skips, *more)
             if down_residuals is not None:
@@ -371,7 +372,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
                 "T2I-Adapter pass down_intrablock_additional_residuals"
             )
         blocks: list[Any] = list(self.down_blocks)
-        skips = 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in blocks)  # type: ignore[arg-type, misc]
+        skips = 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in blocks)
         for name, given, wanted in (
             ("down_block_additional_residuals", down, skips),
             ("down_intrablock_additional_residuals", within, len(self.down_blocks)),
@@ -386,7 +387,7 @@ def go_down(
     """Run a level on the way down; `residual` is a T2I-Adapter's."""
     if getattr(block, "has_cross_attention", False):
         more = {} if residual is None else {"additional_residuals": residual}
-        return block(hidden_states=hidden_states, temb=temb, **told, **more)  # type: ignore[no-any-return]
+        return block(hidden_states=hidden_states, temb=temb, **told, **more)
     hidden_states, skips = block(hidden_states=hidden_states, temb=temb)
     if residual is not None:
         hidden_states = hidden_states + residual
@@ -404,9 +405,7 @@ def go_up(
 ) -> Tensor:
     """Run a level on the way up; `size` is that of its result where it is not twice the input's."""
     more = told if getattr(block, "has_cross_attention", False) else {}
-    return block(  # type: ignore[no-any-return]
-        hidden_states=hidden_states, temb=temb, res_hidden_states_tuple=skips, upsample_size=size, **more
-    )
+    return block(hidden_states=hidden_states, temb=temb, res_hidden_states_tuple=skips, upsample_size=size, **more)
 
 
 def repeat_batch(x: Tensor, rows: int, name: str = "sample") -> Tensor:

@@ -392,12 +392,12 @@ class AutoencoderKL(ModelMixin, AttentionMixin):
 
     def _encode(self, x: Tensor) -> Tensor:
         if self.use_tiling and max(x.shape[-2:]) > self.tile_sample_min_size:
-            return self.tiled_encode(x)[0].parameters  # type: ignore[no-any-return]
+            return self.tiled_encode(x)[0].parameters
         return self._encode_tile(x)
 
     def _decode(self, z: Tensor) -> Tensor:
         if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
-            return self.tiled_decode(z)[0]  # type: ignore[no-any-return]
+            return self.tiled_decode(z)[0]
         return self._decode_tile(z)
 
     def _encode_tile(self, x: Tensor) -> Tensor:
