@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from depthdiff import CheckpointError, StableDiffusionDepth2ImgPipeline
-from depthdiff.checkpoint.convert import to_folder, to_single_file
+from depthdiff.convert import to_folder, to_single_file
 from depthdiff.checkpoint.stream import Entry, write_safetensors
 from tests.ldm import SMALL, random_twins
 

@@ -176,7 +176,7 @@ def test_another_prompt_image_or_weight_is_encoded(pipe, call, small_photo):
     first = call()
     assert not torch.equal(call("a house"), first)
     assert not torch.equal(call(image=small_photo.transpose(0)), first)
-    weight = pipe.text_encoder.token_embedding.weight
+    weight = pipe.text_encoder.get_input_embeddings().weight
     with torch.no_grad():
         weight.mul_(-2)
     changed = call()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from depthdiff.models import clip_text
-from depthdiff.models.clip_text import CLIPTextConfig, EncoderLayer
+from depthdiff.models.clip import CLIPTextConfig, EncoderLayer
 from depthdiff.models.plain import fuses_bfloat16
 
 bf16, f32 = torch.bfloat16, torch.float32
