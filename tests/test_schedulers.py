@@ -315,9 +315,11 @@ def test_configs_read_like_dicts_and_positional_arguments_work():
 X = torch.zeros(2, 4, 6, 10)
 
 
-def started(kind):
+def started(kind, steps=0):
     scheduler = kind()
     scheduler.set_timesteps(4)
+    for timestep in scheduler.timesteps[:steps]:
+        scheduler.step(X, timestep, scheduler.scale_model_input(X, timestep))
     scheduler.is_scale_input_called = True
     return scheduler
 
@@ -371,6 +373,8 @@ BAD = [
     (lambda: PNDMScheduler().step(X, 1, X, eta=0.5), TypeError, "eta"),
     (lambda: started(DDIMScheduler).step(X, 1, X, eta=2), ValueError, r"eta must be in \[0, 1\], got 2"),
     (lambda: started(DDIMScheduler).step(X, 1000, X), ValueError, r"timestep must be in \[0, 999\], got 1000"),
+    (lambda: started(DDIMScheduler).step(X, 1.5, X), ValueError, "timestep must be a whole number, got 1.5"),
+    (lambda: started(LMSDiscreteScheduler, 4).step(X, 999, X), ValueError, "step must be called for 4 timesteps alone"),
     (lambda: started(DDIMScheduler).step(X, 1, X[:1]), ValueError, "model_output and sample must have the same shape"),
     (lambda: started(DDIMScheduler).step(X, 1, X, 1.0, variance_noise=X[:1]), ValueError, "variance_noise and sample"),
     (lambda: started(DDIMScheduler).step(X, 1, X, generator=3), TypeError, "generator must be a torch.Generator"),

@@ -9,7 +9,6 @@ one; the run is then one stride out of step. `fix_start` cuts first: with true p
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -244,7 +243,7 @@ class PNDMScheduler(SchedulerMixin):
                 prk += [here, half, half, below]
             plms = steps[CALLS - 1 :]
         numbers = (prk + plms)[t_start:]
-        levels = copy.deepcopy(self._levels_of(step_ratio or 0, steps if step_ratio is None else ()))
+        levels = self._levels_of(step_ratio or 0, steps if step_ratio is None else ())
         timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
         return PNDMPlan(timesteps, tuple(numbers), FrozenDict(self.config), levels, tuple(prk))
 

@@ -212,10 +212,13 @@ def check_past(past: Sequence[Tensor], latents: Tensor) -> None:
         )
 
 
-def read_timestep(timestep: object, last: float) -> Any:
-    """Return a timestep, a number or a tensor of one, as a number from 0 to `last`."""
+def read_timestep(timestep: object, last: float, *, whole: bool = True) -> Any:
+    """Return a timestep, a number or a tensor of one, as a number from 0 to `last`; 20.0 counts as whole."""
     one = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
-    return check_number("timestep", one, 0, last)
+    number = check_number("timestep", one, 0, last)
+    if whole and number != int(number):
+        raise ValueError(f"timestep must be a whole number, got {number}; take it from `timesteps`")
+    return number
 
 
 def read_steps(num_inference_steps: object, most: int) -> int:
