@@ -51,8 +51,8 @@ def test_ddim_with_the_true_noise_recovers_the_clean_latents(strength, steps):
 
 @pytest.mark.parametrize("strength", [0.8, 0.5])
 @pytest.mark.parametrize("name", ["PNDM", "PNDM, Runge-Kutta", "LMS", "LMS, Karras"])
-def test_exact_ends_at_the_clean_latents(name, strength):
-    """Observed: at most 6e-6; without `exact` 0.30 and 0.19 for PNDM, 0.95 and 0.22 for LMS, as in diffusers."""
+def test_fixed_starts_end_at_the_clean_latents(name, strength):
+    """Observed: at most 6e-6; without `fix_start` 0.30 and 0.19 for PNDM, 0.95 and 0.22 for LMS, as in diffusers."""
     assert with_true_noise(make(name, fix_start=True), strength) < 1e-4
     assert with_true_noise(make(name), strength) > 0.05
     assert with_true_noise(make(name), 1.0) < 1e-4
@@ -322,6 +322,19 @@ def started(kind, steps=0):
         scheduler.step(X, timestep, scheduler.scale_model_input(X, timestep))
     scheduler.is_scale_input_called = True
     return scheduler
+
+
+def test_subclasses_with_arguments_of_their_own():
+    class Halved(DDIMScheduler):
+        def __init__(self, factor, **settings):
+            super().__init__(**settings)
+            self.alphas_cumprod = self.alphas_cumprod * factor
+
+    scheduler = Halved(0.5, beta_end=0.03)
+    assert scheduler.config.beta_end == 0.03
+    assert scheduler.alphas_cumprod[0] == pytest.approx(0.5 * DDIMScheduler().alphas_cumprod[0].item())
+    scheduler.set_timesteps(10)
+    assert scheduler.step(X, 500, X).prev_sample.shape == X.shape
 
 
 BAD = [

@@ -262,6 +262,16 @@ def test_steps_in_any_order(case):
     torch.testing.assert_close(*results, rtol=2e-6, atol=2e-6)
 
 
+def test_lms_steps_without_a_start():
+    """A fresh LMS scheduler is in a run of all training timesteps, as diffusers' is."""
+    mine, reference = pair("LMS")
+    one, other = (take(scheduler, 998.0, draw()).prev_sample for scheduler in (mine, reference))
+    assert_same(one, other)
+    assert mine.step_index == reference.step_index == 2
+    noisy = pair("LMS")[0].add_noise(draw(), draw(1), torch.tensor(998.0))  # 0-d, which diffusers refuses
+    torch.testing.assert_close(noisy, draw() + mine.sigmas[1] * draw(1), rtol=0, atol=0)
+
+
 def test_variance_noise_takes_the_place_of_a_generator():
     for mine, reference in [pair("DDIM")]:
         for scheduler in (mine, reference):
