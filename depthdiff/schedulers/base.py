@@ -182,7 +182,7 @@ class SchedulerMixin(ConfigMixin, ABC):
         "timestep_spacing": ("leading", "trailing", "linspace"),
     }
     final_alpha_cumprod: Any
-    """ᾱ behind the last step, in the methods that go by timesteps."""
+    """ᾱ after the last step, in the methods that go by timesteps."""
     fractional_timesteps: ClassVar[bool] = False
     """Whether timesteps may lie between those of the training."""
 

@@ -202,7 +202,7 @@ class SigmaSchedulerMixin(SchedulerMixin):
         return index
 
     def _check_left(self, index: int) -> None:
-        """Refuse a step behind the last."""
+        """Refuse a step after the last."""
         if index >= len(self.sigmas) - 1:
             raise ValueError(
                 f"step must be called for {len(self.sigmas) - 1} timesteps alone; call set_timesteps for another run"
