@@ -206,7 +206,7 @@ def constructor_fields(cls: type) -> dict[str, Any]:
 def _arguments(init: Callable[..., None]) -> dict[str, Any]:
     """List the arguments of a constructor with their types."""
     hints = get_type_hints(init)
-    return {name: hints[name] for name in list(inspect.signature(init).parameters)[1:]}
+    return {name: hints.get(name, Any) for name in list(inspect.signature(init).parameters)[1:]}
 
 
 def check_values(owner: type, fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
