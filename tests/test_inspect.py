@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from depthdiff import StableDiffusionDepth2ImgPipeline
-from depthdiff.inspect_checkpoint import inspect
 from depthdiff.cli import main
+from depthdiff.inspect_checkpoint import inspect
 from tests.ldm import SCHEDULE, SMALL, random_twins
 
 

@@ -3,12 +3,12 @@
 import copy
 import io
 
+import depthdiff.models.layers
 import pytest
 import torch
 from random_checkpoint import build_pipeline
 from torch import nn
 
-import depthdiff.models.layers
 from depthdiff.hooks import Visit
 
 FLOAT8 = torch.float8_e4m3fn

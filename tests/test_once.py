@@ -4,11 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
-
 from depthdiff.cache import Cache, fingerprint, state_of
 from depthdiff.models.layers import TransformerBlock
 from depthdiff.predictor import UNetInput
+from torch import nn
 
 
 def counted(monkeypatch, network, name):

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
+from depthdiff.shortcuts import PRESETS, Shortcuts, choose
 from evaluate import Evaluation
 from PIL import Image
 
 from depthdiff import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from depthdiff.checkpoint.hub import bundled
 from depthdiff.cli import main
-from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
-from depthdiff.shortcuts import PRESETS, Shortcuts, choose
 
 STEPS = 6
 
