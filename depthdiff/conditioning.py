@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from depthdiff.noise import randn
+from depthdiff.models.gaussian import DiagonalGaussianDistribution
 
 logger = logging.getLogger(__name__)
 
@@ -47,27 +47,34 @@ def encode_texts(
     return text_model.final_layer_norm(states[-(clip_skip + 1)])
 
 
-def draw_latents(encoded: Any, generator: Generator | Sequence[Generator] | None, copies: int) -> Tensor:
-    """Take the latents from what an encoder returns: drawn from a distribution, or as they are.
+def encode_images(vae: Any, pixels: Tensor) -> Tensor:
+    """Encode pixels (B, 3, H, W): the parameters of a Gaussian (B, 8, h, w), or latents where `vae` returns those."""
+    encoded = vae.encode(pixels)
+    return encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
 
-    One generator draws for every image encoded; of several, each draws for its own picture.
+
+def draw_latents(
+    encoded: Tensor, channels: int, generator: Generator | Sequence[Generator] | None, copies: int
+) -> Tensor:
+    """Draw latents from what `encode_images` returns; latents stay as they are.
+
+    One generator draws for every image; of several, each draws for its own picture.
 
     Args:
-        encoded: of `AutoencoderKL.encode`, or of an autoencoder that returns latents.
+        encoded: (B, 2C, h, w), or (B, C, h, w).
+        channels: C.
         generator: one, or one a picture.
         copies: pictures of each image, neighbours staying neighbours.
 
     Returns:
-        (B * copies, 4, h, w), not yet multiplied by the scaling factor.
+        (B * copies, C, h, w), not yet multiplied by the scaling factor.
     """
-    if not hasattr(encoded, "latent_dist"):
-        return encoded.latents.repeat_interleave(copies, dim=0)
-    distribution = encoded.latent_dist
-    if not isinstance(generator, Sequence) or len(generator) == 1:
-        generator = generator[0] if isinstance(generator, Sequence) else generator
-        return distribution.sample(generator).repeat_interleave(copies, dim=0)
-    mean, std = (part.repeat_interleave(copies, dim=0) for part in (distribution.mean, distribution.std))
-    return mean + std * randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
+    each = isinstance(generator, Sequence) and len(generator) > 1
+    if encoded.shape[1] == channels:
+        return encoded.repeat_interleave(copies, dim=0)
+    if each:
+        return DiagonalGaussianDistribution(encoded.repeat_interleave(copies, dim=0)).sample(generator)
+    return DiagonalGaussianDistribution(encoded).sample(generator).repeat_interleave(copies, dim=0)
 
 
 def fit_depth(disparity: Tensor, height: int, width: int) -> Tensor:

@@ -15,6 +15,7 @@ Letters: B pictures (prompts or images, times `num_images_per_prompt`), L tokens
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +25,7 @@ from torch import Generator, Tensor
 
 import depthdiff.fast as speed
 from depthdiff.approximations import approximated, resolve_preset
-from depthdiff.checks import check_flag, plain
+from depthdiff.checks import check_flag, nearest, plain
 from depthdiff.image import ImageInput, read_depth
 from depthdiff.inputs import (
     CALLBACK_TENSORS,
@@ -164,6 +165,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         preset: str | None = None,
         callback: Any = None,
         callback_steps: int | None = None,
+        **unknown: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any]:
         """Repaint images.
 
@@ -199,12 +201,16 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             preset: "fast" sets what of these is left out (see `depthdiff.approximations.PRESETS`).
             callback: diffusers' older form, called with index, timestep and latents.
             callback_steps: every how many steps.
+            **unknown: refused, with the nearest argument that is known.
 
         Raises:
-            TypeError: an argument of a wrong type.
+            TypeError: an unknown argument, or one of a wrong type.
             ValueError: a value out of range, or arguments that do not fit each other.
             FloatingPointError: NaN or infinity in the work; names the stage that they come from.
         """
+        for name in unknown:
+            known = inspect.signature(StableDiffusionDepth2ImgPipeline.__call__).parameters
+            raise TypeError(f"__call__ got an unknown argument {name!r}{nearest(name, known)}")
         callback_steps, names = check_callbacks(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
         )

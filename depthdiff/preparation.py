@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from depthdiff.adapters.loaders import LoraLoaderMixin
 from depthdiff.checks import check_device, check_flag
-from depthdiff.conditioning import draw_latents, encode_texts, fit_depth
+from depthdiff.conditioning import draw_latents, encode_images, encode_texts, fit_depth
 from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
 from depthdiff.inputs import check_callbacks, check_prompt, check_prompts, read_numbers, repeat, repeat_rows
 from depthdiff.noise import randn
@@ -159,6 +159,8 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
     ) -> tuple[Tensor, int]:
         """Cut the scheduler's timesteps by the strength: the timesteps that are run, and the number of steps."""
         steps = min(int(num_inference_steps * strength), num_inference_steps)
+        if getattr(self.scheduler, "fix_start", False):  # cuts before it adds the calls of its start
+            return self.scheduler.plan(num_inference_steps, strength, device=device).timesteps, steps
         start = (num_inference_steps - steps) * self.scheduler.order
         if hasattr(self.scheduler, "set_begin_index") and start < len(self.scheduler.timesteps):
             self.scheduler.set_begin_index(start)
@@ -199,13 +201,9 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         if image.shape[1] == 4:
             latents = image.to(device, dtype).repeat_interleave(copies, dim=0)
         else:
-            vae = self._at_work("vae")
-
-            def encode(net: Any) -> Tensor:
-                encoded = net.encode(image.to(device, dtype_of(net)))
-                return draw_latents(encoded, generator, copies).to(dtype)
-
-            latents = self.vae.config.scaling_factor * finite("vae", vae, encode)
+            vae, config = self._at_work("vae"), self.vae.config
+            encoded = finite("vae", vae, lambda net: encode_images(net, image.to(device, dtype_of(net)))).to(dtype)
+            latents = config.scaling_factor * draw_latents(encoded, config.latent_channels, generator, copies)
         if not len(timestep):
             return latents
         noise = randn(latents.shape, generator, device=device, dtype=dtype)

@@ -126,7 +126,7 @@ CALLS = {
     "unknown output": ({"output_type": "jpg"}, ValueError, "output_type must be one of pil, np, pt, latent, got 'jpg'"),
     "unknown argument": ({"guidance": 3}, TypeError, "'guidance'; did you mean 'guidance_scale'"),
     "width and height": ({"height": 512}, TypeError, "'height'"),
-    "unknown attention argument": ({"cross_attention_kwargs": {"gate": 1}}, ValueError, "may hold scale alone"),
+    "attention argument that is no name": ({"cross_attention_kwargs": {1: 1}}, TypeError, "must have texts as keys"),
     "scale of an adapter": ({"cross_attention_kwargs": {"scale": float("nan")}}, ValueError, "scale must be"),
     "scale that is no number": ({"cross_attention_kwargs": {"scale": "1"}}, TypeError, "scale must be"),
     "callback that cannot be called": ({"callback_on_step_end": 5}, TypeError, "callback_on_step_end"),
@@ -328,7 +328,7 @@ LOADS = {
     "scheduler from elsewhere": (
         lambda f: StableDiffusionDepth2ImgPipeline.from_pretrained(f, scheduler=object())("a", PHOTO),
         TypeError,
-        "scheduler must be one of depthdiff's, got object",
+        "scheduler must be a scheduler or work like one, got object without config",
     ),
 }
 

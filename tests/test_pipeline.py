@@ -240,26 +240,26 @@ def test_guidance_of_one_is_the_prompt_alone(pipe, small_photo):
     run = pipe.prepare("x", small_photo, guidance_scale=1.0)
     assert (len(run.prompt_embeds), len(run.depth)) == (1, 1)
     run = pipe.prepare("x", small_photo, guidance_scale=2.0)
-    assert (len(run.prompt_embeds), len(run.depth)) == (2, 1)
+    assert (len(run.prompt_embeds), len(run.depth)) == (2, 2)
 
 
 def test_guidance_and_context_have_to_fit(pipe, small_photo):
     run = pipe.prepare("x", small_photo, num_inference_steps=STEPS)
     run.guidance_scale = 1.0
-    with pytest.raises(ValueError, match="context must have 1 row, one for each of the latents, got 2"):
+    with pytest.raises(ValueError, match="prompt_embeds has 2 rows, expected 1, one for each of the latents"):
         next(iter(pipe.denoise(run)))
     run = pipe.prepare("x", small_photo, num_inference_steps=STEPS, guidance_scale=1.0)
     run.guidance_scale = 2.0
-    with pytest.raises(ValueError, match="context must have 2 rows, two for each of the latents, got 1"):
+    with pytest.raises(ValueError, match="prompt_embeds has 1 rows, expected 2, two for each of the latents"):
         next(iter(pipe.denoise(run)))
 
 
 def test_exact_schedulers_in_the_pipeline(pipe, small_photo):
     default = paint(pipe, small_photo)
-    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, exact=True)
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, fix_start=True)
     exact = paint(pipe, small_photo)
     assert np.abs(exact - default).max() > 1e-3
-    assert "exact" not in dict(DDIMScheduler().config)
+    assert "fix_start" not in dict(DDIMScheduler().config)
 
 
 def test_slices_and_tiles_of_the_autoencoder(pipe, small_photo):

@@ -106,7 +106,7 @@ def test_damaged_weights_are_named(pipe, small_photo, caplog, name, value, dtype
 def test_inputs_are_named_instead_of_the_stage(pipe, small_photo):
     run = pipe.prepare("a cat", small_photo, num_inference_steps=3)
     run.prompt_embeds[0, 0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match="the context that the unet is given"):
+    with pytest.raises(FloatingPointError, match="the prompt_embeds that the unet is given"):
         next(pipe.denoise(run))
     with pytest.raises(FloatingPointError, match="what the vae is given holds NaN"):
         pipe.decode(torch.full((1, 4, 8, 8), torch.inf))
@@ -116,7 +116,6 @@ def test_the_device_waits_for_the_host_as_often_whatever_the_steps(half, small_p
     counts, look = [], precision.is_finite
     monkeypatch.setattr(precision, "is_finite", lambda x: counts.append(0) or look(x))
     for steps in (2, 5):
-        half.cache.clear()
         paint(half, small_photo, num_inference_steps=steps)
-        assert len(counts) == 5  # text, depth, encoder, first step, decoder
+        assert len(counts) == 6  # prompt, negative prompt, depth, encoder, first step, decoder
         counts.clear()

@@ -57,7 +57,7 @@ def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]
     names: dict[str, tuple[str, str]] = {}
     for component, network in networks.items():
         for key, _ in network.named_parameters():
-            if not key.endswith(".weight") or "embedding" in key.split(".")[-2]:
+            if not key.endswith(".weight") or "_embedding.weight" in key:
                 continue
             layer = key.removesuffix(".weight")
             for spelling in spellings(component, layer):
