@@ -5,9 +5,9 @@ from __future__ import annotations
 import diffusers
 import torch
 import transformers
+from depthdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from torch import Tensor, nn
 
-from depthdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
 

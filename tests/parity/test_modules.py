@@ -1,13 +1,29 @@
-"""The trees of the networks: names, classes, order, first weights, attributes and methods, against the references."""
+"""The trees of the networks: names, classes, order, first weights, attributes and results, against the references."""
 
 from __future__ import annotations
+
+import inspect
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tests.parity.geometries import CASES, MAIN, build, call, distance, pair, paths, plain
 from torch import nn
+
+from tests.parity.geometries import (
+    CASES,
+    MAIN,
+    SIDES,
+    build,
+    call,
+    distance,
+    draw,
+    pair,
+    paths,
+    plain,
+    text_inputs,
+    unet_inputs,
+)
 
 TOLERANCE = 1e-5  # relative L2 in float32; observed: see the note in each test
 
@@ -238,3 +254,69 @@ def test_text_encoder_loads_both_prefixes(pairs, tmp_path, prefix):
     loaded.save_pretrained(tmp_path / "again")
     with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
         assert set(file.keys()) == set(ours.state_dict())
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_output_forms(pairs, side):
+    """Outputs are ordered dicts: len counts what is there, iteration gives the keys, numbers give the values."""
+    index = SIDES.index(side)
+    unet, vae, text = (pairs[case][index] for case in (("unet", "sd2"), ("vae", "sd"), ("text", "sd2")))
+    latents = draw(1, 4, 4, 6)
+    outputs = {
+        "sample": (unet, lambda **kw: unet(**unet_inputs("sd2", rows=1, height=8, width=8), **kw)),
+        "latent_dist": (vae, lambda **kw: vae.encode(draw(1, 3, 16, 24), **kw)),
+        "sample ": (vae, lambda **kw: vae.decode(latents, **kw)),
+        "sample  ": (vae, lambda **kw: vae(draw(1, 3, 16, 24), **kw)),
+    }
+    for key, (_, forward) in outputs.items():
+        key = key.strip()
+        with torch.no_grad():
+            output, bare = forward(), forward(return_dict=False)
+        assert isinstance(output, dict)
+        assert (len(output), list(output), list(output.keys())) == (1, [key], [key])
+        assert output[0] is output[key] is getattr(output, key) is output.to_tuple()[0]
+        assert isinstance(bare, tuple)
+        assert len(bare) == 1
+        if key == "sample":
+            assert torch.equal(bare[0], output[0])
+        setattr(output, key, 3)
+        assert output[key] == 3
+    output = text(text_inputs())
+    assert (len(output), list(output)) == (2, ["last_hidden_state", "pooler_output"])
+    assert output[1] is output.pooler_output
+    assert output.hidden_states is None
+    full = text(text_inputs(), output_hidden_states=True)
+    assert (len(full), len(full.hidden_states)) == (3, 4)
+    bare = text(text_inputs(), return_dict=False)
+    assert isinstance(bare, tuple)
+    assert torch.equal(bare[0], output.last_hidden_state)
+
+
+def test_gaussian(pairs):
+    """The posterior has the published attributes; samples are equal for equal seeds."""
+    ours, reference = (network.encode(draw(2, 3, 24, 16)).latent_dist for network in pairs["vae", "sd"])
+    for name in ("parameters", "mean", "logvar", "std", "var"):
+        assert distance(getattr(ours, name), getattr(reference, name)) < TOLERANCE, name
+    assert ours.deterministic is reference.deterministic is False
+    samples = [posterior.sample(torch.Generator().manual_seed(2)) for posterior in (ours, reference)]
+    assert distance(*samples) < TOLERANCE
+    assert distance(ours.mode(), reference.mode()) < TOLERANCE
+    assert ours.kl().shape == (2,)
+    assert distance(ours.kl(), reference.kl()) < TOLERANCE
+    assert distance(ours.nll(samples[1]), reference.nll(samples[1])) < TOLERANCE
+    others = [network.encode(draw(2, 3, 24, 16, seed=9)).latent_dist for network in pairs["vae", "sd"]]
+    assert distance(ours.kl(others[0]), reference.kl(others[1])) < TOLERANCE
+    fixed = [type(side)(side.parameters, deterministic=True) for side in (ours, reference)]
+    assert torch.equal(fixed[0].sample(), fixed[0].mean)
+    assert float(fixed[0].kl()) == float(fixed[1].kl())
+
+
+@pytest.mark.parametrize("names", ["forward", "encode", "decode", "tiled_decode", "tiled_encode", "blend_v", "blend_h"])
+def test_vae_signatures(pairs, names):
+    ours, reference = (list(inspect.signature(getattr(vae, names)).parameters) for vae in pairs["vae", "sd"])
+    assert ours == reference
+
+
+def test_unet_signature(pairs):
+    ours, reference = (inspect.signature(unet.forward).parameters for unet in pairs["unet", "sd2"])
+    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in reference.values()]
