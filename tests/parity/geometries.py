@@ -65,6 +65,7 @@ GEOMETRIES = {
             "norm_num_groups": 6,
             "norm_eps": 1e-3,
         },
+        "lean": {**SD2, "layers_per_block": 1},
         "plain middle": {**SD1, "mid_block_type": "UNetMidBlock2D", "upcast_attention": True},
         "no middle": {**SD1, "mid_block_type": None},
         "angles": {**SD1, "flip_sin_to_cos": False, "freq_shift": 1, "mid_block_scale_factor": 2.0},
