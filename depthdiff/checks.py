@@ -237,3 +237,14 @@ def check_names(name: str, value: object) -> list[str]:
     if not isinstance(names, (Sequence, set, frozenset, Mapping)) or not all(isinstance(one, str) for one in names):
         raise TypeError(f"{name} must be a text or a list of texts, got {show(value)}")
     return list(names)
+
+
+def refuse_values(owner: str, **values: tuple[Any, ...]) -> None:
+    """Refuse arguments that are not implemented: name -> (given, the values that are implemented...).
+
+    Raises:
+        ValueError: names the argument, what it was given, and what is implemented.
+    """
+    for name, (given, *known) in values.items():
+        if given not in known:
+            raise ValueError(f"{owner}: {name} must be {' or '.join(map(repr, known))}, got {brief(given)}")

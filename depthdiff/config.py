@@ -1,27 +1,29 @@
-"""Configs and outputs: the small frozen records that every component shares.
+"""Configs and outputs: the small records that every component shares.
 
-A `Config` holds what a checkpoint fixes about one component, under the names of the published `config.json`; what the
-caller chooses (steps, guidance, seeds) never enters it. An `Output` is what a network or scheduler hands back.
+A config holds what a checkpoint fixes about one component, under the names of the published `config.json`; what the
+caller chooses (steps, guidance, seeds) never enters it. A `BaseOutput` is what a network or scheduler returns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, ParamSpec, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from torch import Tensor
 
-from depthdiff.checks import is_dense, plain, show
+from depthdiff.checks import is_dense, nearest, plain, show
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
+P = ParamSpec("P")
 
 MAX_COUNT = 1000
 """Layers that a config may ask for in one place; the deepest published network of these kinds has 48."""
@@ -37,14 +39,61 @@ class CheckpointError(OSError, ValueError):
     """A file, folder or config of a checkpoint is missing, damaged or of a kind that this package does not have."""
 
 
-@dataclass(frozen=True)
-class Config(Mapping[str, Any]):
-    """Base of the configs: a frozen dataclass that can also be read like a dict, as diffusers' configs can.
+class FrozenDict(dict[str, Any]):
+    """A config: a dict whose items can also be read as attributes, and from which nothing can be removed.
+
+    An assignment changes item and attribute together. What was built from the config before stays as it is.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse("del")
+
+    def __delitem__(self, key: str) -> None:
+        self._refuse("del")
+
+    def clear(self) -> None:
+        """Refuse to remove items."""
+        self._refuse("clear")
+
+    def pop(self, *args: Any) -> Any:
+        """Refuse to remove an item."""
+        self._refuse("pop")
+
+    def popitem(self) -> Any:
+        """Refuse to remove an item."""
+        self._refuse("popitem")
+
+    def setdefault(self, *args: Any) -> Any:
+        """Refuse to add an item silently."""
+        self._refuse("setdefault")
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to change several items at once."""
+        self._refuse("update")
+
+    def _refuse(self, method: str) -> NoReturn:
+        raise TypeError(f"{method} is not available on a {type(self).__name__}; call register_to_config on its owner")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+class Config(FrozenDict):
+    """Base of the configs of transformers' components: a dataclass that is also a dict.
 
     Subclasses list their fields with the published defaults. `CHOICES` names the values that this package implements;
     a config file that asks for another one is refused by name instead of being built wrongly. It may also name keys
     that are no fields, for features whose mere presence matters. `COUNTS` names the fields that say how many layers
     there are: a damaged file must not have a network built without end. `POSITIVE` names those that must be above 0.
+    `model_type` is transformers' name of the kind.
 
     Raises:
         TypeError: a value of a wrong type.
@@ -54,80 +103,177 @@ class Config(Mapping[str, Any]):
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     COUNTS: ClassVar[tuple[str, ...]] = ()
     POSITIVE: ClassVar[tuple[str, ...]] = ()
+    model_type: ClassVar[str] = ""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # a field's default, an attribute of the class, would hide the item
+        dict.__setitem__(self, name, value)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value)
 
     def __post_init__(self) -> None:
-        for name, annotation in _annotations(type(self)).items():
-            value = _freeze(getattr(self, name))
-            if not _is_a(value, annotation):
-                [written] = (field.type for field in dataclasses.fields(self) if field.name == name)
-                raise TypeError(f"{name} must be {written}, got {_brief(value)}")
-            _check_size(name, value, is_count=name in self.COUNTS, positive=name in self.POSITIVE)
-            if name in self.CHOICES:
-                _check_choice(name, value, self.CHOICES[name])
-            object.__setattr__(self, name, value)
+        values = {name: self[name] for name in _fields(type(self))}
+        for name, value in check_values(type(self), _fields(type(self)), values).items():
+            setattr(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), dict(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the config from a parsed JSON object; keys that are no fields are ignored.
+        """Build the config from a parsed JSON object; keys that are not fields are kept as they are.
 
         Args:
             values: the parsed `config.json`; lists become tuples.
 
         Raises:
-            CheckpointError: a value has the wrong type, or is one that this package does not implement.
+            CheckpointError: a value has the wrong type, or is not implemented.
         """
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{cls.__name__}: expected a JSON object, got {type(values).__name__}")
+        fields = _fields(cls)
         try:
             for key, choices in cls.CHOICES.items():
-                _check_choice(key, values.get(key, getattr(cls, key, choices[0])), choices)
-            return cls(**{name: values[name] for name in _annotations(cls) if name in values})
+                check_choice(key, values.get(key, getattr(cls, key, choices[0])), choices)
+            config = cls(**{name: values[name] for name in fields if name in values})
         except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"{cls.__name__}: {error}") from error
+        for name in values.keys() - fields.keys() - IDENTITY:
+            dict.__setitem__(config, name, values[name])
+        return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a plain dict, ready for `json.dump` (tuples are written as lists)."""
-        return {name: _thaw(value) for name, value in self.items()}
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in type(self).__dataclass_fields__:
-            raise KeyError(key)
-        return getattr(self, key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(field.name for field in dataclasses.fields(self))
-
-    def __len__(self) -> int:
-        return len(dataclasses.fields(self))
+        """Return the items as a plain dict, ready for `json.dump` (tuples become lists)."""
+        return {name: to_plain(value) for name, value in self.items()}
 
 
-class Output:
-    """Base of the output records: fields by name, by position (`out[0]`) and by key (`out["sample"]`).
+IDENTITY = {"_class_name", "_diffusers_version", "_name_or_path", "architectures", "model_type", "transformers_version"}
+"""Keys of a config file that say whose it is, and are written anew."""
 
-    Subclasses are dataclasses. Positions count the fields that are not None, as in diffusers and transformers.
+
+def _rebuild(cls: type[Config], values: dict[str, Any]) -> Config:
+    config = cls(**{name: values[name] for name in _fields(cls)})
+    for name in values.keys() - _fields(cls).keys():
+        dict.__setitem__(config, name, values[name])
+    return config
+
+
+class BaseOutput(dict[str, Any]):
+    """Base of the output records: dicts whose items are also attributes (`out.sample`) and positions (`out[0]`).
+
+    Subclasses are dataclasses. Items and positions are the fields that are not None; iterating yields their names, as
+    in diffusers and transformers.
     """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            self._keep(field.name, getattr(self, field.name))
+
+    def _keep(self, name: str, value: Any) -> None:
+        if value is not None:
+            dict.__setitem__(self, name, value)
+        elif name in self:
+            dict.__delitem__(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+            self._keep(name, value)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return dict.__getitem__(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the fields that are not None, in order."""
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-        return tuple(value for value in values if value is not None)
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return tuple(dict.__getitem__(self, field.name) for field in fields if field.name in self)
 
-    def keys(self) -> list[str]:
-        """Return the names of the fields that are not None, so that `f(**out)` passes them on."""
-        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]  # type: ignore[arg-type]
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return type(self), values
 
-    def __getitem__(self, key: int | slice | str) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+def constructor_fields(cls: type) -> dict[str, Any]:
+    """List the arguments of a class's constructor with their types: name -> annotation."""
+    init = inspect.unwrap(cls.__init__)  # type: ignore[misc]
+    hints = get_type_hints(init)
+    return {name: hints[name] for name in list(inspect.signature(init).parameters)[1:]}
+
+
+def check_values(owner: type, fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config with lists as tuples, or refuse them.
+
+    Args:
+        owner: the class whose CHOICES, COUNTS and POSITIVE say what is implemented and what is in range.
+        fields: name -> annotation.
+        values: name -> value, of every field.
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of range, or one that this package does not implement.
+    """
+    checked: dict[str, Any] = {}
+    for name, annotation in fields.items():
+        value = _freeze(values[name])
+        if not _is_a(value, annotation):
+            raise TypeError(f"{name} must be {_written(annotation)}, got {_brief(value)}")
+        _check_size(name, value, is_count=name in owner.COUNTS, positive=name in owner.POSITIVE)  # type: ignore[attr-defined]
+        if name in owner.CHOICES:  # type: ignore[attr-defined]
+            check_choice(name, value, owner.CHOICES[name])  # type: ignore[attr-defined]
+        checked[name] = value
+    return checked
+
+
+def register_to_config(init: Callable[P, None]) -> Callable[P, None]:
+    """Let a constructor keep its arguments, checked and with lists as tuples, as the object's `config`.
+
+    Names that begin with an underscore, such as `_class_name`, are kept in the config and not passed on.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def registering(*args: P.args, **kwargs: P.kwargs) -> None:
+        self: Any = args[0]
+        private = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("_")}
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}{_nearest(kwargs, signature)}") from None
+        given = set(list(bound.arguments)[1:])
+        bound.apply_defaults()
+        values = {name: bound.arguments[name] for name in list(signature.parameters)[1:]}
+        values = check_values(type(self), constructor_fields(type(self)), values)
+        defaulted = [name for name in values if name not in given]
+        config = FrozenDict(values | {"_use_default_values": defaulted} | private)
+        object.__setattr__(self, "_internal_dict", config)
+        init(self, **values)  # type: ignore[call-arg, arg-type]
+
+    return registering
+
+
+def _nearest(given: Mapping[str, Any], signature: inspect.Signature) -> str:
+    """Name the argument that an unknown one may have meant."""
+    unknown = [name for name in given if name not in signature.parameters]
+    return nearest(unknown[0], list(signature.parameters)[1:]) if unknown else ""
+
+
+def _written(annotation: Any) -> str:
+    """Write a type as the source code does."""
+    return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
 
 
 @functools.cache
-def _annotations(cls: type[Config]) -> dict[str, Any]:
+def _fields(cls: type[Config]) -> dict[str, Any]:
     """List the fields of a config with their types."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _check_choice(name: str, given: Any, choices: tuple[Any, ...]) -> None:
+def check_choice(name: str, given: Any, choices: tuple[Any, ...]) -> None:
     """Refuse a value, or one of several, that is not implemented."""
     for value in given if isinstance(given, (list, tuple)) else [given]:
         if not isinstance(value, (str, int, float, type(None))) or value not in choices:
@@ -170,11 +316,12 @@ def _freeze(value: Any) -> Any:
     return plain(value)
 
 
-def _thaw(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Return a value of a config as JSON has it: tuples as lists, configs as dicts."""
     if isinstance(value, Config):
         return value.to_dict()
-    if isinstance(value, tuple):
-        return [_thaw(item) for item in value]
+    if isinstance(value, (tuple, list)):
+        return [to_plain(item) for item in value]
     return value
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from depthdiff.config import CheckpointError, Config
+from depthdiff.config import CheckpointError
 
 HEAD_DIM = 64
 PATCH = 16
@@ -243,26 +243,22 @@ UNTOLD: Mapping[str, tuple[str, ...]] = {
 BACKBONE_UNTOLD = ("num_groups", "hidden_act")
 
 
-def guessed_wrongly(component: str, config: Config, shapes: Shapes) -> list[str]:
-    """List what the config of a network says and its shapes in a single file would make it otherwise.
+def guessed_wrongly(component: str, own: Mapping[str, Any], guess: Mapping[str, Any]) -> list[str]:
+    """List the settings that change results and that shapes alone would get wrong.
 
     Args:
         component: which.
-        config: the network's own.
-        shapes: of its tensors in the file.
+        own: the network's config.
+        guess: the config that shapes give.
     """
-    guess = INFER[component](shapes)
-
-    def differs(name: str, own: Config, guessed: Mapping[str, Any]) -> bool:
-        told = guessed.get(name, getattr(type(own), name))
-        levels = list(told) if isinstance(told, (list, tuple)) else [told]
-        value = own[name]
-        wanted = list(value) if isinstance(value, tuple) else [value] * len(levels)
-        return levels * (len(wanted) // len(levels)) != wanted
-
-    wrong = [name for name in UNTOLD[component] if differs(name, config, guess)]
-    if component == "depth_estimator":
-        backbone, inside = getattr(config, "backbone", None), guess["backbone_config"]
-        if isinstance(backbone, Config):
-            wrong += [f"backbone's {name}" for name in BACKBONE_UNTOLD if differs(name, backbone, inside)]
+    wrong = [name for name in UNTOLD[component] if _levels(own, name) != _levels(guess, name)]
+    if component == "depth_estimator" and getattr(own, "is_hybrid", False):
+        backbones = own.backbone, guess.backbone  # type: ignore[attr-defined]
+        wrong += [f"backbone's {name}" for name in BACKBONE_UNTOLD if backbones[0][name] != backbones[1][name]]
     return wrong
+
+
+def _levels(config: Mapping[str, Any], name: str) -> list[Any]:
+    """Return a setting once for each level, whether it is written once or as a list."""
+    value, count = config[name], len(config.get("block_out_channels", (0,)))
+    return list(value) if isinstance(value, (tuple, list)) else [value] * count

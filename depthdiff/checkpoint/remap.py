@@ -81,12 +81,14 @@ class Table:
         aliases: another published template of a layer -> the template in `rows`.
         ignored: template of a key that no layer of ours reads -> the reason.
         reshaped: our templates whose weights may also come as 1x1 convolutions.
+        identity: keys without a row are the same in both layouts.
     """
 
     rows: Mapping[str, str]
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
     reshaped: tuple[str, ...] = ()
+    identity: bool = False
 
     def __post_init__(self) -> None:
         counts = Counter(template for index, template in map(split_part, self.rows) if index is not None)
@@ -110,10 +112,14 @@ class Table:
         if self._ignored.matches(key):  # type: ignore[attr-defined]
             return None
         [key] = self._aliases.matches(key) or [key]  # type: ignore[attr-defined]
+        if self.identity and not self._rows.matches(key):  # type: ignore[attr-defined]
+            return key
         return _only(self._rows.matches(key), key)  # type: ignore[attr-defined]
 
     def published(self, key: str) -> str:
         """Translate one of our keys. Errors as in `ours`."""
+        if self.identity and not self._back.matches(key):  # type: ignore[attr-defined]
+            return key
         return _only(self._back.matches(key), key)  # type: ignore[attr-defined]
 
     def is_reshaped(self, key: str) -> bool:

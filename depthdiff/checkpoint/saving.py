@@ -15,17 +15,15 @@ from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.transaction import check_folder, replacing
 from depthdiff.checkpoint.weights import check_variant, weight_files
 from depthdiff.checkpoint.write import write_text
-from depthdiff.models.base import Model
 
 DIFFUSERS_CLASSES = ("AutoencoderKL", "UNet2DConditionModel", "PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler")
-TRANSFORMERS_TYPES = {"CLIPTextModel": "clip_text_model", "DPTForDepthEstimation": "dpt"}
 INDEX = "model_index.json"
 SIZE = re.compile(r"[1-9]\d{0,14}(\.\d+)? *[KMGT]B", re.IGNORECASE)
 """Texts that huggingface_hub takes for a size."""
 
 
 def save_model(
-    model: Model,
+    model: Any,
     folder: str | os.PathLike[str],
     *,
     safe_serialization: bool = True,
@@ -64,14 +62,14 @@ def save_components(
     place = check_arguments(folder, safe_serialization, variant, max_shard_size)
     parts: dict[str, tuple[str, ...]] = {"": (INDEX,)}
     for name, part in components.items():
-        if isinstance(part, Model):
+        if is_network(part):
             _refuse_narrow_weights(part)
         if part is not None:
-            parts[name] = owned_files(part, variant) if isinstance(part, Model) else ()
+            parts[name] = owned_files(part, variant) if is_network(part) else ()
     with replacing(place, parts) as staged:
         write_json(staged("") / INDEX, model_index(components, class_name))
         for name, part in components.items():
-            if isinstance(part, Model):
+            if is_network(part):
                 write_model(part, staged(name), variant, max_shard_size)
             elif part is not None:
                 part.save_pretrained(staged(name))
@@ -99,7 +97,12 @@ def check_arguments(folder: object, safe_serialization: object, variant: object,
     return place
 
 
-def owned_files(model: Model, variant: str | None) -> tuple[str, ...]:
+def is_network(part: object) -> bool:
+    """Return whether a component has weights and a config to write."""
+    return hasattr(part, "weights_name")
+
+
+def owned_files(model: Any, variant: str | None) -> tuple[str, ...]:
     """List the names, and patterns of names, of the files that a network consists of in a folder."""
     return ("config.json", *weight_files(model.weights_name, variant))
 
@@ -114,18 +117,12 @@ def model_index(components: Mapping[str, Any], class_name: str) -> dict[str, Any
     return index
 
 
-def write_config(model: Model, folder: Path) -> None:
+def write_config(model: Any, folder: Path) -> None:
     """Write `config.json`."""
-    kind = type(model).__name__
-    config = model.config.to_dict()
-    if kind in TRANSFORMERS_TYPES:
-        config |= {"architectures": [kind], "model_type": TRANSFORMERS_TYPES[kind]}
-    else:
-        config = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION} | config
-    write_json(folder / "config.json", config)
+    write_text(folder / "config.json", model.to_json_string())
 
 
-def write_model(model: Model, folder: Path, variant: str | None, max_shard_size: int | str) -> None:
+def write_model(model: Any, folder: Path, variant: str | None, max_shard_size: int | str) -> None:
     """Write `config.json` and the weights, in published names, into a folder."""
     write_config(model, folder)
     from huggingface_hub import split_torch_state_dict_into_shards  # deferred: takes 0.2 s to import
@@ -149,8 +146,10 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _refuse_narrow_weights(model: Model) -> None:
+def _refuse_narrow_weights(model: Any) -> None:
     narrow = next((parameter.dtype for parameter in model.parameters() if parameter.dtype.itemsize < 2), None)
     if narrow is not None:
         kind = type(model).__name__
-        raise ValueError(f"weights of the {kind} lie in {narrow}, the rest is lost; load it anew and save that")
+        raise ValueError(
+            f"{kind} weights are stored in {narrow} and have lost precision; reload the {kind} and save that"
+        )

@@ -20,25 +20,22 @@ from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.geometry import INFER, Shapes, guessed_wrongly
 from depthdiff.checkpoint.header import is_pickle, read_start
 from depthdiff.checkpoint.hub import fetch
-from depthdiff.checkpoint.loading import AnyModel, build, check_dtype
+from depthdiff.checkpoint.loading import build, check_dtype
 from depthdiff.checkpoint.remap import Table
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES_LDM
 from depthdiff.checkpoint.weights import Source, open_pickle, open_safetensors, read_tensors
 from depthdiff.checks import check_path, check_places
 from depthdiff.config import CheckpointError
-from depthdiff.models.base import Model
-from depthdiff.models.clip_text import CLIPTextModel
-from depthdiff.models.dpt import DPTForDepthEstimation
-from depthdiff.models.unet import UNet2DConditionModel
-from depthdiff.models.vae import AutoencoderKL
 
-CLASSES: dict[str, type[Model]] = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "depth_estimator": DPTForDepthEstimation,
+NETWORKS: dict[str, str] = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "depth_estimator": "DPTForDepthEstimation",
 }
+"""Component -> the published name of its class."""
+
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 LDM, FOLDER = "ldm", "diffusers"
 
@@ -86,11 +83,6 @@ class Part:
     sources: dict[str, Source] = field(default_factory=dict)
 
     @property
-    def cls(self) -> type[Model]:
-        """The network's class."""
-        return CLASSES[self.component]
-
-    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Key without prefix -> shape."""
         return {key: source.shape for key, source in self.sources.items()}
@@ -108,9 +100,9 @@ class Part:
             )
         return INFER[self.component](Shapes(source, self.shapes))
 
-    def table(self, model: Model) -> Table:
+    def table(self, model: Any) -> Table:
         """Return the table of names for a network of this geometry."""
-        name = self.cls.__name__
+        name = NETWORKS[self.component]
         return TABLES_LDM[name](model.config) if self.layout == LDM else TABLES[name]
 
 
@@ -197,21 +189,23 @@ def open_single_file(path: Path) -> SingleFile:
     return file
 
 
-def lost_settings(file: SingleFile, folder: Path) -> list[str]:
+def lost_settings(file: SingleFile, folder: Path, classes: Mapping[str, type[Any]]) -> list[str]:
     """List what the configs of a folder say that a single file made from it does not, each as "component: setting".
 
     Args:
         file: made from the folder.
         folder: with a `config.json` for every network.
+        classes: component -> the class of its network.
 
     Raises:
         CheckpointError: a config is missing or damaged.
     """
     lost = []
     for component, part in file.parts.items():
-        config = part.cls.config_class.from_dict(read_json(folder / component / "config.json"))
-        shapes = Shapes(str(file.path), part.shapes)
-        lost += [f"{component}: {name}" for name in guessed_wrongly(component, config, shapes)]
+        source = folder / component / "config.json"
+        own = build(classes[component], read_json(source), source).config
+        guess = build(classes[component], part.infer(str(file.path)), file.path).config
+        lost += [f"{component}: {name}" for name in guessed_wrongly(component, own, guess)]
     return lost
 
 
@@ -262,13 +256,19 @@ def check_known(file: SingleFile) -> None:
 
 
 def load_part(
-    file: SingleFile, component: str, config: Mapping[str, Any] | None, torch_dtype: Any = None, source: object = None
-) -> Model:
+    file: SingleFile,
+    component: str,
+    cls: type[Any],
+    config: Mapping[str, Any] | None,
+    torch_dtype: Any = None,
+    source: object = None,
+) -> Any:
     """Load one network of a file.
 
     Args:
         file: as `open_single_file` returns it; the tensors of the part are taken out.
         component: which.
+        cls: the network's class.
         config: of the network; inferred from shapes if None.
         torch_dtype: of the weights; float32 if None, the file's own for "auto".
         source: name of where the config is from, for errors.
@@ -278,7 +278,7 @@ def load_part(
     """
     part = file.parts[component]
     name = f"{file.path} ({component})"
-    model = build(part.cls, part.infer(name) if config is None else config, name if source is None else source)
+    model = build(cls, part.infer(name) if config is None else config, name if source is None else source)
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     dtype = torch.float32 if torch_dtype is None else torch_dtype
     state = read_tensors(name, part.sources, part.table(model), wanted, None if dtype == "auto" else dtype)
@@ -287,14 +287,14 @@ def load_part(
 
 
 def load_single_model(
-    cls: type[AnyModel],
+    cls: type[Any],
     name: str | os.PathLike[str],
     *,
     config: str | os.PathLike[str] | None = None,
     subfolder: str | None = None,
     torch_dtype: Any = None,
     **where: Any,
-) -> AnyModel:
+) -> Any:
     """Load one network from a single file that holds it, alone or with others.
 
     Args:
@@ -312,12 +312,11 @@ def load_single_model(
     from_where = {key: value for key, value in where.items() if key != "revision"}
     check_dtype(torch_dtype)
     file = open_single_file(find_single_file(name, **where))
-    component = next(component for component, kind in CLASSES.items() if kind.__name__ == cls.__name__)
+    component = next(component for component, kind in NETWORKS.items() if kind == cls.__name__)
     if component not in file.parts:
         raise CheckpointError(f"{file.path} has no {component}, it holds {', '.join(file.parts)}")
     values = None if config is None else read_config(config, subfolder or component, **from_where)
-    model: Any = load_part(file, component, values, torch_dtype, config)
-    return model
+    return load_part(file, component, cls, values, torch_dtype, config)
 
 
 def read_config(name: str | os.PathLike[str], subfolder: str, **where: Any) -> dict[str, Any]:

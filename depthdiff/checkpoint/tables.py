@@ -1,7 +1,7 @@
-"""The published names of every layer beside ours; see `depthdiff.checkpoint.remap`.
+"""Keys of the Hub's files beside ours; see `depthdiff.checkpoint.remap`.
 
-The left column is the layout of the Hub: diffusers' names for UNet and autoencoder, transformers' for the text encoder
-and the depth net.
+UNet, autoencoder and text encoder have the published names inside, so that only older spellings need a row. The depth
+net has names of its own.
 """
 
 from __future__ import annotations
@@ -14,66 +14,16 @@ def same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-SAME_WIDTH = same("norm1", "conv1", "norm2", "conv2")
-RESNET = {**SAME_WIDTH, **same("conv_shortcut")}
-TIME = same("time_emb_proj")
-QKV = same("to_q", "to_k", "to_v")
-ATTENTION = {**QKV, "to_out.0": "to_out"}
-TRANSFORMER = {
-    **same("norm", "proj_in", "proj_out"),
-    **nest("transformer_blocks.{k}", "transformer_blocks.{k}", same("norm1", "norm2", "norm3")),
-    **nest("transformer_blocks.{k}.attn1", "transformer_blocks.{k}.self_attn", ATTENTION),
-    **nest("transformer_blocks.{k}.attn2", "transformer_blocks.{k}.cross_attn", ATTENTION),
-    "transformer_blocks.{k}.ff.net.0.proj": "transformer_blocks.{k}.ff.proj_in",
-    "transformer_blocks.{k}.ff.net.2": "transformer_blocks.{k}.ff.proj_out",
-}
-DOWNSAMPLE = {"downsamplers.0.conv": "downsample.conv"}
-UPSAMPLE = {"upsamplers.0.conv": "upsample.conv"}
-
-
-def block(path: str, resnet: dict[str, str], more: dict[str, str]) -> dict[str, str]:
-    """Make the rows of a block: its residual blocks and what else it has."""
-    return {**nest(f"{path}.resnets.{{j}}", f"{path}.resnets.{{j}}", resnet), **nest(path, path, more)}
-
-
-UNET_ATTENTIONS = nest("attentions.{j}", "attentions.{j}", TRANSFORMER)
-UNET = {
-    **same("conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_norm_out", "conv_out"),
-    **block("down_blocks.{i}", RESNET | TIME, {**UNET_ATTENTIONS, **DOWNSAMPLE}),
-    **block("mid_block", SAME_WIDTH | TIME, UNET_ATTENTIONS),
-    **block("up_blocks.{i}", RESNET | TIME, {**UNET_ATTENTIONS, **UPSAMPLE}),
-}
-
-VAE_ATTENTION = {"group_norm": "norm", **{left: f"attn.{right}" for left, right in ATTENTION.items()}}
-VAE_MID = block("mid_block", SAME_WIDTH, nest("attentions.0", "attention", VAE_ATTENTION))
-CODER = {**same("conv_in", "conv_norm_out", "conv_out"), **VAE_MID}
-VAE = {
-    **same("quant_conv", "post_quant_conv"),
-    **nest("encoder", "encoder", {**CODER, **block("down_blocks.{i}", RESNET, DOWNSAMPLE)}),
-    **nest("decoder", "decoder", {**CODER, **block("up_blocks.{i}", RESNET, UPSAMPLE)}),
-}
 VAE_BEFORE_0_17 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """diffusers renamed the autoencoder's attention layers in version 0.17; the published files are older."""
 
-CLIP_LAYER = {
-    "layer_norm1": "norm1",
-    **nest("self_attn", "self_attn", {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}),
-    "layer_norm2": "norm2",
-    "mlp.fc1": "fc1",
-    "mlp.fc2": "fc2",
-}
-CLIP_TEXT = {
-    "text_model.embeddings.token_embedding": "token_embedding",
-    "text_model.embeddings.position_embedding": "position_embedding",
-    **nest("text_model.encoder.layers.{i}", "layers.{i}", CLIP_LAYER),
-    "text_model.final_layer_norm": "final_layer_norm",
-}
+VAE_ATTENTION = [f"{coder}.mid_block.attentions.0" for coder in ("encoder", "decoder")]
 
 BIT_NORM_CONV = same("conv1", "conv2", "conv3", "norm1", "norm2", "norm3", "downsample.conv", "downsample.norm")
 DPT_LAYER = {
     "layernorm_before": "norm1",
     **nest("attention.attention", "attention", {"query": "to_q", "key": "to_k", "value": "to_v"}),
-    "attention.output.dense": "attention.to_out",
+    "attention.output.dense": "attention.to_out.0",
     "layernorm_after": "norm2",
     "intermediate.dense": "fc1",
     "output.dense": "fc2",
@@ -103,27 +53,32 @@ DPT = {
 }
 
 TABLES: dict[str, Table] = {
-    "UNet2DConditionModel": Table(UNET),
+    "UNet2DConditionModel": Table({}, identity=True),
     "AutoencoderKL": Table(
-        VAE,
-        aliases={
-            f"{coder}.mid_block.attentions.0.{old}": f"{coder}.mid_block.attentions.0.{new}"
-            for coder in ("encoder", "decoder")
-            for old, new in VAE_BEFORE_0_17.items()
-        },
-        reshaped=tuple(
-            f"{coder}.mid_block.attention.attn.{layer}"
-            for coder in ("encoder", "decoder")
-            for layer in ATTENTION.values()
-        ),
+        {},
+        aliases={f"{path}.{old}": f"{path}.{new}" for path in VAE_ATTENTION for old, new in VAE_BEFORE_0_17.items()},
+        reshaped=tuple(f"{path}.{layer}" for path in VAE_ATTENTION for layer in VAE_BEFORE_0_17.values()),
+        identity=True,
     ),
     "CLIPTextModel": Table(
-        CLIP_TEXT,
-        aliases={name.removeprefix("text_model."): name for name in CLIP_TEXT},  # transformers 5 writes no prefix
+        {},
+        aliases={  # transformers 5 writes no prefix
+            "embeddings.token_embedding": "text_model.embeddings.token_embedding",
+            "embeddings.position_embedding": "text_model.embeddings.position_embedding",
+            **{
+                f"encoder.layers.{{i}}.{layer}": f"text_model.encoder.layers.{{i}}.{layer}"
+                for layer in (
+                    *(f"self_attn.{name}" for name in ("k_proj", "v_proj", "q_proj", "out_proj")),
+                    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+                )
+            },
+            "final_layer_norm": "text_model.final_layer_norm",
+        },
         ignored={
             "text_model.embeddings.position_ids": "the constants 0..76; made where they are needed",
             "embeddings.position_ids": "the same without the prefix",
         },
+        identity=True,
     ),
     "DPTForDepthEstimation": Table(
         DPT,

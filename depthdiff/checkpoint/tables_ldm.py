@@ -11,11 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from depthdiff.checkpoint.remap import Table, nest
-from depthdiff.checkpoint.tables import SAME_WIDTH, TRANSFORMER, same
-from depthdiff.models.clip_text import CLIPTextConfig
-from depthdiff.models.dpt import DPTConfig
-from depthdiff.models.unet import UNet2DConditionConfig
-from depthdiff.models.vae import AutoencoderKLConfig
+from depthdiff.checkpoint.tables import same
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -47,6 +43,17 @@ IGNORED_PREFIXES = {
 }
 """What keys begin with -> why no network reads them."""
 
+SAME_WIDTH = same("norm1", "conv1", "norm2", "conv2")
+ATTENTION = same("to_q", "to_k", "to_v", "to_out.0")
+BLOCK = {
+    **same("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"),
+    **nest("attn1", "attn1", ATTENTION),
+    **nest("attn2", "attn2", ATTENTION),
+}
+TRANSFORMER = {
+    **same("norm", "proj_in", "proj_out"),
+    **nest("transformer_blocks.{k}", "transformer_blocks.{k}", BLOCK),
+}
 RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -59,8 +66,8 @@ VAE_RESNET = {**SAME_WIDTH, "nin_shortcut": "conv_shortcut"}
 VAE_MID = {
     **nest("mid.block_1", "mid_block.resnets.0", SAME_WIDTH),
     **nest("mid.block_2", "mid_block.resnets.1", SAME_WIDTH),
-    "mid.attn_1.norm": "mid_block.attention.norm",
-    **nest("mid.attn_1", "mid_block.attention.attn", {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out"}),
+    "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+    **nest("mid.attn_1", "mid_block.attentions.0", {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}),
 }
 VAE_CODER = {**same("conv_in", "conv_out"), "norm_out": "conv_norm_out", **VAE_MID}
 BIT_LAYER = same("conv1", "conv2", "conv3", "norm1", "norm2", "norm3", "downsample.conv", "downsample.norm")
@@ -86,19 +93,25 @@ def transformer(published: str, ours: str, depth: int) -> dict[str, str]:
     return {a.replace("{k}", str(k)): b.replace("{k}", str(k)) for a, b in rows.items() for k in range(depth)}
 
 
-def unet(config: UNet2DConditionConfig) -> Table:
+def per_level(config: Any, name: str) -> tuple[int, ...]:
+    """Return a setting that takes one number or one a level as one a level."""
+    value = config[name]
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(config["block_out_channels"])
+
+
+def unet(config: Any) -> Table:
     """Make the table of a UNet."""
+    depths = per_level(config, "transformer_layers_per_block")
     rows = {
         **nest("time_embed", "time_embedding", {"0": "linear_1", "2": "linear_2"}),
         "input_blocks.0.0": "conv_in",
         **nest("middle_block.0", "mid_block.resnets.0", RESNET),
-        **transformer("middle_block.1", "mid_block.attentions.0", config.per_level("transformer_layers_per_block")[-1]),
+        **transformer("middle_block.1", "mid_block.attentions.0", depths[-1]),
         **nest("middle_block.2", "mid_block.resnets.1", RESNET),
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
     }
-    last, layers = len(config.block_out_channels) - 1, config.per_level("layers_per_block")
-    depths = config.per_level("transformer_layers_per_block")
+    last, layers = len(config.block_out_channels) - 1, per_level(config, "layers_per_block")
     number = 1
     for i, kind in enumerate(config.down_block_types):
         for j in range(layers[i]):
@@ -107,7 +120,7 @@ def unet(config: UNet2DConditionConfig) -> Table:
                 rows |= transformer(f"input_blocks.{number}.1", f"down_blocks.{i}.attentions.{j}", depths[i])
             number += 1
         if i < last:
-            rows[f"input_blocks.{number}.0.op"] = f"down_blocks.{i}.downsample.conv"
+            rows[f"input_blocks.{number}.0.op"] = f"down_blocks.{i}.downsamplers.0.conv"
             number += 1
     number = 0
     for i, kind in enumerate(config.up_block_types):
@@ -118,50 +131,50 @@ def unet(config: UNet2DConditionConfig) -> Table:
                 rows |= transformer(f"output_blocks.{number}.1", f"up_blocks.{i}.attentions.{j}", depths[last - i])
             number += 1
         if i < last:
-            rows[f"output_blocks.{number - 1}.{1 + has_attention}.conv"] = f"up_blocks.{i}.upsample.conv"
+            rows[f"output_blocks.{number - 1}.{1 + has_attention}.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
     return Table(rows)
 
 
-def vae(config: AutoencoderKLConfig) -> Table:
+def vae(config: Any) -> Table:
     """Make the table of an autoencoder; ldm counts the decoder's levels from the finest, we from the coarsest."""
     rows = {
         **same("quant_conv", "post_quant_conv"),
         **nest("encoder", "encoder", VAE_CODER),
         **nest("decoder", "decoder", VAE_CODER),
         **nest("encoder.down.{i}.block.{j}", "encoder.down_blocks.{i}.resnets.{j}", VAE_RESNET),
-        "encoder.down.{i}.downsample.conv": "encoder.down_blocks.{i}.downsample.conv",
+        "encoder.down.{i}.downsample.conv": "encoder.down_blocks.{i}.downsamplers.0.conv",
     }
     levels = len(config.block_out_channels)
     for i in range(levels):
         here = f"decoder.up.{levels - 1 - i}"
         rows |= nest(here + ".block.{j}", f"decoder.up_blocks.{i}.resnets." + "{j}", VAE_RESNET)
-        rows[f"{here}.upsample.conv"] = f"decoder.up_blocks.{i}.upsample.conv"
-    attention = ("to_q", "to_k", "to_v", "to_out")
-    convolved = (f"{coder}.mid_block.attention.attn.{name}" for coder in ("encoder", "decoder") for name in attention)
+        rows[f"{here}.upsample.conv"] = f"decoder.up_blocks.{i}.upsamplers.0.conv"
+    attention = ("to_q", "to_k", "to_v", "to_out.0")
+    convolved = (f"{coder}.mid_block.attentions.0.{name}" for coder in ("encoder", "decoder") for name in attention)
     return Table(rows, reshaped=tuple(convolved))
 
 
 def text_layer(published: str, ours: str) -> dict[str, str]:
     """Make the rows of one layer of the text tower; query, key and value are stacked."""
-    rows = {"ln_1": "norm1", "attn.out_proj": "self_attn.to_out", "ln_2": "norm2"}
-    rows |= {"mlp.c_fc": "fc1", "mlp.c_proj": "fc2"}
+    rows = {"ln_1": "layer_norm1", "attn.out_proj": "self_attn.out_proj", "ln_2": "layer_norm2"}
+    rows |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     stacked = {
         f"[{i}]{published}.attn.in_proj_{leaf}": f"{ours}.self_attn.{name}.{leaf}"
-        for i, name in enumerate(("to_q", "to_k", "to_v"))
+        for i, name in enumerate(("q_proj", "k_proj", "v_proj"))
         for leaf in ("weight", "bias")
     }
     return nest(published, ours, rows) | stacked
 
 
-def text_encoder(config: CLIPTextConfig) -> Table:
+def text_encoder(config: Any) -> Table:
     """Make the table of a text tower, of which the model reads the last layer but one."""
     dropped = text_layer(f"transformer.resblocks.{config.num_hidden_layers}", "")
     return Table(
         {
-            "token_embedding": "token_embedding",
-            "positional_embedding": "position_embedding.weight",
-            **text_layer("transformer.resblocks.{i}", "layers.{i}"),
-            "ln_final": "final_layer_norm",
+            "token_embedding": "text_model.embeddings.token_embedding",
+            "positional_embedding": "text_model.embeddings.position_embedding.weight",
+            **text_layer("transformer.resblocks.{i}", "text_model.encoder.layers.{i}"),
+            "ln_final": "text_model.final_layer_norm",
         },
         ignored={
             **dict.fromkeys(dropped, "never read: the UNet looks at the layer before it"),
@@ -172,7 +185,7 @@ def text_encoder(config: CLIPTextConfig) -> Table:
     )
 
 
-def depth_estimator(config: DPTConfig) -> Table:
+def depth_estimator(config: Any) -> Table:
     """Make the table of a hybrid depth net; MiDaS counts levels from 1 and fuses them from the last."""
     vit, post = "pretrained.model", "pretrained.act_postprocess"
     rows = {
@@ -181,7 +194,7 @@ def depth_estimator(config: DPTConfig) -> Table:
         f"{vit}.patch_embed.proj": "embeddings.projection",
         **nest(f"{vit}.patch_embed.backbone.stem", "backbone.stem", same("conv", "norm")),
         **nest(vit + ".patch_embed.backbone.stages.{i}.blocks.{j}", "backbone.stages.{i}.layers.{j}", BIT_LAYER),
-        **nest(vit + ".blocks.{i}", "layers.{i}", {"attn.proj": "attention.to_out", **same("norm1", "norm2")}),
+        **nest(vit + ".blocks.{i}", "layers.{i}", {"attn.proj": "attention.to_out.0", **same("norm1", "norm2")}),
         **nest(vit + ".blocks.{i}.mlp", "layers.{i}", same("fc1", "fc2")),
         **{
             f"[{i}]{vit}.blocks.{{i}}.attn.qkv": f"layers.{{i}}.attention.{name}"

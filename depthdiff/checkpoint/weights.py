@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +19,11 @@ from torch import Tensor
 
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.header import FLOATS, read_header
+from depthdiff.checkpoint.mapped import give_back
 from depthdiff.checkpoint.pickles import is_weight, read_pickle
 from depthdiff.checkpoint.remap import Table, split_part
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.config import CheckpointError
-from depthdiff.models.base import Model
-from depthdiff.models.pages import give_back
 
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
 PICKLE_STEMS = {"model": "pytorch_model"}
@@ -168,7 +168,7 @@ def open_pickle(path: Path) -> dict[str, Source]:
 
 
 def read_weights(
-    cls: type[Model],
+    cls: type[Any],
     folder: Path,
     variant: str | None,
     wanted: Mapping[str, tuple[int, ...]],
@@ -195,7 +195,7 @@ def read_weights(
 
 
 def open_folder(
-    cls: type[Model], folder: Path, variant: str | None = None, use_safetensors: bool | None = None
+    cls: type[Any], folder: Path, variant: str | None = None, use_safetensors: bool | None = None
 ) -> tuple[str, dict[str, Source]]:
     """List the tensors in the weight files of `folder`; arguments and errors as in `read_weights`.
 

@@ -1,80 +1,85 @@
-"""What every network shares: a config, a device and a dtype, loading and saving, and the switches of its attention."""
+"""What every network shares: device and dtype, loading and saving, its config, and gradient checkpointing."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from depthdiff.checks import show
-from depthdiff.config import Config
-from depthdiff.models.attention import AttentionName, use_attention
-from depthdiff.models.pages import give_back_unwritten
+from depthdiff.checkpoint.config_file import HUB_ARGUMENTS, ConfigMixin
+from depthdiff.checkpoint.loading import load_model
+from depthdiff.checkpoint.saving import save_model
+from depthdiff.checkpoint.single_file import load_single_model
+from depthdiff.checks import check_flag, nearest, show
+from depthdiff.config import Config, constructor_fields
+from depthdiff.hooks import enable_layerwise_casting as cast_layers
+from depthdiff.hooks import refuse_to_cast
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
-IMAGE_CHANNELS = 8
-"""Pixels, depth and latents have no more channels than this; what reads them is a network's first convolution."""
-
-
-class Body:
-    """Base of what stands in the place of a method of one network; a copy of the network does without.
-
-    Attributes:
-        body: the method, or what stood in its place before.
-    """
-
-    body: Callable[..., Any]
+Result = TypeVar("Result")
+CheckpointFunction = Callable[..., Any]
 
 
-class Model(nn.Module):
+class Network(nn.Module):
     """Base of the networks.
 
     Attributes:
-        config: what the checkpoint fixes; the only argument of the constructor.
-        config_class: its class.
         weights_name: stem of the weight file in the published layout.
-        bodies: the methods that do the work, in whose place a `Body` may stand.
-        mark: another object whenever weights are replaced rather than changed, as a cast or an adapter does.
+        gradient_checkpointing: on the submodules that have it, whether they compute their layers again for gradients.
     """
 
-    config_class: ClassVar[type[Config]]
     weights_name: ClassVar[str]
-    bodies: ClassVar[tuple[str, ...]] = ()
+    _gradient_checkpointing_func: CheckpointFunction | None = None
+    _storage_dtype: torch.dtype | None = None
+    _compute_dtype: torch.dtype | None = None
 
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        if not isinstance(config, self.config_class):
-            kind = self.config_class.__name__
-            raise TypeError(f"config must be a {kind}, got {show(config)}; from_config also takes a dict")
-        self.config = config
-        self._slice_size: int | Literal["auto", "max"] | None = None
-        self._efficient = False
-        self.mark = object()
+    @property
+    def storage_dtype(self) -> torch.dtype | None:
+        """The dtype in which layerwise casting stores the weights; None without it."""
+        return self._storage_dtype
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not isinstance(value, Body)}
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        before = self.dtype if next(self.parameters(), None) is not None else None
-        super()._apply(fn, recurse)
-        if before is not None and self.dtype != before:
-            self.mark = object()
-        return self
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the weights compute."""
+        return self._compute_dtype or next((p.dtype for p in self.parameters()), torch.float32)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count the weights.
+
+        Args:
+            only_trainable: count those that get gradients alone.
+            exclude_embeddings: leave out tables of embeddings.
+        """
+        tables = {id(layer.weight) for layer in self.modules() if isinstance(layer, nn.Embedding)}
+        counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in counted if not (exclude_embeddings and id(p) in tables))
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Count the bytes of the weights, and of the buffers."""
+        tensors: list[Tensor] = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build the network with random weights from a config or from the parsed JSON of one.
+    def _build(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
+        """Build the network from the parsed JSON of a config file."""
+        raise NotImplementedError(f"{cls.__name__} has no config")
 
-        Raises:
-            CheckpointError: it describes no network of this class.
-        """
-        return cls(config if isinstance(config, cls.config_class) else cls.config_class.from_dict(config))
+    @classmethod
+    def _config_fields(cls) -> list[str]:
+        """List the settings that a caller may override when loading."""
+        return []
 
     @classmethod
     def from_pretrained(
@@ -84,12 +89,9 @@ class Model(nn.Module):
         subfolder: str | None = None,
         torch_dtype: torch.dtype | Literal["auto"] | None = None,
         variant: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
         use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        **kwargs: Any,
     ) -> Self:
         """Load the network from a folder or from the Hub, in evaluation mode.
 
@@ -98,31 +100,30 @@ class Model(nn.Module):
             subfolder: of the folder or repository, such as "unet".
             torch_dtype: of the weights; float32 if absent, the file's own for "auto".
             variant: of the weight file, such as "fp16".
-            revision: branch, tag or commit on the Hub.
-            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
-            token: for gated repositories.
-            local_files_only: never ask the network.
-            force_download: ignore the cache.
             use_safetensors: True for these alone, False for pickles (`.bin`) alone, None for pickles where there is
-                nothing else. Of a pickle, nothing but tensors is read, and nothing is run.
+                nothing else. Of a pickle, only tensors are read, and nothing is run.
+            low_cpu_mem_usage: False copies the weights into memory of the process; else their file is mapped.
+            **kwargs: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub; or settings
+                that replace those of the config.
 
         Raises:
             CheckpointError: a file is missing or damaged, or describes a network that this class is not.
+            TypeError: an unknown argument.
         """
-        from depthdiff.checkpoint.loading import load_model  # deferred: the checkpoint package knows all models
-
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        for name in kwargs.keys() - set(cls._config_fields()):
+            known = [*HUB_ARGUMENTS, *cls._config_fields()]
+            raise TypeError(f"from_pretrained got an unknown argument {name!r}{nearest(name, known)}")
         return load_model(
             cls,
             pretrained_model_name_or_path,
             subfolder=subfolder,
             torch_dtype=torch_dtype,
             variant=variant,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
             use_safetensors=use_safetensors,
+            copy=low_cpu_mem_usage is False,
+            overrides=kwargs,
+            **hub,
         )
 
     @classmethod
@@ -133,11 +134,7 @@ class Model(nn.Module):
         config: str | os.PathLike[str] | None = None,
         subfolder: str | None = None,
         torch_dtype: torch.dtype | Literal["auto"] | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
+        **hub: Any,
     ) -> Self:
         """Load the network from one file in the layout of Stability's own code, which may hold others beside it.
 
@@ -146,28 +143,16 @@ class Model(nn.Module):
             config: folder or Hub id with its `config.json`; inferred from shapes if absent.
             subfolder: of `config`.
             torch_dtype: of the weights; float32 if absent, the file's own for "auto".
-            revision: branch, tag or commit on the Hub, of the file.
-            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
-            token: for gated repositories.
-            local_files_only: never ask the network.
-            force_download: ignore the cache.
+            **hub: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub.
 
         Raises:
             CheckpointError: the file is missing, damaged, holds code, or has no such network.
+            TypeError: an unknown argument.
         """
-        from depthdiff.checkpoint.single_file import load_single_model  # deferred, as above
-
+        for name in hub.keys() - set(HUB_ARGUMENTS):
+            raise TypeError(f"from_single_file got an unknown argument {name!r}{nearest(name, HUB_ARGUMENTS)}")
         return load_single_model(
-            cls,
-            pretrained_model_link_or_path,
-            config=config,
-            subfolder=subfolder,
-            torch_dtype=torch_dtype,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
+            cls, pretrained_model_link_or_path, config=config, subfolder=subfolder, torch_dtype=torch_dtype, **hub
         )
 
     def save_pretrained(
@@ -186,100 +171,177 @@ class Model(nn.Module):
             variant: put into the file's name, such as "fp16".
             max_shard_size: bytes, or text such as "5GB"; larger weights are split into shards with an index.
         """
-        from depthdiff.checkpoint.saving import save_model  # deferred, as above
-
         save_model(
             self, save_directory, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
         )
 
     @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return next(self.parameters()).device
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any layer is computed again for its gradients."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return next(self.parameters()).dtype
+    def _set_gradient_checkpointing(self, enable: bool, function: CheckpointFunction | None = None) -> None:
+        modules: list[Any] = [module for module in self.modules() if "gradient_checkpointing" in vars(module)]
+        if not modules:
+            raise ValueError(f"{type(self).__name__} does not support gradient checkpointing")
+        for module in modules:
+            module.gradient_checkpointing = enable
+            module._gradient_checkpointing_func = function if enable else None
 
-    def use_fast_layout(self, device: torch.device | None = None) -> None:
-        """Lay convolutions out with the channels last, where they are faster so: in half precision, and on a processor.
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        refuse_to_cast(self, fn)
+        return super()._apply(fn, recurse)
 
-        On a processor float32 weights stay as they are, since torch rearranges them anyway, but for the first
-        convolutions: their results, and what follows, have the layout of their weights. On another device these get
-        the layout of the other convolutions back. The depth net's backbone makes its filters anew at every use and
-        keeps torch's layout.
 
-        Args:
-            device: where the network is to work; that of its weights if absent.
-        """
-        convolutions = [layer for layer in layers_of(self) if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
-        first = [layer for layer in convolutions if layer.in_channels <= IMAGE_CHANNELS]
-        if self.dtype in (torch.float16, torch.bfloat16):
-            wanted, changed = torch.channels_last, convolutions
-        elif (device or self.device).type == "cpu":
-            wanted, changed = torch.channels_last, first
-        else:  # first ones that were rearranged for a processor
-            others = (layer for layer in convolutions if layer.in_channels > IMAGE_CHANNELS)
-            wanted = torch.contiguous_format
-            changed = first if all(layer.weight.is_contiguous() for layer in others) else []
-        for layer in changed:
-            if not layer.weight.is_contiguous(memory_format=wanted):
-                before = layer.weight.data
-                with torch.inference_mode(False):  # weights made in inference mode could not be trained later
-                    layer.to(memory_format=wanted)  # type: ignore[call-overload]
-                give_back_unwritten(before)  # what is mapped from a file would count twice
+class ModelMixin(ConfigMixin, Network):
+    """Base of the networks that diffusers publishes: built from keyword arguments, which are their config."""
 
-    def num_parameters(self) -> int:
-        """Count the weights."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    weights_name = "diffusion_pytorch_model"
+    _supports_gradient_checkpointing: ClassVar[bool] = False
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str] | None] = None
+    _no_split_modules: ClassVar[list[str] | None] = None
+    _repeated_blocks: ClassVar[list[str] | None] = None
 
-    def set_attention(self, name: AttentionName, slice_size: int | Literal["auto", "max"] = "auto") -> None:
-        """Choose the form of attention: see `depthdiff.models.attention.use_attention`."""
-        use_attention(self, name, slice_size)
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return self._from_config(name)
 
-    def set_attention_slice(self, slice_size: int | Literal["auto", "max"] | None) -> None:
-        """Compute attention for some heads at a time ("auto" half of them, "max" one), or at once for None."""
-        use_attention(self, "sdpa" if slice_size is None else "sliced", "auto" if slice_size is None else slice_size)
-        self._slice_size = slice_size
-        self._apply_switches()
+    @classmethod
+    def _build(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
+        return cls.from_config(config, **overrides)  # type: ignore[return-value]
 
-    def enable_xformers_memory_efficient_attention(self, attention_op: object = None) -> None:
-        """Use torch's memory-efficient kernel, which is xFormers' own; it takes precedence over slicing.
+    @classmethod
+    def _config_fields(cls) -> list[str]:
+        return list(constructor_fields(cls))
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: CheckpointFunction | None = None) -> None:
+        """Keep the inputs of layers alone for the gradients, and compute the rest again. Source: arXiv:1604.06174.
 
         Args:
-            attention_op: must be None: torch chooses the operator.
+            gradient_checkpointing_func: (layer, *args, **kwargs) -> the layer's result; torch's if None.
 
         Raises:
-            ValueError: an operator was given.
+            ValueError: the network does not support it.
         """
-        if attention_op is not None:
-            raise ValueError(f"attention_op must be None, got {show(attention_op)}: torch chooses the operator itself")
-        self._efficient = True
-        self._apply_switches()
+        self._set_gradient_checkpointing(True, gradient_checkpointing_func)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep everything for the gradients."""
+        self._set_gradient_checkpointing(False)
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        skip_modules_pattern: str | tuple[str, ...] | None = None,
+        skip_modules_classes: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """Store the weights in fewer bits than they compute in; see `depthdiff.hooks.enable_layerwise_casting`."""
+        cast_layers(self, storage_dtype, compute_dtype, skip_modules_pattern, skip_modules_classes, non_blocking)
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: None = None) -> None:
+        """Choose the kernel that never holds the attention matrix, in every layer, or the default one.
+
+        Raises:
+            ValueError: `attention_op` is given: torch chooses the operator.
+        """
+        check_flag("valid", valid)
+        for module in self.modules():
+            if module is not self and hasattr(module, "set_use_memory_efficient_attention_xformers"):
+                module.set_use_memory_efficient_attention_xformers(valid, attention_op)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: None = None) -> None:
+        """Use torch's memory-efficient kernel, which is xFormers' own.
+
+        Raises:
+            ValueError: `attention_op` is given: torch chooses the operator.
+        """
+        self.set_use_memory_efficient_attention_xformers(True, attention_op)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        """Go back to what slicing says, or to torch's own choice of kernel."""
-        self._efficient = False
-        self._apply_switches()
-
-    def _apply_switches(self) -> None:
-        if self._efficient:
-            use_attention(self, "efficient")
-        elif self._slice_size is not None:
-            use_attention(self, "sliced", self._slice_size)
-        else:
-            use_attention(self, "sdpa")
+        """Let torch choose the kernel."""
+        self.set_use_memory_efficient_attention_xformers(False)
 
 
-def layers_of(network: nn.Module) -> list[nn.Module]:
-    """List a network and all that is in it; several times faster than `modules()`, as it is done at every step."""
-    layers = [network]
-    for layer in layers:
-        layers.extend(child for child in layer._modules.values() if child is not None)
-    return layers
+class PreTrainedModel(Network):
+    """Base of the networks that transformers publishes: built from a config object.
+
+    Attributes:
+        config: what the checkpoint fixes.
+        config_class: its class.
+    """
+
+    weights_name = "model"
+    config_class: ClassVar[type[Config]]
+    supports_gradient_checkpointing: ClassVar[bool] = False
+    base_model_prefix: ClassVar[str] = ""
+    main_input_name: ClassVar[str] = "input_ids"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            kind = self.config_class.__name__
+            raise TypeError(f"config must be a {kind}, got {show(config)}; from_config also takes a dict")
+        self.config = config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build the network with random weights from a config or from the parsed JSON of one.
+
+        Raises:
+            CheckpointError: it describes no network of this class.
+        """
+        return cls(config if isinstance(config, cls.config_class) else cls.config_class.from_dict(config))
+
+    @classmethod
+    def _build(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
+        return cls.from_config({**config, **overrides} if overrides else config)
+
+    def to_json_string(self) -> str:
+        """Write the config as JSON, sorted, with the class it belongs to."""
+        head = {"architectures": [type(self).__name__], "model_type": self.config_class.model_type}
+        return json.dumps(self.config.to_dict() | head, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def _config_fields(cls) -> list[str]:
+        return list(constructor_fields(cls.config_class))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Keep the inputs of layers alone for the gradients, and compute the rest again. Source: arXiv:1604.06174.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
+
+        Raises:
+            ValueError: the network does not support it.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+        def function(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return checkpoint(layer, *args, **options, **kwargs)
+
+        self._set_gradient_checkpointing(True, function if gradient_checkpointing_kwargs else None)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep everything for the gradients."""
+        self._set_gradient_checkpointing(False)
 
 
-def hooked(network: nn.Module) -> bool:
-    """Tell whether any layer has a hook on its way forward."""
-    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers_of(network))
+def recomputed(module: Any) -> CheckpointFunction:
+    """Return what calls the layers of `module`: directly, or through checkpointing where gradients need it."""
+    if module.gradient_checkpointing and torch.is_grad_enabled():
+        return module._gradient_checkpointing_func or checkpoint_layer
+    return call_layer
+
+
+def call_layer(layer: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """Call a layer."""
+    return layer(*args, **kwargs)
+
+
+def checkpoint_layer(layer: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """Call a layer, and let its gradients compute it again."""
+    return checkpoint(layer, *args, use_reentrant=False, **kwargs)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.config import Config
-from depthdiff.models.layers import ACTIVATIONS
+from depthdiff.models.embeddings import ACTIVATIONS
 
 EPS = 1e-8
 """Added to the variance of a filter's weights. Source: rwightman/pytorch-image-models, models/resnetv2.py."""
@@ -23,7 +23,7 @@ EPS = 1e-8
 STEM_STRIDE = 4
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BitConfig(Config):
     """What a checkpoint fixes about the backbone; names and defaults are those of the published `config.json`."""
 
@@ -40,6 +40,7 @@ class BitConfig(Config):
     width_factor: int = 1
     out_features: tuple[str, ...] | None = None
 
+    model_type: ClassVar[str] = "bit"
     COUNTS: ClassVar[tuple[str, ...]] = ("depths",)
     POSITIVE: ClassVar[tuple[str, ...]] = (
         "num_channels",

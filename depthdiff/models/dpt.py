@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from depthdiff.config import Config, Output
-from depthdiff.models.attention import MultiHeadAttention
-from depthdiff.models.base import Model
+from depthdiff.config import BaseOutput, Config
+from depthdiff.models.attention import Attention, AttentionMixin
+from depthdiff.models.base import PreTrainedModel, recomputed
 from depthdiff.models.bit import BitBackbone, BitConfig
-from depthdiff.models.convolution import Conv3x3
-from depthdiff.models.layers import ACTIVATIONS
+from depthdiff.models.embeddings import ACTIVATIONS
 
 HYBRID_BACKBONE = BitConfig(
     depths=(3, 4, 9), layer_type="bottleneck", global_padding="SAME", embedding_dynamic_padding=True
@@ -31,7 +30,7 @@ FROM_BACKBONE = 2
 """How many of the hybrid form's four levels are features of the backbone; the others are tokens."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DPTConfig(Config):
     """What a checkpoint fixes about the depth net; names and defaults are those of the published `config.json`."""
 
@@ -58,6 +57,7 @@ class DPTConfig(Config):
     backbone_featmap_shape: tuple[int, ...] | None = None
     neck_ignore_stages: tuple[int, ...] = ()
 
+    model_type: ClassVar[str] = "dpt"
     COUNTS: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
     POSITIVE: ClassVar[tuple[str, ...]] = (
         "hidden_size",
@@ -122,7 +122,7 @@ class DPTConfig(Config):
 
 
 @dataclass
-class DepthEstimatorOutput(Output):
+class DepthEstimatorOutput(BaseOutput):
     """`predicted_depth`: (B, H, W), disparity: relative inverse depth, at least 0, near is large, of no unit."""
 
     predicted_depth: Tensor
@@ -161,13 +161,14 @@ class Embeddings(nn.Module):
 
 
 class ViTLayer(nn.Module):
-    """Self-attention and a feed-forward, each after a norm and around a short cut. Source: arXiv:2010.11929."""
+    """Self-attention and a feed-forward, each after a norm and with a residual connection. Source: arXiv:2010.11929."""
 
     def __init__(self, config: DPTConfig) -> None:
         super().__init__()
         dim = config.hidden_size
         self.norm1 = nn.LayerNorm(dim, config.layer_norm_eps)
-        self.attention = MultiHeadAttention(dim, config.num_attention_heads, qkv_bias=config.qkv_bias)
+        heads = config.num_attention_heads
+        self.attention = Attention(dim, heads=heads, dim_head=dim // heads, bias=config.qkv_bias)
         self.norm2 = nn.LayerNorm(dim, config.layer_norm_eps)
         self.fc1 = nn.Linear(dim, config.intermediate_size)
         self.act = ACTIVATIONS[config.hidden_act]()
@@ -214,12 +215,12 @@ class Reassemble(nn.Module):
 
 
 class ResidualConvUnit(nn.Module):
-    """Two convolutions, each after a ReLU, around a short cut. Source: arXiv:1611.06612, fig. 4b (RefineNet)."""
+    """Two convolutions, each after a ReLU, and a residual connection. Source: arXiv:1611.06612, fig. 4b (RefineNet)."""
 
     def __init__(self, channels: int, bias: bool) -> None:
         super().__init__()
-        self.convolution1 = Conv3x3(channels, channels, bias=bias)
-        self.convolution2 = Conv3x3(channels, channels, bias=bias)
+        self.convolution1 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.convolution2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -252,8 +253,8 @@ class Head(nn.Module):
     def __init__(self, config: DPTConfig) -> None:
         super().__init__()
         channels = config.fusion_hidden_size
-        self.projection = Conv3x3(channels, channels) if config.add_projection else None
-        self.conv1 = Conv3x3(channels, channels // 2)
+        self.projection = nn.Conv2d(channels, channels, 3, padding=1) if config.add_projection else None
+        self.conv1 = nn.Conv2d(channels, channels // 2, 3, padding=1)
         self.conv2 = nn.Conv2d(channels // 2, 32, 3, padding=1)
         self.conv3 = nn.Conv2d(32, 1, 1)
 
@@ -265,19 +266,25 @@ class Head(nn.Module):
         return F.relu(self.conv3(F.relu(self.conv2(x)))).squeeze(1)
 
 
-class DPTForDepthEstimation(Model):
+class DPTForDepthEstimation(PreTrainedModel, AttentionMixin):
     """Monocular depth estimation, for depth up to scale and shift.
 
     Args:
         config: its geometry.
+        **settings: those of `DPTConfig`, instead of a config.
     """
 
     config_class = DPTConfig
-    weights_name = "model"
     config: DPTConfig
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
 
-    def __init__(self, config: DPTConfig) -> None:
+    def __init__(self, config: DPTConfig | None = None, **settings: Any) -> None:
+        if config is not None and settings:
+            raise TypeError(f"config and {', '.join(settings)} both describe the network; give one of them")
+        config = DPTConfig(**settings) if config is None else config
         super().__init__(config)
+        self.gradient_checkpointing = False
         self.backbone = BitBackbone(config.backbone) if config.is_hybrid else None
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))
@@ -287,7 +294,7 @@ class DPTForDepthEstimation(Model):
             {str(i): Reassemble(config, *level) for i, level in enumerate(levels) if i >= self.first_token_level}
         )
         self.convs = nn.ModuleList(
-            Conv3x3(size, config.fusion_hidden_size, bias=False) for size in config.neck_hidden_sizes
+            nn.Conv2d(size, config.fusion_hidden_size, 3, padding=1, bias=False) for size in config.neck_hidden_sizes
         )
         self.fusion = nn.ModuleList(Fusion(config, coarsest=i == 0) for i in range(len(levels)))
         self.head = Head(config)
@@ -316,7 +323,7 @@ class DPTForDepthEstimation(Model):
         taps = self.config.backbone_out_indices[self.first_token_level :]
         levels = iter(self.reassemble.values())
         for i, layer in enumerate(self.layers):
-            tokens = layer(tokens)
+            tokens = recomputed(self)(layer, tokens)
             if i in taps:
                 features.append(next(levels)(tokens, size))
 

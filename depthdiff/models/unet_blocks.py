@@ -1,132 +1,363 @@
-"""The levels of the UNet: residual blocks, each followed by attention to the prompt or by nothing.
+"""The levels of the UNet on the way down and up: residual blocks, transformers, and a change of resolution.
 
-Letters: B batch, C channels, h and w height and width of a level's feature maps, T channels of the time embedding.
+Letters: B batch, C channels, H and W height and width of a feature map, T channels of the time embedding, L tokens of
+the prompt, X their channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from depthdiff.models.attention import KeysValues
-from depthdiff.models.layers import Downsample2D, ResnetBlock2D, SpatialTransformer, Upsample2D, widened
-from depthdiff.models.shortcuts import TokenMerging
-
-if TYPE_CHECKING:
-    from depthdiff.models.unet import UNet2DConditionConfig
-
-
-class PassThrough(nn.Module):
-    """Stands where a level has no attention."""
-
-    def forward(self, x: Tensor, context: Sequence[KeysValues], merging: TokenMerging | None = None) -> Tensor:
-        """Return `x`."""
-        return x
-
-
-class Level:
-    """The sizes of one level of the UNet, from which its layers are made."""
-
-    def __init__(self, config: UNet2DConditionConfig, index: int, *, attention: bool) -> None:
-        self.config, self.attention = config, attention
-        self.channels = config.block_out_channels[index]
-        self.num_heads = config.per_level("attention_head_dim")[index]
-        self.num_resnets = config.per_level("layers_per_block")[index]
-        self.num_transformers = config.per_level("transformer_layers_per_block")[index]
-        self.context_dim = config.per_level("cross_attention_dim")[index]
-
-    def resnet(self, in_channels: int) -> ResnetBlock2D:
-        """Make a residual block that ends in this level's channels."""
-        config = self.config
-        time_dim, groups = 4 * config.block_out_channels[0], config.norm_num_groups
-        return ResnetBlock2D(
-            in_channels, self.channels, time_dim, groups=groups, eps=config.norm_eps, act_fn=config.act_fn
-        )
-
-    def transformer(self) -> nn.Module:
-        """Make the attention that follows a residual block, or a pass-through."""
-        if not self.attention:
-            return PassThrough()
-        return SpatialTransformer(
-            self.channels,
-            self.num_heads,
-            num_layers=self.num_transformers,
-            context_dim=self.context_dim,
-            groups=self.config.norm_num_groups,
-            use_linear=self.config.use_linear_projection,
-        )
+from depthdiff.checks import refuse_values
+from depthdiff.models.base import recomputed
+from depthdiff.models.freeu import apply_freeu
+from depthdiff.models.levels import (
+    Kwargs,
+    Level,
+    downsampled,
+    make_downsamplers,
+    make_upsamplers,
+    per_layer,
+    resnet_options,
+    upsampled,
+    widths_down,
+    widths_up,
+)
 
 
-class DownBlock(nn.Module):
-    """One level on the way down; hands out what its counterpart on the way up will read."""
+class DownBlock2D(Level):
+    """A level on the way down without attention; arguments as those of `CrossAttnDownBlock2D`."""
 
-    def __init__(self, level: Level, in_channels: int, *, downsample: bool) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        temb_channels: int,
+        dropout: float = 0.0,
+        num_layers: int = 1,
+        resnet_eps: float = 1e-6,
+        resnet_time_scale_shift: str = "default",
+        resnet_act_fn: str = "swish",
+        resnet_groups: int = 32,
+        resnet_pre_norm: bool = True,
+        output_scale_factor: float = 1.0,
+        add_downsample: bool = True,
+        downsample_padding: int = 1,
+    ) -> None:
         super().__init__()
-        widths = [in_channels] + [level.channels] * (level.num_resnets - 1)
-        self.resnets = nn.ModuleList(level.resnet(width) for width in widths)
-        self.attentions = nn.ModuleList(level.transformer() for _ in widths)
-        self.downsample = Downsample2D(level.channels, level.config.downsample_padding) if downsample else None
+        self.gradient_checkpointing = False
+        self._build(
+            widths_down(in_channels, out_channels, num_layers),
+            None,
+            [0] * num_layers,
+            **resnet_options(temb_channels, dropout, resnet_eps, resnet_time_scale_shift, resnet_act_fn, resnet_groups),
+            pre_norm=resnet_pre_norm,
+            output_scale_factor=output_scale_factor,
+        )
+        self.downsamplers = make_downsamplers(out_channels, downsample_padding) if add_downsample else None
 
     def forward(
-        self, x: Tensor, time: Tensor, context: Sequence[KeysValues], merging: TokenMerging | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the block's result and every intermediate one, the result included.
+        self, hidden_states: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute the level.
 
-        Up to the first attention to the prompts, `x` may have fewer rows than there are prompts.
+        Args:
+            hidden_states: (B, C, H, W).
+            temb: (B, T).
+            *args: not used; for callers that pass a `scale`.
+            **kwargs: not used.
+
+        Returns:
+            (B, C', H / 2, W / 2), and the results of all layers, the last one being the first of these.
         """
-        skips = []
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(x, time[: len(x)]), context, merging)
-            skips.append(x)
-        if self.downsample is not None:
-            x = self.downsample(x)
-            skips.append(x)
-        return x, skips
+        skips: tuple[Tensor, ...] = ()
+        for resnet in self.resnets:
+            hidden_states = recomputed(self)(resnet, hidden_states, temb)
+            skips = (*skips, hidden_states)
+        return downsampled(self.downsamplers, hidden_states, skips)
 
 
-class MidBlock(nn.Module):
-    """The coarsest level: residual block, attention, residual block; only the first of them without attention."""
+class CrossAttnDownBlock2D(Level):
+    """A level on the way down whose pixels attend to each other and to the prompt.
 
-    def __init__(self, level: Level) -> None:
+    Args:
+        in_channels: C.
+        out_channels: C'.
+        temb_channels: T.
+        dropout: share that is dropped in training.
+        num_layers: residual blocks, and transformers.
+        transformer_layers_per_block: blocks of each transformer, one number or one a layer.
+        resnet_eps: of the residual blocks' norms.
+        resnet_time_scale_shift: must be "default".
+        resnet_act_fn: name of their activation.
+        resnet_groups: of all norms.
+        resnet_pre_norm: must be True.
+        num_attention_heads: of every attention.
+        cross_attention_dim: X.
+        output_scale_factor: must be 1.
+        downsample_padding: of the convolution that halves the resolution.
+        add_downsample: whether there is one.
+        dual_cross_attention: must be False.
+        use_linear_projection: see `Transformer2DModel`.
+        only_cross_attention: must be False.
+        upcast_attention: compute scores in float32.
+        attention_type: must be "default".
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        temb_channels: int,
+        dropout: float = 0.0,
+        num_layers: int = 1,
+        transformer_layers_per_block: int | tuple[int, ...] = 1,
+        resnet_eps: float = 1e-6,
+        resnet_time_scale_shift: str = "default",
+        resnet_act_fn: str = "swish",
+        resnet_groups: int = 32,
+        resnet_pre_norm: bool = True,
+        num_attention_heads: int = 1,
+        cross_attention_dim: int = 1280,
+        output_scale_factor: float = 1.0,
+        downsample_padding: int = 1,
+        add_downsample: bool = True,
+        dual_cross_attention: bool = False,
+        use_linear_projection: bool = False,
+        only_cross_attention: bool = False,
+        upcast_attention: bool = False,
+        attention_type: str = "default",
+    ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(level.resnet(level.channels) for _ in range(1 + level.attention))
-        self.attentions = nn.ModuleList(level.transformer() for _ in range(level.attention))
-
-    def forward(self, x: Tensor, time: Tensor, context: Sequence[KeysValues]) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
-        x = self.resnets[0](x, time)
-        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attention(x, context), time)
-        return x
-
-
-class UpBlock(nn.Module):
-    """One level on the way up: every residual block also reads a result of the way down."""
-
-    def __init__(self, level: Level, in_channels: int, skip_channels: int, *, upsample: bool) -> None:
-        super().__init__()
-        widths = [in_channels] + [level.channels] * level.num_resnets
-        skips = [level.channels] * level.num_resnets + [skip_channels]
-        self.resnets = nn.ModuleList(level.resnet(width + skip) for width, skip in zip(widths, skips, strict=True))
-        self.attentions = nn.ModuleList(level.transformer() for _ in widths)
-        self.upsample = Upsample2D(level.channels) if upsample else None
+        refuse_values("CrossAttnDownBlock2D", dual_cross_attention=(dual_cross_attention, False))
+        self.has_cross_attention, self.num_attention_heads = True, num_attention_heads
+        self.gradient_checkpointing = False
+        attention = {
+            "num_attention_heads": num_attention_heads,
+            "cross_attention_dim": cross_attention_dim,
+            "norm_num_groups": resnet_groups,
+            "use_linear_projection": use_linear_projection,
+            "only_cross_attention": only_cross_attention,
+            "upcast_attention": upcast_attention,
+            "attention_type": attention_type,
+        }
+        self._build(
+            widths_down(in_channels, out_channels, num_layers),
+            attention,
+            per_layer(transformer_layers_per_block, num_layers),
+            **resnet_options(temb_channels, dropout, resnet_eps, resnet_time_scale_shift, resnet_act_fn, resnet_groups),
+            pre_norm=resnet_pre_norm,
+            output_scale_factor=output_scale_factor,
+        )
+        self.downsamplers = make_downsamplers(out_channels, downsample_padding) if add_downsample else None
 
     def forward(
         self,
-        x: Tensor,
-        skips: list[Tensor],
-        time: Tensor,
-        context: Sequence[KeysValues],
-        merging: TokenMerging | None = None,
-        part: slice = slice(None),
-    ) -> Tensor:
-        """Take what it needs off the end of `skips`, and come out at the size of the skip that is then last.
+        hidden_states: Tensor,
+        temb: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: Kwargs | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        additional_residuals: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute the level.
 
-        `part` names the residual blocks to run, of a level that does not upsample.
+        Args:
+            hidden_states: (B, C, H, W).
+            temb: (B, T).
+            encoder_hidden_states: (B, L, X), the prompt.
+            attention_mask: for self-attention.
+            cross_attention_kwargs: for the attention processors.
+            encoder_attention_mask: for attention to the prompt.
+            additional_residuals: (B, C', H, W), added to the last transformer's result (T2I-Adapter, arXiv:2302.08453).
+
+        Returns:
+            (B, C', H / 2, W / 2), and the results of all layers, the last one being the first of these.
         """
-        for resnet, attention in list(zip(self.resnets, self.attentions, strict=True))[part]:
-            x = attention(resnet(torch.cat([x, widened(skips.pop(), len(x))], dim=1), time), context, merging)
-        return x if self.upsample is None else self.upsample(x, skips[-1].shape[-2:])
+        skips: tuple[Tensor, ...] = ()
+        for index, (resnet, attention) in enumerate(zip(self.resnets, self.attentions, strict=True)):
+            hidden_states = recomputed(self)(resnet, hidden_states, temb)
+            hidden_states = attention(
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                cross_attention_kwargs=cross_attention_kwargs,
+                attention_mask=attention_mask,
+                encoder_attention_mask=encoder_attention_mask,
+                return_dict=False,
+            )[0]
+            if index == len(self.resnets) - 1 and additional_residuals is not None:
+                hidden_states = hidden_states + additional_residuals
+            skips = (*skips, hidden_states)
+        return downsampled(self.downsamplers, hidden_states, skips)
+
+
+class UpBlock2D(Level):
+    """A level on the way up without attention; arguments as those of `CrossAttnUpBlock2D`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        prev_output_channel: int,
+        out_channels: int,
+        temb_channels: int,
+        resolution_idx: int | None = None,
+        dropout: float = 0.0,
+        num_layers: int = 1,
+        resnet_eps: float = 1e-6,
+        resnet_time_scale_shift: str = "default",
+        resnet_act_fn: str = "swish",
+        resnet_groups: int = 32,
+        resnet_pre_norm: bool = True,
+        output_scale_factor: float = 1.0,
+        add_upsample: bool = True,
+    ) -> None:
+        super().__init__()
+        self.resolution_idx, self.gradient_checkpointing = resolution_idx, False
+        self._build(
+            widths_up(in_channels, prev_output_channel, out_channels, num_layers),
+            None,
+            [0] * num_layers,
+            **resnet_options(temb_channels, dropout, resnet_eps, resnet_time_scale_shift, resnet_act_fn, resnet_groups),
+            pre_norm=resnet_pre_norm,
+            output_scale_factor=output_scale_factor,
+        )
+        self.upsamplers = make_upsamplers(out_channels) if add_upsample else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        temb: Tensor | None = None,
+        upsample_size: torch.Size | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Compute the level; arguments as those of `CrossAttnUpBlock2D.forward`."""
+        for resnet in self.resnets:
+            skip, res_hidden_states_tuple = res_hidden_states_tuple[-1], res_hidden_states_tuple[:-1]
+            hidden_states, skip = apply_freeu(self, hidden_states, skip)
+            hidden_states = torch.cat([hidden_states, skip], dim=1)
+            hidden_states = recomputed(self)(resnet, hidden_states, temb)
+        return upsampled(self.upsamplers, hidden_states, upsample_size)
+
+
+class CrossAttnUpBlock2D(Level):
+    """A level on the way up whose pixels attend to each other and to the prompt.
+
+    Args:
+        in_channels: C of the skip that the last layer reads.
+        out_channels: C'.
+        prev_output_channel: C of what comes from the coarser level.
+        temb_channels: T.
+        resolution_idx: number of the level, from the coarsest; FreeU acts on 0 and 1.
+        dropout: share that is dropped in training.
+        num_layers: residual blocks, and transformers.
+        transformer_layers_per_block: blocks of each transformer, one number or one a layer.
+        resnet_eps: of the residual blocks' norms.
+        resnet_time_scale_shift: must be "default".
+        resnet_act_fn: name of their activation.
+        resnet_groups: of all norms.
+        resnet_pre_norm: must be True.
+        num_attention_heads: of every attention.
+        cross_attention_dim: X.
+        output_scale_factor: must be 1.
+        add_upsample: whether the resolution is doubled at the end.
+        dual_cross_attention: must be False.
+        use_linear_projection: see `Transformer2DModel`.
+        only_cross_attention: must be False.
+        upcast_attention: compute scores in float32.
+        attention_type: must be "default".
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        prev_output_channel: int,
+        temb_channels: int,
+        resolution_idx: int | None = None,
+        dropout: float = 0.0,
+        num_layers: int = 1,
+        transformer_layers_per_block: int | tuple[int, ...] = 1,
+        resnet_eps: float = 1e-6,
+        resnet_time_scale_shift: str = "default",
+        resnet_act_fn: str = "swish",
+        resnet_groups: int = 32,
+        resnet_pre_norm: bool = True,
+        num_attention_heads: int = 1,
+        cross_attention_dim: int = 1280,
+        output_scale_factor: float = 1.0,
+        add_upsample: bool = True,
+        dual_cross_attention: bool = False,
+        use_linear_projection: bool = False,
+        only_cross_attention: bool = False,
+        upcast_attention: bool = False,
+        attention_type: str = "default",
+    ) -> None:
+        super().__init__()
+        refuse_values("CrossAttnUpBlock2D", dual_cross_attention=(dual_cross_attention, False))
+        self.has_cross_attention, self.num_attention_heads = True, num_attention_heads
+        self.resolution_idx, self.gradient_checkpointing = resolution_idx, False
+        attention = {
+            "num_attention_heads": num_attention_heads,
+            "cross_attention_dim": cross_attention_dim,
+            "norm_num_groups": resnet_groups,
+            "use_linear_projection": use_linear_projection,
+            "only_cross_attention": only_cross_attention,
+            "upcast_attention": upcast_attention,
+            "attention_type": attention_type,
+        }
+        self._build(
+            widths_up(in_channels, prev_output_channel, out_channels, num_layers),
+            attention,
+            per_layer(transformer_layers_per_block, num_layers),
+            **resnet_options(temb_channels, dropout, resnet_eps, resnet_time_scale_shift, resnet_act_fn, resnet_groups),
+            pre_norm=resnet_pre_norm,
+            output_scale_factor=output_scale_factor,
+        )
+        self.upsamplers = make_upsamplers(out_channels) if add_upsample else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        temb: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        cross_attention_kwargs: Kwargs | None = None,
+        upsample_size: torch.Size | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the level.
+
+        Args:
+            hidden_states: (B, C, H, W), from the coarser level.
+            res_hidden_states_tuple: the results of the layers on the way down, of which the last ones are read.
+            temb: (B, T).
+            encoder_hidden_states: (B, L, X), the prompt.
+            cross_attention_kwargs: for the attention processors.
+            upsample_size: height and width of the result; twice the input's if None.
+            attention_mask: for self-attention.
+            encoder_attention_mask: for attention to the prompt.
+
+        Returns:
+            (B, C', 2 H, 2 W).
+        """
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            skip, res_hidden_states_tuple = res_hidden_states_tuple[-1], res_hidden_states_tuple[:-1]
+            hidden_states, skip = apply_freeu(self, hidden_states, skip)
+            hidden_states = torch.cat([hidden_states, skip], dim=1)
+            hidden_states = recomputed(self)(resnet, hidden_states, temb)
+            hidden_states = attention(
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                cross_attention_kwargs=cross_attention_kwargs,
+                attention_mask=attention_mask,
+                encoder_attention_mask=encoder_attention_mask,
+                return_dict=False,
+            )[0]
+        return upsampled(self.upsamplers, hidden_states, upsample_size)

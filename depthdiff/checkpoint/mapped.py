@@ -1,4 +1,4 @@
-"""Pages of memory: those of a file, given back when they are read, so that they no longer count; and large ones."""
+"""Pages of memory that are mapped from a file, given back once they are read, so that they no longer count."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from torch import Tensor
 PAGEMAP = Path("/proc/self/pagemap")
 PRESENT, SWAPPED, OF_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
 """Bits of a page's entry. Source: Linux, Documentation/admin-guide/mm/pagemap.rst."""
-
-LARGE_BYTES = 2**25
-"""Of memory that glibc gets anew from the system, unless told otherwise: `DEFAULT_MMAP_THRESHOLD_MAX` in malloc.c."""
 
 
 def whole_pages(tensor: Tensor) -> tuple[int, int]:
@@ -43,22 +40,6 @@ def give_back(tensor: Tensor) -> None:
     back; who reads it again has them read again from the file.
     """
     advise(tensor, "MADV_DONTNEED")
-
-
-def ask_for_large_pages(tensor: Tensor) -> Tensor:
-    """Have the system hand out memory that nothing was written to 2 MiB at a time; return the tensor.
-
-    The first writing to 64 MiB then takes 9 in place of 20 ms. Nothing changes where memory is small, or not handed out
-    by pages at its first use.
-    """
-    if tensor.device.type == "cpu" and tensor.nbytes >= LARGE_BYTES:
-        advise(tensor, "MADV_HUGEPAGE")
-    return tensor
-
-
-def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Make (B, C, H, W) for the batch and of the kind of `x`, channels last in memory, in large pages."""
-    return ask_for_large_pages(x.new_empty(len(x), height, width, channels)).movedim(3, 1)
 
 
 def give_back_unwritten(tensor: Tensor) -> bool:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from depthdiff.models import winograd
-from depthdiff.models.plain import fuses_bfloat16, has_tiles, is_bare, only_computes, products_are_exact, uses_onednn
+from depthdiff.fast import winograd
+from depthdiff.fast.plain import fuses_bfloat16, has_tiles, is_bare, only_computes, products_are_exact, uses_onednn
 
 MOST_PIXELS, FEWEST_WEIGHTS = 256, 2**20
 """Largest map of a result, and fewest pairs of channels, for which a matrix product is faster. The batch does not

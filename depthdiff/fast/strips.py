@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from depthdiff.models import winograd
-from depthdiff.models.convolution import Conv3x3, is_plain, packed_conv
-from depthdiff.models.pages import LARGE_BYTES, empty_map
-from depthdiff.models.plain import is_bare, only_computes
+from depthdiff.fast import winograd
+from depthdiff.fast.convolution import is_plain, packed_conv
+from depthdiff.fast.memory import LARGE_BYTES, empty_map
+from depthdiff.fast.plain import is_bare, only_computes
 
 MOST_WEIGHTS = 2**17
 """Pairs of channels up to which strips are faster; wider convolutions spend little on what lies between them."""

@@ -1,0 +1,181 @@
+"""PEFT's adapters in a network: its layers are injected, switched and trained by the `peft` package.
+
+They need `pip install peft`. Files of adapters, which are merged into the weights, are `depthdiff.adapters`' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from depthdiff.checks import check_number, show
+
+
+class PeftAdapterMixin:
+    """Base of the networks that host PEFT's layers."""
+
+    _hf_peft_config_loaded = False
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """Inject an adapter with random weights, and train and use it alone.
+
+        Args:
+            adapter_config: of peft, such as `LoraConfig(r=4, target_modules=["to_q", "to_v"])`.
+            adapter_name: a name that is not in use.
+
+        Raises:
+            ImportError: peft is not installed.
+            ValueError: the name is in use, or the config is not peft's.
+        """
+        peft = _peft()
+        if self._hf_peft_config_loaded and adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name {adapter_name} already exists; choose another adapter_name")
+        if not isinstance(adapter_config, peft.PeftConfig):
+            raise ValueError(f"adapter_config must be a PeftConfig of peft, got {show(adapter_config)}")
+        adapter_config.base_model_name_or_path = None
+        peft.inject_adapter_in_model(adapter_config, self, adapter_name)
+        self._hf_peft_config_loaded = True
+        self.set_adapter(adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
+        """Use these adapters alone.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._need(names)
+        for layer in self._tuner_layers():
+            layer.set_adapter(names)
+
+    def active_adapters(self) -> list[str]:
+        """List the adapters in use.
+
+        Raises:
+            ValueError: no adapter was added.
+        """
+        self._need([])
+        layer = next(self._tuner_layers(), None)
+        return [] if layer is None else list(layer.active_adapters)
+
+    def disable_adapters(self) -> None:
+        """Compute without adapters, which stay."""
+        self._switch(False)
+
+    def enable_adapters(self) -> None:
+        """Compute with the active adapters."""
+        self._switch(True)
+
+    def disable_lora(self) -> None:
+        """Compute without adapters, which stay."""
+        self._switch(False)
+
+    def enable_lora(self) -> None:
+        """Compute with the active adapters."""
+        self._switch(True)
+
+    def set_adapters(
+        self, adapter_names: str | list[str], weights: float | Sequence[float | None] | None = None
+    ) -> None:
+        """Use these adapters, each multiplied by a weight; 1 where that is None."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        shares = list(weights) if isinstance(weights, Sequence) else [weights] * len(names)
+        if len(shares) != len(names):
+            raise ValueError(f"weights must hold one number for each of {len(names)} adapters, got {len(shares)}")
+        self.set_adapter(names)
+        for layer in self._tuner_layers():
+            for name, share in zip(names, shares, strict=True):
+                if name in layer.scaling:
+                    layer.set_scale(name, 1.0 if share is None else share)
+
+    def delete_adapters(self, adapter_names: str | list[str]) -> None:
+        """Remove adapters.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._need(names)
+        for name in names:
+            for layer in self._tuner_layers():
+                layer.delete_adapter(name)
+            self.peft_config.pop(name)
+
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """Add the adapters, multiplied by `lora_scale`, to the weights themselves until `unfuse_lora`.
+
+        Args:
+            lora_scale: of the adapters.
+            safe_fusing: refuse a result that holds NaN.
+            adapter_names: to be fused; the active ones if None.
+        """
+        self._need([])
+        for layer in self._tuner_layers():
+            layer.scale_layer(lora_scale)
+            layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names)
+            layer.unscale_layer(lora_scale)
+
+    def unfuse_lora(self) -> None:
+        """Take fused adapters out of the weights again."""
+        self._need([])
+        for layer in self._tuner_layers():
+            layer.unmerge()
+
+    def unload_lora(self) -> None:
+        """Put the layers back that PEFT's stand in the place of."""
+        self._need([])
+        for name, layer in list(self.named_modules()):  # type: ignore[attr-defined]
+            if isinstance(layer, _peft().tuners.tuners_utils.BaseTunerLayer):
+                path, _, last = name.rpartition(".")
+                parent: nn.Module = self.get_submodule(path)  # type: ignore[attr-defined]
+                parent._modules[last] = layer.get_base_layer()
+        del self.peft_config
+        self._hf_peft_config_loaded = False
+
+    def _switch(self, on: bool) -> None:
+        self._need([])
+        for layer in self._tuner_layers():
+            layer.enable_adapters(enabled=on)
+
+    def _need(self, names: list[str]) -> None:
+        """Refuse what needs an adapter where there is none of that name."""
+        if not self._hf_peft_config_loaded:
+            raise ValueError("No adapter loaded. Please load an adapter first, with add_adapter")
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(f"adapter_name must be one of {', '.join(self.peft_config)}, got {name!r}")
+
+    def _tuner_layers(self) -> Iterator[Any]:
+        kind = _peft().tuners.tuners_utils.BaseTunerLayer
+        return (layer for layer in self.modules() if isinstance(layer, kind))  # type: ignore[attr-defined]
+
+    @contextmanager
+    def _scaled_adapters(self, kwargs: dict[str, Any] | None) -> Iterator[None]:
+        """Multiply PEFT's adapters by the "scale" of `cross_attention_kwargs` for one call; None counts as 1."""
+        scale = (kwargs or {}).get("scale")
+        if not self._hf_peft_config_loaded or scale is None or scale == 1:
+            yield
+            return
+        layers = list(self._tuner_layers())
+        before = [dict(layer.scaling) for layer in layers]
+        for layer in layers:
+            layer.scale_layer(check_number("scale", scale))
+        try:
+            yield
+        finally:
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling.update(scaling)
+
+
+def _peft() -> Any:
+    """Import peft."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("adapters of PEFT need the peft package: pip install peft") from error
+    return peft

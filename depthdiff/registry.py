@@ -1,0 +1,157 @@
+"""The components of a pipeline by name, and their loading from a folder or the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from depthdiff.checkpoint import tokenizer_files
+from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.hub import commit_of, fetch, naming_the_cache
+from depthdiff.checkpoint.kinds import describe_folder, refuse_other_kinds
+from depthdiff.checkpoint.loading import DType, check_dtype, check_names, load_model
+from depthdiff.checkpoint.weights import has_weights, suffixes, weight_files
+from depthdiff.config import CheckpointError
+from depthdiff.image_processor import DPTImageProcessor
+from depthdiff.models.base import Network
+from depthdiff.models.clip import CLIPTextModel
+from depthdiff.models.dpt import DPTForDepthEstimation
+from depthdiff.models.unet import UNet2DConditionModel
+from depthdiff.models.vae import AutoencoderKL
+from depthdiff.schedulers.ddim import DDIMScheduler
+from depthdiff.schedulers.lms import LMSDiscreteScheduler
+from depthdiff.schedulers.pndm import PNDMScheduler
+from depthdiff.tokenizer import CLIPTokenizer
+
+SLOTS: dict[str, dict[str, Any]] = {
+    "vae": {"AutoencoderKL": AutoencoderKL},
+    "text_encoder": {"CLIPTextModel": CLIPTextModel},
+    "tokenizer": dict.fromkeys(("CLIPTokenizer", "CLIPTokenizerFast"), CLIPTokenizer),
+    "unet": {"UNet2DConditionModel": UNet2DConditionModel},
+    "scheduler": {kind.__name__: kind for kind in (PNDMScheduler, DDIMScheduler, LMSDiscreteScheduler)},
+    "depth_estimator": {"DPTForDepthEstimation": DPTForDepthEstimation},
+    "feature_extractor": dict.fromkeys(
+        ("DPTImageProcessor", "DPTImageProcessorFast", "DPTImageProcessorPil", "DPTFeatureExtractor"), DPTImageProcessor
+    ),
+}
+"""Component -> published class name -> our class."""
+
+SMALL_FILES = {
+    "tokenizer": tokenizer_files.FILES,
+    "scheduler": ("scheduler_config.json",),
+    "feature_extractor": ("preprocessor_config.json",),
+}
+
+
+def computing_dtype(component: str, dtype: DType) -> DType:
+    """Say what "auto" means for a component of a pipeline; any other dtype is what it is.
+
+    Where there is a CUDA device, the file's own. On a processor, bfloat16 if that has it in hardware, else float32;
+    never float16, which is several times slower there. The depth net stays in float32: it works once, and bfloat16
+    has too few digits for depth.
+    """
+    if dtype != "auto" or torch.cuda.is_available():
+        return dtype
+    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if has_bfloat16 and component != "depth_estimator" else torch.float32
+
+
+def load_components(
+    name_or_path: str | os.PathLike[str],
+    *,
+    overrides: Mapping[str, Any],
+    torch_dtype: DType = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    copy: bool = False,
+    **where: Any,
+) -> dict[str, Any]:
+    """Load every component of a pipeline that is not in `overrides`.
+
+    Args:
+        name_or_path: a folder with a `model_index.json`, or a Hub id.
+        overrides: ready components by name, returned as they are.
+        torch_dtype: of the weights; float32 if absent; for "auto" see `computing_dtype`.
+        variant: of the weight files, such as "fp16".
+        use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
+        copy: weights into memory of the process's own, rather than map them.
+        **where: as in `depthdiff.checkpoint.hub.fetch`.
+
+    Raises:
+        CheckpointError: a file or component is missing, damaged or of a kind that this package does not have.
+        ValueError: an argument that no file can have.
+    """
+    check_dtype(torch_dtype)
+    check_names(variant, use_safetensors)
+    describe_folder(name_or_path)
+    told = [] if "unet" in overrides else ["unet/config.json", "scheduler/scheduler_config.json"]
+    folder = fetch(name_or_path, ["model_index.json"], optional=told, **where)
+    where["revision"] = commit_of(folder) or where.get("revision")  # so that all files are of one state
+    with naming_the_cache(folder):
+        index = read_json(folder / "model_index.json")
+        refuse_other_kinds(name_or_path, index, *(folder / name for name in told))
+    kinds = {name: component_class(name, index, name_or_path) for name in SLOTS if name not in overrides}
+    folder = fetch_components(name_or_path, kinds, variant, use_safetensors, where)
+    parts = dict(overrides)
+    with naming_the_cache(folder):
+        for name, kind in kinds.items():
+            if not (folder / name).is_dir():
+                raise CheckpointError(f"{name_or_path} has no folder {name}, which its model_index.json names")
+            if issubclass(kind, Network):
+                chosen: dict[str, Any] = {
+                    "torch_dtype": computing_dtype(name, torch_dtype),
+                    "variant": variant,
+                    "use_safetensors": use_safetensors,
+                    "copy": copy,
+                }
+                parts[name] = load_model(kind, folder, subfolder=name, **chosen)
+            else:
+                parts[name] = kind.from_pretrained(folder, subfolder=name)
+    return parts
+
+
+def fetch_components(
+    name_or_path: str | os.PathLike[str],
+    kinds: Mapping[str, Any],
+    variant: str | None,
+    use_safetensors: bool | None,
+    where: Mapping[str, Any],
+) -> Path:
+    """Find the folder of a pipeline's components, and download what is missing: pickles only where nothing else is."""
+    small, networks = [], {}
+    for name, kind in kinds.items():
+        is_model = issubclass(kind, Network)
+        small += [f"{name}/{file}" for file in (["config.json"] if is_model else SMALL_FILES[name])]
+        if is_model:
+            networks[name] = kind.weights_name
+    for suffix in suffixes(use_safetensors):
+        weights = [f"{name}/{file}" for name, stem in networks.items() for file in weight_files(stem, variant, suffix)]
+        folder = fetch(name_or_path, ["model_index.json"], optional=small + weights, **where)
+        networks = {n: s for n, s in networks.items() if not has_weights(folder / n, s, variant, suffix)}
+        if not networks:
+            break
+    return folder
+
+
+def component_class(name: str, index: Mapping[str, Any], source: object) -> Any:
+    """Look up our class for a component of a `model_index.json`.
+
+    Raises:
+        CheckpointError: the component is missing or of a class that this package does not have.
+    """
+    entry = index.get(name)
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+        kind = index.get("_class_name", "a pipeline of unknown class")
+        raise CheckpointError(
+            f"{source} is {kind} and has no {name}, which depth-to-image needs; pass one as {name}=..., "
+            "or use a depth-to-image checkpoint such as sd2-community/stable-diffusion-2-depth"
+        )
+    if entry[1] not in SLOTS[name]:
+        raise CheckpointError(
+            f"{source}: {name} is a {entry[1]}; implemented here: {', '.join(SLOTS[name])}. Pass another as {name}=..."
+        )
+    return SLOTS[name][entry[1]]
