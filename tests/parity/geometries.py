@@ -5,9 +5,9 @@ from __future__ import annotations
 import diffusers
 import torch
 import transformers
-from depthdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from torch import Tensor, nn
 
+from depthdiff.models.clip import CLIPTextConfig, CLIPTextModel
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
 
@@ -68,7 +68,7 @@ GEOMETRIES = {
         "lean": {**SD2, "layers_per_block": 1},
         "plain middle": {**SD1, "mid_block_type": "UNetMidBlock2D", "upcast_attention": True},
         "no middle": {**SD1, "mid_block_type": None},
-        "angles": {**SD1, "flip_sin_to_cos": False, "freq_shift": 1, "mid_block_scale_factor": 2.0},
+        "angles": {**SD1, "flip_sin_to_cos": False, "freq_shift": 1},
     },
     "vae": {
         "sd": VAE,

@@ -9,17 +9,25 @@ import warnings
 import pytest
 import torch
 import transformers
-from depthdiff.models.clip import CLIPTextConfig
 
+from depthdiff.models.clip import CLIPTextConfig
 from tests.parity.geometries import GEOMETRIES, KINDS, SD1, SIDES, TEXT, build, pair
 
 CASES = [("unet", "sd2"), ("unet", "sd1"), ("vae", "sd")]
 
 
+class Pairs(dict):
+    """Pairs of networks by kind and name, built when first asked for."""
+
+    def __missing__(self, case):
+        self[case] = pair(*case)
+        return self[case]
+
+
 @pytest.fixture(scope="module")
 def pairs():
     """Pairs of networks, built once."""
-    return {case: pair(*case) for case in CASES}
+    return Pairs()
 
 
 cases = pytest.mark.parametrize("case", CASES, ids=" ".join)
@@ -66,7 +74,7 @@ def test_written_file(pairs, case, tmp_path):
             torch.manual_seed(1)
             again = kind.from_config(config)
             assert again.state_dict().keys() == pairs[case][0].state_dict().keys()
-            assert again.config.block_out_channels == list(pairs[case][0].config.block_out_channels)
+            assert list(again.config.block_out_channels) == list(pairs[case][0].config.block_out_channels)
             assert "_use_default_values" not in config
 
 
@@ -79,7 +87,7 @@ def test_refused_changes(pairs, case):
         lambda: config.setdefault("in_channels", 3),
         lambda: config.__delitem__("in_channels"),
     ):
-        with pytest.raises(Exception, match="You cannot use"):
+        with pytest.raises(Exception, match="FrozenDict"):
             change()
     with pytest.raises(AttributeError, match="config"):
         pairs[case][0].config = {}

@@ -114,6 +114,28 @@ def test_unet_under_guidance():
         assert all(len(tensor) == 4 for tensor in found), (when, path)
 
 
+@pytest.mark.parametrize("kind, name", [("unet", "sd2"), ("unet", "sd1"), ("vae", "sd")])
+def test_layout(kind, name):
+    """What is contiguous in the reference is so here: others' code calls `view` on it, and dropout draws by place."""
+    ours, reference = pair(kind, name)
+    wrong, layouts = [], []
+    for network in (ours, reference):
+        layouts.append(found := {})
+        for path, module in paths(network).items():
+
+            def after(module, args, output, path=path, found=found):
+                values = output if isinstance(output, tuple) else (output,)
+                found[path] = [value.is_contiguous() for value in values if isinstance(value, Tensor)]
+
+            module.register_forward_hook(after)
+        with torch.no_grad():
+            call(kind, name, network)
+    for path, expected in layouts[1].items():
+        if any(theirs and not mine for mine, theirs in zip(layouts[0][path], expected, strict=True)):
+            wrong.append(path)
+    assert not wrong
+
+
 def test_hooks_change_nothing():
     """The result is bit-equal with hooks on every module."""
     for kind, name in (("unet", "sd2"), ("vae", "sd"), ("text", "sd2")):

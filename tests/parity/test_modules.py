@@ -28,10 +28,18 @@ from tests.parity.geometries import (
 TOLERANCE = 1e-5  # relative L2 in float32; observed: see the note in each test
 
 
+class Pairs(dict):
+    """Pairs of networks by kind and name, built when first asked for."""
+
+    def __missing__(self, case):
+        self[case] = pair(*case)
+        return self[case]
+
+
 @pytest.fixture(scope="module")
 def pairs():
     """All pairs of networks, built once."""
-    return {case: pair(*case) for case in CASES}
+    return Pairs()
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
@@ -150,14 +158,17 @@ ATTRIBUTES = {
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_attributes(pairs, case):
-    """Every attribute that public code reads has the reference's type and value, in every module."""
+    """Every attribute that public code reads has the reference's value, in every module."""
     ours, reference = pairs[case]
     theirs = paths(reference)
+    wrong = []
     for path, module in paths(ours).items():
         for name in ATTRIBUTES.get(type(module).__name__, "").split():
-            assert hasattr(module, name), (path, name)
-            value, expected = getattr(module, name), getattr(theirs[path], name)
-            assert (type(value), value) == (type(expected), expected), (path, name)
+            value, expected = getattr(module, name, "absent"), getattr(theirs[path], name)
+            exact = isinstance(expected, bool | None) or isinstance(value, bool | None)
+            if value != expected or (exact and value is not expected):
+                wrong.append((path, name, value, expected))
+    assert not wrong
 
 
 FREEU = {"s1": 0.9, "s2": 0.2, "b1": 1.4, "b2": 1.6}
@@ -205,14 +216,18 @@ def test_methods(pairs, kind):
     }
     unets = pairs["unet", "sd2"]
     ours, reference = owners[kind]() if kind in owners else pairs[kind, "sd" if kind == "vae" else "sd2"]
-    for name in METHODS[kind].split():
-        assert hasattr(reference, name), f"the reference has no {name}"
-        assert hasattr(ours, name), name
-        assert callable(getattr(ours, name)) == callable(getattr(reference, name)), name
+    names = METHODS[kind].split()
+    assert not [name for name in names if not hasattr(reference, name)], "the reference has none either"
+    assert not [name for name in names if not hasattr(ours, name)]
+    assert not [name for name in names if callable(getattr(ours, name)) != callable(getattr(reference, name))]
+
+
+def test_vae_has_no_slices_of_attention(pairs):
+    """The reference's pipeline asks with hasattr which parts can be sliced."""
+    assert not hasattr(pairs["vae", "sd"][0], "set_attention_slice")
 
 
 def test_absent_methods(pairs):
-    assert not hasattr(pairs["vae", "sd"][0], "set_attention_slice")
     for case in MAIN:
         with pytest.raises(AttributeError, match=f"'{type(pairs[case][0]).__name__}' object has no attribute 'foo'"):
             pairs[case][0].foo  # noqa: B018

@@ -198,6 +198,12 @@ class Halved(nn.Module):
         return weight * 0.5
 
 
+def set_all(network: nn.Module, kind: str, name: str, value: float) -> None:
+    for module in network.modules():
+        if type(module).__name__ == kind:
+            setattr(module, name, value)
+
+
 PATCHES = {
     "circular padding": circular,
     "_conv_forward": sideways,
@@ -205,11 +211,10 @@ PATCHES = {
     "changed weights": changed_weights,
     "parametrization": weight_property,
     "removed layer": lambda unet: setattr(unet.down_blocks[2].attentions[0], "transformer_blocks", nn.ModuleList()),
-    "scale": lambda unet: [
-        setattr(m, "output_scale_factor", 1.2) for m in unet.modules() if hasattr(m, "conv_shortcut")
-    ],
+    "output_scale_factor": lambda unet: set_all(unet, "ResnetBlock2D", "output_scale_factor", 1.2),
+    "rescale_output_factor": lambda unet: set_all(unet, "Attention", "rescale_output_factor", 1.2),
     "chunks": lambda unet: (unet.get_submodule(BLOCK).set_chunk_feed_forward(5, 1), changed_weights(unet)),
-    "no upsampler": lambda unet: setattr(unet.up_blocks[1].resnets[0], "nonlinearity", nn.Tanh()),
+    "nonlinearity": lambda unet: setattr(unet.up_blocks[1].resnets[0], "nonlinearity", nn.Tanh()),
     "time_proj": lambda unet: setattr(unet.time_proj, "flip_sin_to_cos", False),
 }
 
