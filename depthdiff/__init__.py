@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from depthdiff.config import CheckpointError
     from depthdiff.image_processor import DPTImageProcessor
-    from depthdiff.models.clip_text import CLIPTextConfig, CLIPTextModel
+    from depthdiff.models.clip import CLIPTextConfig, CLIPTextModel
     from depthdiff.models.dpt import DPTConfig, DPTForDepthEstimation
-    from depthdiff.models.unet import UNet2DConditionConfig, UNet2DConditionModel
-    from depthdiff.models.vae import AutoencoderKL, AutoencoderKLConfig
+    from depthdiff.models.unet import UNet2DConditionModel
+    from depthdiff.models.vae import AutoencoderKL
     from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
-    from depthdiff.run import Run, StableDiffusionPipelineOutput
-    from depthdiff.sampler import Step
+    from depthdiff.pipeline_utils import DiffusionPipeline
+    from depthdiff.run import Run, StableDiffusionPipelineOutput, Step
     from depthdiff.schedulers.ddim import DDIMScheduler
     from depthdiff.schedulers.lms import LMSDiscreteScheduler
     from depthdiff.schedulers.pndm import PNDMScheduler
@@ -45,12 +45,11 @@ __version__ = "0.1.0"
 __all__ = [
     "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionPipelineOutput",
+    "DiffusionPipeline",
     "Run",
     "Step",
     "UNet2DConditionModel",
-    "UNet2DConditionConfig",
     "AutoencoderKL",
-    "AutoencoderKLConfig",
     "CLIPTextModel",
     "CLIPTextConfig",
     "CLIPTokenizer",
@@ -66,14 +65,13 @@ __all__ = [
 HOMES = {
     "StableDiffusionDepth2ImgPipeline": "pipeline",
     "StableDiffusionPipelineOutput": "run",
+    "DiffusionPipeline": "pipeline_utils",
     "Run": "run",
-    "Step": "sampler",
+    "Step": "run",
     "UNet2DConditionModel": "models.unet",
-    "UNet2DConditionConfig": "models.unet",
     "AutoencoderKL": "models.vae",
-    "AutoencoderKLConfig": "models.vae",
-    "CLIPTextModel": "models.clip_text",
-    "CLIPTextConfig": "models.clip_text",
+    "CLIPTextModel": "models.clip",
+    "CLIPTextConfig": "models.clip",
     "CLIPTokenizer": "tokenizer",
     "DPTForDepthEstimation": "models.dpt",
     "DPTConfig": "models.dpt",

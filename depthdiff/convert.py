@@ -17,10 +17,10 @@ from torch import Tensor
 
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.loading import build, check_class
+from depthdiff.checkpoint.mapped import give_back
 from depthdiff.checkpoint.remap import Table, split_part
 from depthdiff.checkpoint.saving import INDEX, model_index, owned_files, write_config, write_json
-from depthdiff.checkpoint.single_file import CLASSES, check_known, find_single_file, open_single_file, read_config
-from depthdiff.checkpoint.single_pipeline import load_single_components, refuse_other_unets
+from depthdiff.checkpoint.single_file import check_known, find_single_file, open_single_file, read_config
 from depthdiff.checkpoint.stream import Entry, write_safetensors
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import KEPT, PREFIXES, TABLES_LDM
@@ -28,8 +28,8 @@ from depthdiff.checkpoint.transaction import check_folder, replacing, settle
 from depthdiff.checkpoint.weights import DTYPES, Source, check_floats, open_folder
 from depthdiff.checkpoint.write import check_target, files_below, refuse_same_file
 from depthdiff.config import CheckpointError
-from depthdiff.models.base import Model
-from depthdiff.models.pages import give_back
+from depthdiff.registry import CLASSES
+from depthdiff.single_files import load_single_components, refuse_other_unets
 
 KEPT_TABLE = Table(KEPT)
 
@@ -101,7 +101,7 @@ def to_folder(
     for component, part in opened.parts.items():
         name = f"{file} ({component})"
         values = part.infer(name) if config is None else read_config(config, component)
-        models[component] = build(part.cls, values, name)
+        models[component] = build(CLASSES[component], values, name)
     settings: dict[str, Any] = {"config": config, "prediction_type": prediction_type}
     components = load_single_components(opened.path, overrides=models, **settings)
     parts = {"": (INDEX,), **{name: owned_files(model, None) for name, model in models.items()}}
@@ -112,7 +112,7 @@ def to_folder(
         for component, model in models.items():
             write_config(model, staged(component))
             part = opened.parts[component]
-            names = Names(part.table(model), TABLES[part.cls.__name__], model, convolve=False)
+            names = Names(part.table(model), TABLES[CLASSES[component].__name__], model, convolve=False)
             kept = _kept(part.sources, back=True) if component == "depth_estimator" else {}
             rows = names.convert(str(file), part.sources) | {key: [old] for key, old in kept.items()}
             entries = make_entries("", rows, names.shapes, part.sources, names.source, dtype)
@@ -132,7 +132,7 @@ class Names:
         convolve: write layers that may be 1x1 convolutions as such, as the single file does.
     """
 
-    def __init__(self, source: Table, target: Table, model: Model, *, convolve: bool) -> None:
+    def __init__(self, source: Table, target: Table, model: Any, *, convolve: bool) -> None:
         self.source, self.target, self.convolve = source, target, convolve
         self.wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         self.shapes: dict[str, tuple[int, ...]] = {}

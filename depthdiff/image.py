@@ -125,6 +125,30 @@ def to_pixels(images: list[Image.Image] | Tensor, multiple_of: int = 8) -> Tenso
     return 2 * torch.from_numpy(np.stack(arrays) / np.float32(255)).movedim(3, 1) - 1
 
 
+class VaeImageProcessor:
+    """Images to pixels for the autoencoder, and back.
+
+    Args:
+        vae_scale_factor: height and width become multiples of it.
+    """
+
+    def __init__(self, vae_scale_factor: int = 8) -> None:
+        self.vae_scale_factor = vae_scale_factor
+
+    def preprocess(self, image: ImageInput) -> Tensor:
+        """Turn images of any accepted form (see `read_images`) into pixels (N, 3, h, w), float32, in [-1, 1].
+
+        Latents (N, 4, h, w), or a list of (4, h, w), are returned as one tensor.
+        """
+        if is_latents(image):
+            return image if isinstance(image, Tensor) else torch.stack(list(image))  # type: ignore[arg-type]
+        return to_pixels(read_images(image), self.vae_scale_factor)
+
+    def postprocess(self, image: Tensor, output_type: str = "pil") -> Any:
+        """Turn the autoencoder's output (N, 3, H, W) into pictures; "latent" returns it as it is."""
+        return image if output_type == "latent" else from_pixels(image, output_type)
+
+
 def read_depth(depth_map: Any, name: str = "depth_map") -> Tensor:
     """Bring any accepted depth map to one form; large is near, the unit is free.
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from depthdiff.checks import brief, check_dense, check_number, check_tensor, plain, show
-from depthdiff.config import Config, Output
+from depthdiff.config import BaseOutput, Config
 from depthdiff.image import ImageInput, read_images
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ MAX_SIDE = 2**14
 TYPES = (None, "DPTImageProcessor", "DPTImageProcessorFast", "DPTImageProcessorPil", "DPTFeatureExtractor")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DPTImageProcessorConfig(Config):
     """What `preprocessor_config.json` says.
 
@@ -87,7 +87,7 @@ class DPTImageProcessorConfig(Config):
 
 
 @dataclass(frozen=True)
-class BatchFeature(Output):
+class BatchFeature(BaseOutput):
     """What the image processor hands back.
 
     Attributes:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from depthdiff.checks import brief, check_dense, check_generators, check_number, check_tensor, show
 from depthdiff.image import OUTPUT_TYPES, ImageInput, image_size, is_latents, read_images
-from depthdiff.models.clip_text import CLIPTextModel
-from depthdiff.models.unet import UNet2DConditionModel
-from depthdiff.models.vae import AutoencoderKL
-from depthdiff.tokenizer import CLIPTokenizer
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "depth_mask")
 
@@ -62,16 +59,21 @@ def check_prompts(
     pipe._need("unet", *(pipe.FOR_TEXT if reads or clip_skip is not None else ()))
     length = pipe.text_encoder.config.max_position_embeddings if reads else None
     beside = min(length, pipe.tokenizer.model_max_length) if length is not None else None
-    check_embeds(embeds, negative_embeds, max(pipe.unet.config.per_level("cross_attention_dim")), beside)
+    check_embeds(embeds, negative_embeds, max(widths_read(pipe.unet)), beside)
     if clip_skip is None:
         return None
     return check_number("clip_skip", clip_skip, 0, pipe.text_encoder.config.num_hidden_layers - 1, whole=True)
 
 
 def read_numbers(
-    strength: object, guidance_scale: object, num_images_per_prompt: object, lora_scale: object
-) -> tuple[float, float, int, float]:
-    """Return the numbers of a call as Python's own.
+    strength: object = 1.0,
+    guidance_scale: object = 1.0,
+    num_images_per_prompt: object = 1,
+    num_inference_steps: object = 1,
+    eta: object = 0.0,
+    scheduler: Any = None,
+) -> tuple[float, float, int, int, float]:
+    """Return the numbers of a call as Python's own; `scheduler` limits the steps.
 
     Raises:
         TypeError: not a number.
@@ -81,8 +83,20 @@ def read_numbers(
         check_number("strength", strength, 0, 1),
         check_number("guidance_scale", guidance_scale, 0, LARGEST_SCALE),
         check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_PICTURES, whole=True),
-        check_number("lora_scale", lora_scale, -LARGEST_SCALE, LARGEST_SCALE),
+        check_steps(num_inference_steps, getattr(scheduler, "config", {})),
+        check_number("eta", eta, 0, 1),
     )
+
+
+def check_steps(num_inference_steps: object, config: Mapping[str, Any]) -> int:
+    """Refuse fewer steps than one, or more than the training had."""
+    count, limit = (
+        check_number("num_inference_steps", num_inference_steps, whole=True),
+        config.get("num_train_timesteps"),
+    )
+    if not 1 <= count <= (limit or count):
+        raise ValueError(f"num_inference_steps must be from 1 to {limit}, got {show(count).removeprefix('int ')}")
+    return count
 
 
 def check_latents(latents: object, channels: int) -> None:
@@ -165,11 +179,17 @@ def check_callbacks(
     return every, list(names)
 
 
+def widths_read(unet: Any) -> tuple[int, ...]:
+    """List the widths of the prompts that a UNet reads."""
+    width = unet.config.cross_attention_dim
+    return tuple(width) if isinstance(width, (tuple, list)) else (width,)
+
+
 def check_fit(
-    vae: AutoencoderKL | None,
-    text_encoder: CLIPTextModel | None,
-    tokenizer: CLIPTokenizer | None,
-    unet: UNet2DConditionModel | None,
+    vae: Any,
+    text_encoder: Any,
+    tokenizer: Any,
+    unet: Any,
 ) -> None:
     """Refuse components that cannot work together; those that are None are not looked at.
 
@@ -184,7 +204,7 @@ def check_fit(
                 "use the UNet of a depth-to-image checkpoint"
             )
     if unet is not None and text_encoder is not None:
-        width, read = text_encoder.config.hidden_size, set(unet.config.per_level("cross_attention_dim"))
+        width, read = text_encoder.config.hidden_size, set(widths_read(unet))
         if read != {width}:
             raise ValueError(f"text_encoder is {width} wide, but the unet reads {read}; use those of one checkpoint")
     if tokenizer is not None and text_encoder is not None and len(tokenizer) > text_encoder.config.vocab_size:
@@ -204,20 +224,22 @@ def check_output_type(output_type: object) -> None:
         raise ValueError(f"output_type must be one of {', '.join((*OUTPUT_TYPES, 'latent'))}, got {brief(output_type)}")
 
 
-def read_lora_scale(kwargs: object) -> float:
-    """Read the only thing that `cross_attention_kwargs` may hold: `scale`, that of the active adapters.
+def check_kwargs(kwargs: object) -> float:
+    """Return the "scale" of `cross_attention_kwargs`, by which the active adapters are multiplied.
 
     Raises:
-        TypeError: no mapping, or a scale that is no number.
-        ValueError: another key, or a scale that is not finite.
+        TypeError: not a dict, or a scale that is not a number.
+        ValueError: a scale that is not finite.
     """
     if kwargs is None:
         return 1.0
     if not isinstance(kwargs, Mapping):
         raise TypeError(f"cross_attention_kwargs must be a dict or None, got {show(kwargs)}")
-    unknown = [show(key) for key in kwargs if not isinstance(key, str) or key != "scale"]
-    if unknown:
-        raise ValueError(f"cross_attention_kwargs may hold scale alone, got {unknown}: no layer reads them")
+    for key in kwargs:
+        if not isinstance(key, str):
+            raise TypeError(f"cross_attention_kwargs must have texts as keys, got {show(key)}")
+    if kwargs.get("scale") is None:
+        return 1.0
     return float(check_number("scale", kwargs.get("scale", 1.0), -LARGEST_SCALE, LARGEST_SCALE))
 
 
@@ -245,6 +267,16 @@ def repeat(items: list[Any], count: int) -> list[Any]:
     return items * (count // len(items))
 
 
+def paired(items: Any, count: int | None, pictures: int) -> Any:
+    """Repeat images or maps as a whole until there is one a picture; one serves all, and stays as it is."""
+    if items is None or count in (1, pictures):
+        return items
+    if isinstance(items, (list, tuple)):
+        return list(items) * (pictures // count)  # type: ignore[operator]
+    lists = [items] * (pictures // count)  # type: ignore[operator]
+    return torch.cat(lists) if isinstance(items, Tensor) else np.concatenate(lists)
+
+
 def repeat_rows(name: str, embeds: Tensor | None, count: int) -> Tensor | None:
     """Repeat embeddings (N, L, C) as a whole until there are `count` rows.
 
@@ -256,11 +288,6 @@ def repeat_rows(name: str, embeds: Tensor | None, count: int) -> Tensor | None:
     if count % len(embeds):
         raise ValueError(f"`{name}` has batch size {len(embeds)}, but `prompt` {count}; they must pair")
     return torch.cat([embeds] * (count // len(embeds)))
-
-
-def expand(x: Tensor, pictures: int, per_prompt: int) -> Tensor:
-    """Give every picture its own: (N, ...) -> (pictures * per_prompt, ...), pictures of one prompt being neighbours."""
-    return torch.cat([x] * (pictures // len(x))).repeat_interleave(per_prompt, dim=0)
 
 
 def read_start(image: ImageInput | None, depth_map: object, factor: int) -> list[Image.Image] | Tensor:

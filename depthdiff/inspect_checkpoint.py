@@ -14,13 +14,14 @@ from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.header import FLOATS, ITEM_SIZES, is_pickle, read_start
 from depthdiff.checkpoint.hub import BUNDLED, bundled
 from depthdiff.checkpoint.kinds import refuse_other_kinds
-from depthdiff.checkpoint.loading import SLOTS, build, check_class, component_class
-from depthdiff.checkpoint.single_file import CLASSES, LDM, open_single_file
-from depthdiff.checkpoint.single_pipeline import refuse_other_unets
+from depthdiff.checkpoint.loading import build, check_class
+from depthdiff.checkpoint.single_file import LDM, open_single_file
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.weights import Source, open_folder
 from depthdiff.config import CheckpointError
-from depthdiff.models.base import Model
+from depthdiff.models.base import Network
+from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class
+from depthdiff.single_files import refuse_other_unets
 
 LAYOUTS = {LDM: "single file of Stability's own code (ldm)", "diffusers": "folder of diffusers"}
 Config = Mapping[str, Any]
@@ -167,7 +168,7 @@ def _inspect_file(report: Report) -> None:
         def config(part: Any = part) -> Config:
             return part.infer(str(report.path))
 
-        _inspect_network(found, part.cls, config, part.sources, part.table)
+        _inspect_network(found, CLASSES[component], config, part.sources, part.table)
     try:
         refuse_other_unets(file, "epsilon")
     except CheckpointError as error:
@@ -192,13 +193,13 @@ def _inspect_folder(report: Report) -> None:
         report.remedies.append(f"it is a {name} alone; {kind}.from_pretrained loads it")
         return
     index = read_json(folder / "model_index.json")
-    for name in SLOTS:
+    for name in COMPONENT_CLASSES:
         try:
             kind = component_class(name, index, folder)
         except CheckpointError as error:
             report.components.append(Component(name, "missing", problems=[str(error)]))
             continue
-        if issubclass(kind, Model):
+        if issubclass(kind, Network):
             _inspect_part(report, name, folder / name)
         else:
             part = Component(name, kind.__name__)
@@ -245,7 +246,7 @@ def _count(part: Component, sources: Mapping[str, Source]) -> None:
 
 def _inspect_network(
     part: Component,
-    cls: type[Model],
+    cls: type[Any],
     config: Callable[[], Config],
     sources: Mapping[str, Source],
     table: Callable[[Any], Any],

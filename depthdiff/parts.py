@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from depthdiff.checks import show
-from depthdiff.schedulers.base import Scheduler
 
 NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "vae": ("AutoencoderKL", ("config", "encode", "decode", "factor")),
-    "text_encoder": ("CLIPTextModel", ("config", "token_embedding", "final_layer_norm")),
-    "tokenizer": ("CLIPTokenizer", ("__call__", "__len__", "decode", "model_max_length")),
-    "unet": ("UNet2DConditionModel", ("config", "conv_in", "remembering", "predict")),
-    "depth_estimator": ("DPTForDepthEstimation", ("__call__", "config", "use_fast_layout")),
+    "vae": ("AutoencoderKL", ("config", "encode", "decode")),
+    "text_encoder": ("CLIPTextModel", ("config", "__call__")),
+    "tokenizer": ("CLIPTokenizer", ("__call__", "decode", "model_max_length")),
+    "unet": ("UNet2DConditionModel", ("config", "__call__")),
+    "scheduler": ("scheduler", ("config", "set_timesteps", "scale_model_input", "step", "add_noise")),
+    "depth_estimator": ("DPTForDepthEstimation", ("config", "__call__")),
     "feature_extractor": ("DPTImageProcessor", ("__call__",)),
 }
 """Component -> its class, and what of that is used."""
@@ -29,10 +29,6 @@ def check_part(name: str, part: object) -> None:
     Raises:
         TypeError: names the component and what it lacks.
     """
-    if name == "scheduler":
-        if part is not None and not isinstance(part, Scheduler):
-            raise TypeError(f"scheduler must be one of depthdiff's, got {show(part)}")
-        return
     kind, uses = NEEDED[name]
     lacks = ", ".join(one for one in uses if not hasattr(part, one) or isinstance(part, type))
     if part is not None and lacks:

@@ -1,7 +1,8 @@
 """Depth-to-image, the story in one file: check -> read the prompt -> find the depth -> add noise -> denoise -> decode.
 
 A photo and a prompt go in; the photo's depth is estimated, and a latent diffusion that sees this depth repaints the
-scene while its geometry stays. `prepare`, `denoise` and `decode` are public, so that the loop can be the caller's:
+scene while its geometry stays. Every step is a method under diffusers' name, and a subclass may override it. `prepare`,
+`denoise` and `decode` are public, so that the loop can be the caller's:
 
     run = pipe.prepare("two tigers", photo, strength=0.7)
     for step in pipe.denoise(run):
@@ -13,87 +14,87 @@ Letters: B pictures (prompts or images, times `num_images_per_prompt`), L tokens
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from depthdiff import sampler
-from depthdiff.acceleration import Acceleration
-from depthdiff.adapters.loaders import Adapters
-from depthdiff.checks import check_device, check_flag, nearest, plain
-from depthdiff.components import uses_weights
-from depthdiff.conditioning import encode_images, fit_depth, noisy_latents, read_disparity, read_texts
+from depthdiff import fast as speed
+from depthdiff.adapters.loaders import LoraLoaderMixin
+from depthdiff.approximations import approximated, resolve_preset
+from depthdiff.checks import check_device, check_flag, plain
+from depthdiff.conditioning import draw_latents, encode_texts, fit_depth
 from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
-from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.inputs import (
     CALLBACK_TENSORS,
     batch_size,
     check_callbacks,
     check_fit,
     check_generator,
+    check_kwargs,
     check_latents,
     check_output_type,
+    check_prompt,
     check_prompts,
-    expand,
-    read_lora_scale,
+    paired,
     read_numbers,
     read_start,
     repeat,
     repeat_rows,
 )
-from depthdiff.models.clip_text import CLIPTextModel
-from depthdiff.models.dpt import DPTForDepthEstimation
-from depthdiff.models.gaussian import DiagonalGaussianDistribution
-from depthdiff.models.unet import UNet2DConditionModel
-from depthdiff.models.vae import AutoencoderKL
+from depthdiff.noise import randn
+from depthdiff.pipeline_utils import dtype_of, uses_weights
 from depthdiff.precision import check_finite, check_first_step, finite
-from depthdiff.predictor import noise_predictor
 from depthdiff.run import (
     CallState,
     Run,
     StableDiffusionPipelineOutput,
+    Step,
     StepCallback,
     call_back,
     check_run,
+    check_tensors,
     keeps_the_outer_call,
 )
-from depthdiff.sampler import Step
-from depthdiff.schedulers.base import Scheduler
-from depthdiff.shortcuts import choose
-from depthdiff.single_files import SingleFiles
-from depthdiff.tokenizer import CLIPTokenizer
+from depthdiff.single_files import FromSingleFileMixin
 
 
-class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
+class StableDiffusionDepth2ImgPipeline(LoraLoaderMixin, FromSingleFileMixin):
     """Image-to-image that keeps the input's depth, as diffusers' class of that name. Source: arXiv:2112.10752.
+
+    Components of diffusers and transformers, or others that keep their contract, work as well.
 
     Args:
         vae: pixels to latents and back.
-        text_encoder: tokens to context.
+        text_encoder: tokens to embeddings.
         tokenizer: text to tokens.
         unet: predicts the noise; four latent channels and one of depth go in.
         scheduler: the noise levels and the solver.
         depth_estimator: pixels to disparity.
         feature_extractor: prepares pixels for it.
+        fast: let the networks compute the same faster where they can; see `depthdiff.fast`.
     """
 
     FOR_TEXT, FOR_DEPTH = ("tokenizer", "text_encoder"), ("feature_extractor", "depth_estimator")
-    NAMES = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "depth_estimator", "feature_extractor")
-    _callback_tensor_inputs = CALLBACK_TENSORS
+    _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
+    lora_scale = 1.0
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: Scheduler,
-        depth_estimator: DPTForDepthEstimation,
-        feature_extractor: DPTImageProcessor,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
+        scheduler: Any,
+        depth_estimator: Any,
+        feature_extractor: Any,
+        *,
+        fast: bool = True,
     ) -> None:
         super().__init__(
             vae=vae,
@@ -103,16 +104,10 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             scheduler=scheduler,
             depth_estimator=depth_estimator,
             feature_extractor=feature_extractor,
+            fast=fast,
         )
-        self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
-        self.scheduler, self.depth_estimator, self.feature_extractor = scheduler, depth_estimator, feature_extractor
         check_fit(vae, text_encoder, tokenizer, unet)
         self._call = CallState()
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """How many pixels, in height and in width, one latent stands for."""
-        return self.vae.factor
 
     @property
     def guidance_scale(self) -> float:
@@ -136,6 +131,11 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
     def clip_skip(self) -> int | None:
         """Of this thread's present or last call."""
         return self._call.clip_skip
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        """Of this thread's present or last call."""
+        return self._call.cross_attention_kwargs
 
     @property
     def num_timesteps(self) -> int:
@@ -169,7 +169,8 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         deep_cache: int | None = None,
         token_merging: float | None = None,
         preset: str | None = None,
-        **kwargs: Any,
+        callback: Any = None,
+        callback_steps: int | None = None,
     ) -> StableDiffusionPipelineOutput | tuple[Any]:
         """Repaint images.
 
@@ -180,47 +181,42 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             image: to start from: PIL images, arrays or tensors (see `depthdiff.image.read_images`), or latents
                 (B, 4, h, w), for which `depth_map` is needed.
             depth_map: near is large, in any unit: PIL images, arrays or tensors (see `depthdiff.image.read_depth`);
-                estimated from `image` if absent.
+                estimated from `image` if None.
             strength: in [0, 1], how far to go from the image: the share of the steps that is run.
             num_inference_steps: of a whole run, at strength 1.
             guidance_scale: how closely to follow the prompt; guidance is on above 1.
-            negative_prompt: what the pictures should not show; of no effect without guidance.
+            negative_prompt: what the pictures should not show; ignored without guidance.
             num_images_per_prompt: pictures for each prompt.
             eta: in [0, 1], noise added on the way; only DDIM reads it.
             generator: one, or one a picture, to make the result reproducible.
-            prompt_embeds: (B, L, C), in place of `prompt`.
-            negative_prompt_embeds: (B, L, C), in place of `negative_prompt`.
+            prompt_embeds: (B, L, C), instead of `prompt`.
+            negative_prompt_embeds: (B, L, C), instead of `negative_prompt`.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, 4, h, w).
             return_dict: return a record, else a tuple of the images.
-            cross_attention_kwargs: `{"scale": s}` multiplies the weights of all active adapters.
+            cross_attention_kwargs: for the attention processors; "scale" multiplies all active adapters.
             clip_skip: how many of the text encoder's last layers to skip for the prompt (not for the negative one).
             callback_on_step_end: called after each step with the pipeline, the step's index, the timestep and a dict
                 of tensors; may return a dict of those it replaces.
             callback_on_step_end_tensor_inputs: which tensors that dict holds.
             guidance_interval: (low, high), shares of the training timesteps, 1 being pure noise, between which guidance
                 is on. This and the next two trade quality for speed, are off by default, and are explained in
-                `depthdiff.shortcuts.Shortcuts`.
+                `depthdiff.approximations.Approximations`.
             deep_cache: run the deeper part of the UNet at every N-th step only.
             token_merging: in [0, 0.75], the share of tokens that self-attention of the finest level merges.
-            preset: "fast" sets what of these is left out (see `depthdiff.shortcuts.PRESETS`).
-            **kwargs: `callback` and `callback_steps` in diffusers' older form.
+            preset: "fast" sets what of these is left out (see `depthdiff.approximations.PRESETS`).
+            callback: diffusers' older form, called with index, timestep and latents.
+            callback_steps: every how many steps.
 
         Raises:
-            TypeError: an unknown argument, or one of a wrong type.
+            TypeError: an argument of a wrong type.
             ValueError: a value out of range, or arguments that do not fit each other.
             FloatingPointError: NaN or infinity in the work; names the stage that they come from.
         """
-        callback, callback_steps = kwargs.pop("callback", None), kwargs.pop("callback_steps", None)
-        for name in kwargs:
-            known = StableDiffusionDepth2ImgPipeline.__call__.__wrapped__.__annotations__  # type: ignore[attr-defined]
-            raise TypeError(f"__call__ got an unknown argument {name!r}{nearest(name, known)}")
         callback_steps, names = check_callbacks(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         check_output_type(output_type)
         return_dict = check_flag("return_dict", return_dict)
-        lora_scale = read_lora_scale(cross_attention_kwargs)
-
         run = self.prepare(
             prompt,
             image,
@@ -234,21 +230,18 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             generator=generator,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
+            cross_attention_kwargs=cross_attention_kwargs,
             clip_skip=clip_skip,
-            lora_scale=lora_scale,
             guidance_interval=guidance_interval,
             deep_cache=deep_cache,
             token_merging=token_merging,
             preset=preset,
         )
-        if run.guidance_scale > 1 and "depth_mask" in names:  # diffusers' form, whose halves a callback may make differ
-            run.depth = torch.cat([run.depth] * 2)
-        self._call.begin(run.guidance_scale, plain(clip_skip), len(run))
-        own = int(plain(num_inference_steps) * plain(strength))  # PNDM's second call for one step is none of these
         for step in self.progress_bar(self.denoise(run), total=len(run)):
             if callback_on_step_end is not None:
                 call_back(callback_on_step_end, names, self, run, step)
-            if callback is not None and step.index >= len(run) - own and step.index % callback_steps == 0:
+            own = step.index >= len(run) - run.num_inference_steps  # PNDM's second call for one step is none of these
+            if callback is not None and own and step.index % callback_steps == 0:
                 callback(step.index, step.timestep, step.latents)
         images = self.decode(run.latents, output_type)
         self.maybe_free_model_hooks()
@@ -271,56 +264,71 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         generator: Generator | Sequence[Generator] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
-        lora_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         deep_cache: int | None = None,
         token_merging: float | None = None,
         preset: str | None = None,
     ) -> Run:
-        """Do everything that comes before the first step. Arguments and errors as in `__call__`.
-
-        `lora_scale` is what is called `scale` in `cross_attention_kwargs` there.
-        """
-        shortcuts = choose(
+        """Do everything that comes before the first step. Arguments and errors as in `__call__`."""
+        approximations = resolve_preset(
             preset, guidance_interval=guidance_interval, deep_cache=deep_cache, token_merging=token_merging
         )
-        strength, guidance_scale, num_images_per_prompt, lora_scale = read_numbers(
-            strength, guidance_scale, num_images_per_prompt, lora_scale
-        )
-        guided = guidance_scale > 1
-        check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip, guided)
+        self.check_inputs(prompt, strength, None, negative_prompt, prompt_embeds, negative_prompt_embeds)
         self._need("scheduler", "vae", "unet", *(() if depth_map is not None else self.FOR_DEPTH))
-        plan = self.scheduler.plan(num_inference_steps, strength, eta=eta, device=self.execution_device)
-        images = read_start(image, depth_map, self.vae_scale_factor)
-        depths = None if depth_map is None else read_depth(depth_map)
+        numbers = read_numbers(
+            strength, guidance_scale, num_images_per_prompt, num_inference_steps, eta, self.scheduler
+        )
+        strength, guidance_scale, num_images_per_prompt, num_inference_steps, eta = numbers
+        lora_scale, guided, device = check_kwargs(cross_attention_kwargs), guidance_scale > 1, self._execution_device
+        check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip, guided)
+        counts = {"image": len(read_start(image, depth_map, self.vae_scale_factor))}
+        counts |= {} if depth_map is None else {"depth_map": len(read_depth(depth_map))}
         texts = [prompt] if isinstance(prompt, str) else prompt
-        counts = {"prompt": len(texts) if texts is not None else len(prompt_embeds), "image": len(images)}  # type: ignore[arg-type]
-        if depths is not None:
-            counts["depth_map"] = len(depths)
+        counts["prompt"] = len(texts if texts is not None else prompt_embeds)  # type: ignore[arg-type]
         pictures = batch_size(counts)
         check_generator(generator, pictures * num_images_per_prompt)
 
-        texts = None if texts is None else repeat(texts, pictures)
-        prompt_embeds = repeat_rows("prompt_embeds", prompt_embeds, pictures)
         positive, negative = self.encode_prompt(
-            texts,
-            self.execution_device,
+            None if texts is None else repeat(texts, pictures),
+            device,
             num_images_per_prompt,
             guided,
             negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            lora_scale,
-            clip_skip,
+            prompt_embeds=repeat_rows("prompt_embeds", prompt_embeds, pictures),
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=lora_scale,
+            clip_skip=clip_skip,
         )
-        context = positive if negative is None else torch.cat([negative, positive])
-
-        depth = self._depth(images, depths)
-        depth = expand(depth, pictures, num_images_per_prompt).to(context.dtype)
-        clean = self._encode(images, context.dtype)
-        latents = noisy_latents(clean, plan, pictures, num_images_per_prompt, self.vae.config.scaling_factor, generator)
-        return Run(plan, latents, context, depth, guidance_scale, generator, lora_scale, shortcuts)
+        dtype, batch = positive.dtype, pictures * num_images_per_prompt
+        image, depth_map = (
+            paired(image, counts["image"], pictures),
+            paired(depth_map, counts.get("depth_map"), pictures),
+        )
+        depth = self.prepare_depth_map(image, depth_map, batch, guided, dtype, device)
+        pixels = self.image_processor.preprocess(image)
+        with self._planning:  # the scheduler that all calls share holds the timesteps of one at a time
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+            timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, strength, device)
+            latents = self.prepare_latents(
+                pixels, timesteps[:1].repeat(batch), pictures, num_images_per_prompt, dtype, device, generator
+            )
+            scheduler = copy.deepcopy(self.scheduler)
+        self._call.begin(guidance_scale, plain(clip_skip), cross_attention_kwargs, len(timesteps))
+        return Run(
+            scheduler,
+            timesteps,
+            num_inference_steps,
+            latents,
+            positive if negative is None else torch.cat([negative, positive]),
+            depth,
+            guidance_scale,
+            generator,
+            eta,
+            cross_attention_kwargs,
+            approximations,
+        )
 
     @torch.no_grad()
     def denoise(self, run: Run) -> Iterator[Step]:
@@ -331,11 +339,20 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
             the next step on. `run.latents` follows.
         """
         check_run(run)
-        with self._in_use(ends_by_itself=False), ExitStack() as stack:
-            unet = self._at_scale("unet", self._at_work("unet"), run.lora_scale)
-            predict_noise = stack.enter_context(noise_predictor(unet, run))
-            for step in sampler.denoise(predict_noise, run.plan, run.latents, run.generator):
-                check_first_step(step, run, unet.dtype)
+        with self._in_use(ends_by_itself=False):
+            unet = self._at_scale("unet", self._at_work("unet"), check_kwargs(run.cross_attention_kwargs))
+            unet = approximated(unet, run.approximations)
+            if unet is not self.unet and self._fast:
+                speed.enable(unet)
+            scheduler, extra = copy.deepcopy(run.scheduler), self.prepare_extra_step_kwargs(run.generator, run.eta)
+            for index, timestep in enumerate(run.timesteps):
+                latents = run.latents
+                noise_pred = predict_noise(unet, scheduler, run, timestep)
+                output = scheduler.step(noise_pred, timestep, latents, **extra)
+                step = Step(
+                    index, timestep, output.prev_sample, denoised(scheduler, output, noise_pred, timestep, latents)
+                )
+                check_first_step(step, run, noise_pred.dtype)
                 run.latents = step.latents
                 yield step
                 run.latents = step.latents
@@ -351,8 +368,29 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         check_latents(latents, self.vae.config.latent_channels)
         if output_type == "latent":
             return check_finite(latents, "the latents")
-        vae, scaled = self._at_work("vae"), latents.to(self.execution_device) / self.vae.config.scaling_factor
-        return from_pixels(finite("vae", vae, lambda net: net.decode(scaled.to(net.dtype)).sample, scaled), output_type)
+        vae, scaled = self._at_work("vae"), latents.to(self._execution_device) / self.vae.config.scaling_factor
+        pixels = finite("vae", vae, lambda net: net.decode(scaled.to(dtype_of(net)), return_dict=False)[0], scaled)
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    # The steps of `prepare`
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        strength: float,
+        callback_steps: int | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+    ) -> None:
+        """Refuse arguments of a call that cannot be right whatever the components are. Errors as in `__call__`."""
+        read_numbers(strength)
+        check_callbacks(None, callback_steps, None, callback_on_step_end_tensor_inputs)
+        check_prompt(prompt, prompt_embeds)
+        check_prompt(negative_prompt, negative_prompt_embeds, "negative_prompt")
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("Provide either `prompt` or `prompt_embeds`; both are None")
 
     @torch.no_grad()
     @uses_weights
@@ -372,13 +410,13 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
 
         Args:
             prompt: one or several.
-            device: where the result lies.
-            num_images_per_prompt: each prompt's context is repeated so often, neighbours staying neighbours.
+            device: of the result.
+            num_images_per_prompt: each prompt's embeddings are repeated so often, neighbours staying neighbours.
             do_classifier_free_guidance: read the negative prompts as well.
-            negative_prompt: one for all, or one a prompt; the empty text if absent.
-            prompt_embeds: (B, L, C), in place of `prompt`.
-            negative_prompt_embeds: (B, L, C), in place of `negative_prompt`.
-            lora_scale: times the weights of the active adapters.
+            negative_prompt: one for all, or one a prompt; the empty text if None.
+            prompt_embeds: (B, L, C), instead of `prompt`.
+            negative_prompt_embeds: (B, L, C), instead of `negative_prompt`.
+            lora_scale: multiplies all active adapters.
             clip_skip: how many of the last layers to leave out for the prompt; as in diffusers the negative one is
                 always read with all.
 
@@ -388,57 +426,213 @@ class StableDiffusionDepth2ImgPipeline(Adapters, SingleFiles, Acceleration):
         Raises:
             ValueError: numbers of prompts that do not pair, or a `clip_skip` beyond the encoder's layers.
         """
-        do_classifier_free_guidance = check_flag("do_classifier_free_guidance", do_classifier_free_guidance)
-        clip_skip = check_prompts(
-            self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip, do_classifier_free_guidance
-        )
-        *_, times, lora_scale = read_numbers(1, 1, num_images_per_prompt, 1.0 if lora_scale is None else lora_scale)
-        device = self.execution_device if device is None else check_device("device", device)
-        texts = [prompt] if isinstance(prompt, str) else prompt or []
-        count = len(texts) if prompt_embeds is None else len(prompt_embeds)
-        negatives: list[str] = []
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negatives = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
+        guided = check_flag("do_classifier_free_guidance", do_classifier_free_guidance)
+        given = prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
+        clip_skip = check_prompts(self, *given, clip_skip, guided)
+        _, _, times, *_ = read_numbers(num_images_per_prompt=num_images_per_prompt)
+        device = self._execution_device if device is None else check_device("device", device)
+        if prompt_embeds is None:
+            prompt_embeds = self._read([prompt] if isinstance(prompt, str) else prompt or [], lora_scale, clip_skip)
+        kind: dict[str, Any] = {"device": device, "dtype": dtype_of(self.unet)}
+        positive = prompt_embeds.to(**kind).repeat_interleave(times, dim=0)
+        if not guided:
+            return positive, None
+        count = len(prompt_embeds)
+        if negative_prompt_embeds is None:
+            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
             if count % len(negatives):
                 found = f"`negative_prompt` has batch size {len(negatives)}, but `prompt` {count}"
                 raise ValueError(f"{found}; they must pair")
-            negatives = repeat(negatives, count)
-        elif do_classifier_free_guidance:
-            negative_prompt_embeds = repeat_rows("negative_prompt_embeds", negative_prompt_embeds, count)
+            negative_prompt_embeds = self._read(repeat(negatives, count), lora_scale)
+        negative = repeat_rows("negative_prompt_embeds", negative_prompt_embeds, count)
+        return positive, negative.to(**kind).repeat_interleave(times, dim=0)  # type: ignore[union-attr]
 
-        if texts or negatives:
-            encoder = self._at_work("text_encoder")
-            encoder = self._at_scale("text_encoder", encoder, lora_scale)
-            read = read_texts(texts, negatives, clip_skip, self.tokenizer, encoder, self.execution_device, self.cache)
-            prompt_embeds = read[: len(texts)] if texts else prompt_embeds
-            negative_prompt_embeds = read[len(texts) :] if negatives else negative_prompt_embeds
-        kind = {"device": device, "dtype": self.unet.dtype}
-        positive = prompt_embeds.to(**kind).repeat_interleave(times, dim=0)  # type: ignore[union-attr, call-overload]
-        if not do_classifier_free_guidance:
-            return positive, None
-        return positive, negative_prompt_embeds.to(**kind).repeat_interleave(times, dim=0)  # type: ignore[union-attr, call-overload]
+    def _read(self, texts: list[str], lora_scale: float | None, clip_skip: int | None = None) -> Tensor:
+        """Encode texts, (B, L, C), with the adapters at a scale."""
+        encoder = self._at_scale("text_encoder", self._at_work("text_encoder"), lora_scale)
+        device, tokenizer = self._execution_device, self.tokenizer
+        texts = [self.maybe_convert_prompt(text, tokenizer) for text in texts]
+        return finite("text_encoder", encoder, lambda net: encode_texts(texts, tokenizer, net, device, clip_skip))
 
-    def _encode(self, images: list[Image.Image] | Tensor, dtype: torch.dtype) -> Tensor | DiagonalGaussianDistribution:
-        """Describe the latents of images; latents themselves are only brought to device and `dtype`."""
-        if is_latents(images):
-            return images.to(self.execution_device, dtype)  # type: ignore[union-attr]
-        return encode_images(images, self._at_work("vae"), self.execution_device, dtype, self.cache)
+    @torch.no_grad()
+    @uses_weights
+    def prepare_depth_map(
+        self,
+        image: ImageInput,
+        depth_map: ImageInput | None,
+        batch_size: int,
+        do_classifier_free_guidance: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Estimate the depth where it is not given, and resize it to the latents' size.
 
-    def _depth(self, images: list[Image.Image] | Tensor, disparity: Tensor | None) -> Tensor:
-        """Estimate the depth where it is not given, and bring it to the latents' size: (N, 1, h, w) in [-1, 1]."""
-        if is_latents(images):
-            height, width = images.shape[-2:]  # type: ignore[union-attr]
+        Args:
+            image: see `__call__`.
+            depth_map: see `__call__`.
+            batch_size: B.
+            do_classifier_free_guidance: whether each map is needed twice.
+            dtype: of the result.
+            device: of the result.
+
+        Returns:
+            (B, 1, h, w), or (2B, 1, h, w) with guidance, in [-1, 1], near is large.
+        """
+        if is_latents(image):
+            height, width = image[0].shape[-2:]  # type: ignore[index, union-attr]
         else:
-            height, width = (side // self.vae_scale_factor for side in image_size(images))
-        if disparity is None:
-            disparity = self.estimate_depth(images)
-        return fit_depth(disparity.to(self.execution_device, torch.float32), height, width)
+            height, width = (side // self.vae_scale_factor for side in image_size(read_images(image)))
+        disparity = self.estimate_depth(image) if depth_map is None else read_depth(depth_map)
+        depth = fit_depth(disparity.to(device, torch.float32), height, width).to(dtype)
+        depth = depth.repeat_interleave(batch_size // len(depth), dim=0)
+        return torch.cat([depth] * 2) if do_classifier_free_guidance else depth
 
     @torch.no_grad()
     @uses_weights
     def estimate_depth(self, image: ImageInput) -> Tensor:
         """Estimate the disparity (N, H', W') of images, near is large; H' and W' are the depth net's own."""
         self._need(*self.FOR_DEPTH)
-        net = self._at_work("depth_estimator")
-        pixels = self.feature_extractor(read_images(image)).pixel_values
-        return read_disparity(pixels, net, self.execution_device, self.cache)
+        net, device = self._at_work("depth_estimator"), self._execution_device
+        pixels = self.feature_extractor(images=read_images(image), return_tensors="pt").pixel_values
+        return finite("depth_estimator", net, lambda net: net(pixels.to(device, dtype_of(net))).predicted_depth)
+
+    def get_timesteps(
+        self, num_inference_steps: int, strength: float, device: torch.device | str
+    ) -> tuple[Tensor, int]:
+        """Cut the scheduler's timesteps by the strength: the timesteps that are run, and the number of steps."""
+        steps = min(int(num_inference_steps * strength), num_inference_steps)
+        start = (num_inference_steps - steps) * self.scheduler.order
+        if hasattr(self.scheduler, "set_begin_index") and start < len(self.scheduler.timesteps):
+            self.scheduler.set_begin_index(start)
+        timesteps = self.scheduler.timesteps[start:] if steps else self.scheduler.timesteps[:0]
+        return timesteps, steps
+
+    @torch.no_grad()
+    @uses_weights
+    def prepare_latents(
+        self,
+        image: Tensor,
+        timestep: Tensor,
+        batch_size: int,
+        num_images_per_prompt: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Generator | Sequence[Generator] | None = None,
+    ) -> Tensor:
+        """Encode images, and add the noise of the first step.
+
+        Args:
+            image: (N, 3, H, W), pixels in [-1, 1], or (N, 4, h, w), latents.
+            timestep: (B * num_images_per_prompt,), of the first step; empty where no step is run, which adds no noise.
+            batch_size: B, a multiple of N.
+            num_images_per_prompt: pictures of each prompt.
+            dtype: of the latents.
+            device: of the latents.
+            generator: one, or one a picture; one draws for every image encoded and then the noise.
+
+        Returns:
+            (B * num_images_per_prompt, 4, h, w).
+
+        Raises:
+            ValueError: `batch_size` is not a multiple of N.
+        """
+        if batch_size % len(image):
+            raise ValueError(f"Cannot duplicate `image` of batch size {len(image)} to {batch_size} text prompts.")
+        copies = batch_size // len(image) * num_images_per_prompt
+        if image.shape[1] == 4:
+            latents = image.to(device, dtype).repeat_interleave(copies, dim=0)
+        else:
+            vae = self._at_work("vae")
+
+            def encode(net: Any) -> Tensor:
+                encoded = net.encode(image.to(device, dtype_of(net)))
+                return draw_latents(encoded, generator, copies).to(dtype)
+
+            latents = self.vae.config.scaling_factor * finite("vae", vae, encode)
+        if not len(timestep):
+            return latents
+        noise = randn(latents.shape, generator, device=device, dtype=dtype)
+        return self.scheduler.add_noise(latents, noise, timestep)  # type: ignore[no-any-return]
+
+    def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
+        """Return those of `eta` and `generator` that the scheduler's `step` takes."""
+        known = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+
+    # What else diffusers' class has
+
+    def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
+        """Return the prompt as it is: the tokenizer itself spells out words of several vectors."""
+        return prompt
+
+    def _encode_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Read the prompts, the negative ones first, in one tensor; arguments as those of `encode_prompt`."""
+        positive, negative = self.encode_prompt(*args, **kwargs)
+        return positive if negative is None else torch.cat([negative, positive])
+
+    def decode_latents(self, latents: Tensor) -> np.ndarray:
+        """Turn latents (B, 4, h, w) into an array (B, H, W, 3), float32, in [0, 1]."""
+        return self.decode(latents, "np")  # type: ignore[no-any-return]
+
+    def run_safety_checker(self, image: Any, device: Any, dtype: Any) -> tuple[Any, None]:
+        """Return the images as they are, and None: no safety check runs."""
+        return image, None
+
+    @staticmethod
+    def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+        """Turn an array (B, H, W, 3) or (H, W, 3) in [0, 1] into PIL images."""
+        batch = torch.from_numpy(np.asarray(images, np.float32).reshape(-1, *images.shape[-3:]))
+        return from_pixels(2 * batch.movedim(3, 1) - 1)  # type: ignore[return-value]
+
+
+def predict_noise(unet: Any, scheduler: Any, run: Run, timestep: Tensor) -> Tensor:
+    """Ask the UNet for the noise in the latents, and apply guidance: (B, 4, h, w)."""
+    check_tensors(run, run.latents, unet)
+    latents, embeds, depth = run.latents, run.prompt_embeds, run.depth
+    guided = run.guides(timestep)
+    if run.guidance_scale > 1 and not guided:  # outside its interval: the prompts alone
+        embeds = embeds.chunk(2)[1]
+    rows = len(embeds)
+    depth = depth[-rows:] if len(depth) >= rows else torch.cat([depth] * 2)
+    sample = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
+    sample = torch.cat([sample.to(depth.dtype), depth], dim=1)  # (2B, 5, h, w)
+    noise_pred = unet(
+        sample,
+        timestep,
+        encoder_hidden_states=embeds,
+        cross_attention_kwargs=run.cross_attention_kwargs,
+        return_dict=False,
+    )[0]
+    if not guided:
+        return noise_pred  # type: ignore[no-any-return]
+    uncond, cond = noise_pred.chunk(2)
+    return apply_guidance(uncond, cond, run.guidance_scale)
+
+
+def apply_guidance(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
+    """Push a prediction away from the one without the prompt.
+
+    Args:
+        uncond: (B, 4, h, w), prediction for the negative prompt.
+        cond: (B, 4, h, w), prediction for the prompt.
+        guidance_scale: 1 gives `cond`, 0 `uncond`; larger follows the prompt more closely.
+
+    Source: arXiv:2207.12598, eq. 6, with w = guidance_scale - 1.
+    """
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def denoised(scheduler: Any, output: Any, noise_pred: Tensor, timestep: Tensor, latents: Tensor) -> Tensor | None:
+    """Return the clean latents (B, 4, h, w) that a step predicts; None where the scheduler does not tell.
+
+    Source: arXiv:2006.11239, eq. 15; arXiv:2202.00512, appendix D (v).
+    """
+    if getattr(output, "pred_original_sample", None) is not None:
+        return output.pred_original_sample  # type: ignore[no-any-return]
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return None
+    alpha_bar = scheduler.alphas_cumprod.to(latents.device)[timestep.long()]
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return (latents - (1 - alpha_bar) ** 0.5 * noise_pred) / alpha_bar**0.5
+    return alpha_bar**0.5 * latents - (1 - alpha_bar) ** 0.5 * noise_pred if kind == "v_prediction" else noise_pred

@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from depthdiff.models.base import Model
-from depthdiff.models.sharing import with_weights
+from depthdiff.pipeline_utils import dtype_of
+from depthdiff.sharing import with_weights
 
 if TYPE_CHECKING:
-    from depthdiff.run import Run
-    from depthdiff.sampler import Step
+    from depthdiff.run import Run, Step
 
 logger = logging.getLogger(__name__)
 
 
 def is_finite(x: Tensor) -> bool:
-    """Tell whether a tensor holds neither NaN nor infinity; waits for the device."""
+    """Return whether a tensor holds neither NaN nor infinity; waits for the device."""
     return bool(torch.isfinite(x).all())
 
 
-def finite(stage: str, network: Model, work: Callable[[Any], Tensor], given: Tensor | None = None) -> Tensor:
+def finite(stage: str, network: Any, work: Callable[[Any], Tensor], given: Tensor | None = None) -> Tensor:
     """Run a stage, and once more in float32 where its network's float16 overflows.
 
     Nothing is remembered: what a call returns depends on its inputs alone, not on the calls before it.
@@ -50,15 +49,15 @@ def finite(stage: str, network: Model, work: Callable[[Any], Tensor], given: Ten
         return result
     if given is not None:
         check_finite(given, f"what the {stage} is given")
-    if network.dtype != torch.float16:
-        raise FloatingPointError(_explain(f"the {stage}", network.dtype))
+    if dtype_of(network) != torch.float16:
+        raise FloatingPointError(_explain(f"the {stage}", dtype_of(network)))
     logger.warning(
         "the %s overflows in float16 and is run in float32; pipe.%s.float() saves the first try", stage, stage
     )
     return check_finite(work(in_float32(network)), f"the {stage}")
 
 
-def in_float32(network: Model) -> Model:
+def in_float32(network: Any) -> Any:
     """Return a network with the same weights in float32; the given one stays as it is, for other calls as well."""
     return with_weights(network, {name: parameter.data.float() for name, parameter in network.named_parameters()})
 
@@ -86,7 +85,7 @@ def check_first_step(step: Step, run: Run, dtype: torch.dtype) -> None:
         FloatingPointError: NaN or infinity.
     """
     if step.index == 0 and not is_finite(step.latents):
-        for name in ("latents", "context", "depth"):
+        for name in ("latents", "prompt_embeds", "depth"):
             check_finite(getattr(run, name), f"the {name} that the unet is given")
         raise FloatingPointError(_explain("the unet", dtype))
 

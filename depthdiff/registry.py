@@ -27,7 +27,7 @@ from depthdiff.schedulers.lms import LMSDiscreteScheduler
 from depthdiff.schedulers.pndm import PNDMScheduler
 from depthdiff.tokenizer import CLIPTokenizer
 
-SLOTS: dict[str, dict[str, Any]] = {
+COMPONENT_CLASSES: dict[str, dict[str, Any]] = {
     "vae": {"AutoencoderKL": AutoencoderKL},
     "text_encoder": {"CLIPTextModel": CLIPTextModel},
     "tokenizer": dict.fromkeys(("CLIPTokenizer", "CLIPTokenizerFast"), CLIPTokenizer),
@@ -39,6 +39,14 @@ SLOTS: dict[str, dict[str, Any]] = {
     ),
 }
 """Component -> published class name -> our class."""
+
+CLASSES: dict[str, type[Network]] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "depth_estimator": DPTForDepthEstimation,
+}
+"""Component -> the class of its network."""
 
 SMALL_FILES = {
     "tokenizer": tokenizer_files.FILES,
@@ -94,7 +102,7 @@ def load_components(
     with naming_the_cache(folder):
         index = read_json(folder / "model_index.json")
         refuse_other_kinds(name_or_path, index, *(folder / name for name in told))
-    kinds = {name: component_class(name, index, name_or_path) for name in SLOTS if name not in overrides}
+    kinds = {name: component_class(name, index, name_or_path) for name in COMPONENT_CLASSES if name not in overrides}
     folder = fetch_components(name_or_path, kinds, variant, use_safetensors, where)
     parts = dict(overrides)
     with naming_the_cache(folder):
@@ -150,8 +158,9 @@ def component_class(name: str, index: Mapping[str, Any], source: object) -> Any:
             f"{source} is {kind} and has no {name}, which depth-to-image needs; pass one as {name}=..., "
             "or use a depth-to-image checkpoint such as sd2-community/stable-diffusion-2-depth"
         )
-    if entry[1] not in SLOTS[name]:
+    if entry[1] not in COMPONENT_CLASSES[name]:
         raise CheckpointError(
-            f"{source}: {name} is a {entry[1]}; implemented here: {', '.join(SLOTS[name])}. Pass another as {name}=..."
+            f"{source}: {name} is a {entry[1]}; implemented here: {', '.join(COMPONENT_CLASSES[name])}. Pass another as "
+            f"{name}=..."
         )
-    return SLOTS[name][entry[1]]
+    return COMPONENT_CLASSES[name][entry[1]]

@@ -1,4 +1,4 @@
-"""What a call holds while it runs and what it returns.
+"""A prepared run and its steps, and what a call returns.
 
 Letters: B pictures, L tokens, C their channels, H and W height and width in pixels, h and w in latents.
 """
@@ -15,13 +15,11 @@ import numpy as np
 from PIL import Image
 from torch import Generator, Tensor
 
+from depthdiff.approximations import Approximations
 from depthdiff.checks import check_generators, check_number, check_tensor, show
-from depthdiff.config import Output
+from depthdiff.config import BaseOutput
 from depthdiff.inputs import LARGEST_SCALE
-from depthdiff.models.unet import UNet2DConditionModel
-from depthdiff.sampler import Step
-from depthdiff.schedulers.plan import Plan
-from depthdiff.shortcuts import Shortcuts
+from depthdiff.pipeline_utils import dtype_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,7 +28,7 @@ StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | Non
 
 
 @dataclass
-class StableDiffusionPipelineOutput(Output):
+class StableDiffusionPipelineOutput(BaseOutput):
     """What a call returns.
 
     Attributes:
@@ -48,18 +46,27 @@ class CallState(threading.local):
     Attributes:
         guidance_scale: of the call.
         clip_skip: of the call.
+        cross_attention_kwargs: of the call.
         num_timesteps: how many times it runs the UNet.
         depth: how many calls are under way, one within a callback of the other.
     """
 
     guidance_scale: float = 7.5
     clip_skip: int | None = None
+    cross_attention_kwargs: dict[str, Any] | None = None
     num_timesteps: int = 0
     depth: int = 0
 
-    def begin(self, guidance_scale: float, clip_skip: int | None, num_timesteps: int) -> None:
+    def begin(
+        self,
+        guidance_scale: float,
+        clip_skip: int | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+        num_timesteps: int,
+    ) -> None:
         """Take over what the call that begins was given."""
-        self.guidance_scale, self.clip_skip, self.num_timesteps = guidance_scale, clip_skip, num_timesteps
+        self.guidance_scale, self.clip_skip = guidance_scale, clip_skip
+        self.cross_attention_kwargs, self.num_timesteps = cross_attention_kwargs, num_timesteps
 
     def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
         return CallState, ()
@@ -71,7 +78,7 @@ def keeps_the_outer_call(call: Callable[P, R]) -> Callable[P, R]:
     @wraps(call)
     def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
         state: CallState = args[0]._call  # type: ignore[attr-defined]
-        before = state.guidance_scale, state.clip_skip, state.num_timesteps
+        before = state.guidance_scale, state.clip_skip, state.cross_attention_kwargs, state.num_timesteps
         state.depth += 1
         try:
             return call(*args, **kwargs)
@@ -88,28 +95,69 @@ class Run:
     """Everything that a run needs once it is prepared; assign to a field to change the course of the run.
 
     Attributes:
-        plan: the scheduler's steps, already cut by the strength.
+        scheduler: the run's own copy of the pipeline's, with its timesteps set.
+        timesteps: (steps,), what the UNet sees, already cut by the strength.
+        num_inference_steps: steps that are run, PNDM's second call for its first step aside.
         latents: (B, 4, h, w), as noisy as the next step expects.
-        context: (B, L, C), the prompts; with guidance (2B, L, C), the negative ones first.
-        depth: (B, 1, h, w) in [-1, 1], near is large; with guidance it may be (2B, 1, h, w), one for each prompt, and
-            then what both halves of guidance have in common is computed twice.
+        prompt_embeds: (B, L, C), the prompts; with guidance (2B, L, C), the negative ones first.
+        depth: (B, 1, h, w) in [-1, 1], near is large; with guidance (2B, 1, h, w), once for each prompt.
         guidance_scale: guidance is on above 1.
         generator: for schedulers that add noise on the way.
-        lora_scale: times the weights of the active adapters.
-        shortcuts: what is left out for speed, as it stands when the run starts.
+        eta: noise added on the way, for DDIM.
+        cross_attention_kwargs: for the attention processors; "scale" multiplies the active adapters.
+        approximations: what is left out for speed, as it stands when the run starts.
     """
 
-    plan: Plan
+    scheduler: Any
+    timesteps: Tensor
+    num_inference_steps: int
     latents: Tensor
-    context: Tensor
+    prompt_embeds: Tensor
     depth: Tensor
     guidance_scale: float
-    generator: Generator | Sequence[Generator] | None
-    lora_scale: float = 1.0
-    shortcuts: Shortcuts = field(default_factory=Shortcuts)
+    generator: Generator | Sequence[Generator] | None = None
+    eta: float = 0.0
+    cross_attention_kwargs: dict[str, Any] | None = None
+    approximations: Approximations = field(default_factory=Approximations)
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self.timesteps)
+
+    def guides(self, timestep: Tensor) -> bool:
+        """Return whether a step uses guidance: where it is on, and its interval holds the timestep."""
+        if self.guidance_scale <= 1 or self.approximations.guidance_interval == (0.0, 1.0):
+            return self.guidance_scale > 1
+        return self.approximations.guides(float(timestep) / self.scheduler.config.num_train_timesteps)
+
+    def add_noise(self, clean: Tensor, noise: Tensor, index: int = 0) -> Tensor:
+        """Make clean latents (B, 4, h, w) as noisy as a step of this run expects them.
+
+        Args:
+            clean: (B, 4, h, w).
+            noise: (B, 4, h, w), unit normal.
+            index: of the step, from 0; as many as there are steps leaves them clean.
+        """
+        if check_number("index", index, 0, len(self), whole=True) == len(self):
+            return clean
+        timestep = self.timesteps[index : index + 1].repeat(len(clean))
+        return self.scheduler.add_noise(clean, noise, timestep)  # type: ignore[no-any-return]
+
+
+@dataclass
+class Step:
+    """One finished step of a run.
+
+    Attributes:
+        index: of the step, from 0.
+        timestep: what the UNet saw, a tensor without dimensions.
+        latents: (B, 4, h, w), what the next step starts from; assign to it to change the course of the run.
+        denoised: (B, 4, h, w), the clean latents as predicted at this step; None where the scheduler does not tell.
+    """
+
+    index: int
+    timestep: Tensor
+    latents: Tensor
+    denoised: Tensor | None
 
 
 def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: Run, step: Step) -> None:
@@ -119,17 +167,17 @@ def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: 
         function: the callback.
         names: of the tensors it wants to see.
         pipeline: its first argument, whose `_guidance_scale` it may change.
-        run: whose context and depth it may replace.
+        run: whose embeddings and depth it may replace.
         step: whose latents it may replace.
 
     Raises:
-        TypeError: it returns neither a dict nor None, or sets a guidance scale that is no number.
+        TypeError: it returns neither a dict nor None, or sets a guidance scale that is not a number.
         ValueError: it sets a guidance scale out of range.
     """
     tensors = {
         "latents": step.latents,
-        "prompt_embeds": run.context,
-        "negative_prompt_embeds": run.context.chunk(2)[0] if run.guidance_scale > 1 else None,
+        "prompt_embeds": run.prompt_embeds,
+        "negative_prompt_embeds": run.prompt_embeds.chunk(2)[0] if run.guidance_scale > 1 else None,
         "depth_mask": run.depth,
     }
     replaced = function(pipeline, step.index, step.timestep, {name: tensors[name] for name in names})
@@ -138,7 +186,7 @@ def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: 
     if not isinstance(replaced, Mapping):
         raise TypeError(f"callback_on_step_end must return a dict of tensors by name, or None, got {show(replaced)}")
     step.latents = replaced.get("latents", step.latents)
-    run.context = replaced.get("prompt_embeds", run.context)
+    run.prompt_embeds = replaced.get("prompt_embeds", run.prompt_embeds)
     run.depth = replaced.get("depth_mask", run.depth)
     run.guidance_scale = check_number("guidance_scale", pipeline.guidance_scale, 0, LARGEST_SCALE)
 
@@ -147,52 +195,51 @@ def check_run(run: object) -> None:
     """Refuse what is not a prepared run, or one whose fields were replaced by something else.
 
     Raises:
-        TypeError: always names the field.
+        TypeError: names the field.
         ValueError: a number out of range.
     """
     if not isinstance(run, Run):
         raise TypeError(f"run must be what `prepare` returns, got {show(run)}")
-    for name, part, kind in (("plan", run.plan, Plan), ("shortcuts", run.shortcuts, Shortcuts)):
-        if not isinstance(part, kind):
-            raise TypeError(f"{name} of a run must be a {kind.__name__}, got {show(part)}")
+    if not isinstance(run.approximations, Approximations):
+        raise TypeError(f"approximations of a run must be Approximations, got {show(run.approximations)}")
     check_generators("generator", run.generator)
-    run.lora_scale = check_number("lora_scale", run.lora_scale, -LARGEST_SCALE, LARGEST_SCALE)
     check_tensor("latents", run.latents, "(B, 4, h, w)", 4)
 
 
-def check_tensors(run: Run, latents: Tensor, unet: UNet2DConditionModel) -> None:
+def check_tensors(run: Run, latents: Tensor, unet: Any) -> None:
     """Refuse tensors of a run, which the caller may have replaced, that fit neither each other nor the UNet.
 
     Args:
-        run: whose context and depth.
+        run: whose embeddings and depth.
         latents: of the present step.
         unet: reads them.
 
     Raises:
-        TypeError: no tensor, or a guidance scale that is no number.
+        TypeError: not a tensor, or a guidance scale that is not a number.
         ValueError: names the tensor, its shape or dtype, and what it must be.
     """
     run.guidance_scale = check_number("guidance_scale", run.guidance_scale, 0, LARGEST_SCALE)
-    guided, (batch, channels, height, width) = run.guidance_scale > 1, latents.shape
+    check_tensor("latents", latents, "(B, 4, h, w)", 4)
+    guided, (batch, channels, height, width), dtype = run.guidance_scale > 1, latents.shape, dtype_of(unet)
     if channels != unet.config.in_channels - 1:
         raise ValueError(f"latents must have {unet.config.in_channels - 1} channels, got {channels}")
-    for name, tensor, form in (("context", run.context, "(B, L, C)"), ("depth", run.depth, "(B, 1, h, w)")):
+    for name, tensor, form in (("prompt_embeds", run.prompt_embeds, "(B, L, C)"), ("depth", run.depth, "(B, 1, h, w)")):
         check_tensor(name, tensor, form, form.count(",") + 1)
-        if tensor.dtype != unet.dtype or tensor.device != latents.device:
+        if tensor.dtype != dtype or tensor.device != latents.device:
             raise ValueError(
-                f"{name} must be {unet.dtype} on {latents.device}, as the unet and the latents are, got {tensor.dtype} "
+                f"{name} must be {dtype} on {latents.device}, as the unet and the latents are, got {tensor.dtype} "
                 f"on {tensor.device}; bring it there with .to"
             )
     wanted, each = (2 * batch, "two") if guided else (batch, "one")
-    if len(run.context) != wanted:
-        rows = "row" if wanted == 1 else "rows"
+    if len(run.prompt_embeds) != wanted:
         raise ValueError(
-            f"context must have {wanted} {rows}, {each} for each of the latents, got {len(run.context)}; with guidance "
-            f"it is the negative prompts and then the prompts, without it the prompts alone"
+            f"prompt_embeds has {len(run.prompt_embeds)} rows, expected {wanted}, {each} for each of the latents: with "
+            "guidance the negative prompts and then the prompts, without it the prompts only"
         )
-    reads = max(unet.config.per_level("cross_attention_dim"))
-    if run.context.shape[2] != reads:
-        raise ValueError(f"context must be {reads} wide, which this UNet reads, got {run.context.shape[2]}")
+    width_read = unet.config.cross_attention_dim
+    reads = max(width_read) if isinstance(width_read, (tuple, list)) else width_read
+    if run.prompt_embeds.shape[2] != reads:
+        raise ValueError(f"prompt_embeds must be {reads} wide, which this UNet reads, got {run.prompt_embeds.shape[2]}")
     if len(run.depth) not in (batch, wanted) or run.depth.shape[1:] != (1, height, width):
         raise ValueError(
             f"depth must be {(batch, 1, height, width)} as the latents{', or twice that' if guided else ''}, got "

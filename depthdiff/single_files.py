@@ -1,22 +1,44 @@
-"""What a pipeline does with checkpoints in a single file: it is made from one, or takes networks from one."""
+"""Checkpoints in a single file: a pipeline is made from one, or takes networks from one."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from depthdiff.checkpoint.single_pipeline import load_into, load_single_components
-from depthdiff.checks import nearest
-from depthdiff.components import Components
+from depthdiff.checkpoint.clip_vocabulary import clip_tokenizer
+from depthdiff.checkpoint.geometry import SCHEDULER
+from depthdiff.checkpoint.hub import fetch_config
+from depthdiff.checkpoint.kinds import CHANNELS, DEPTH_MODEL, name_kind
+from depthdiff.checkpoint.loading import check_dtype
+from depthdiff.checkpoint.single_file import (
+    LDM,
+    NETWORKS,
+    SingleFile,
+    check_known,
+    find_single_file,
+    load_part,
+    open_single_file,
+    read_config,
+)
+from depthdiff.checks import check_places, nearest
+from depthdiff.config import CheckpointError
+from depthdiff.image_processor import DPTImageProcessor
+from depthdiff.pipeline_utils import DiffusionPipeline
+from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class, computing_dtype
+from depthdiff.schedulers.pndm import PNDMScheduler
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+BILINEAR = 2
+"""How the published preprocessor resizes; everything else of it is the default."""
 
-class SingleFiles(Components):
-    """Adds single files to the components."""
+
+class FromSingleFileMixin(DiffusionPipeline):
+    """Adds single files to the components. Names and arguments are those of diffusers' mixin."""
 
     @classmethod
     def from_single_file(
@@ -32,6 +54,7 @@ class SingleFiles(Components):
         token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        fast: bool = True,
         **components: Any,
     ) -> Self:
         """Load a pipeline from one file in the layout of Stability's own code, safetensors or `.ckpt`.
@@ -51,6 +74,7 @@ class SingleFiles(Components):
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
+            fast: let the networks compute the same faster where they can; see `depthdiff.fast`.
             **components: ready components by name, used instead of the file's, or where the file has none.
 
         Raises:
@@ -72,7 +96,7 @@ class SingleFiles(Components):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        pipeline = cls(**parts)
+        pipeline = cls(**parts, fast=fast)
         pipeline.name_or_path = os.fspath(pretrained_model_link_or_path)
         return pipeline
 
@@ -122,5 +146,149 @@ class SingleFiles(Components):
             force_download=force_download,
         )
         with self._turns.change("load_single_file"):
-            vars(self).update(loaded)
+            self.register_modules(**loaded)
         return list(loaded)
+
+
+def load_single_components(
+    name: str | os.PathLike[str],
+    *,
+    overrides: Mapping[str, Any],
+    config: str | os.PathLike[str] | None = None,
+    torch_dtype: Any = None,
+    prediction_type: str | None = None,
+    **where: Any,
+) -> dict[str, Any]:
+    """Load every component of a pipeline that is not in `overrides`.
+
+    Args:
+        name: of the file, as in `find_single_file`.
+        overrides: ready components by name, returned as they are.
+        config: folder or Hub id whose configs, tokenizer, scheduler and preprocessor are used; if None, configs are
+            inferred from shapes, and the others are the published ones.
+        torch_dtype: of the weights; float32 if None; for "auto" see `loading.computing_dtype`.
+        prediction_type: what the UNet predicts; "epsilon" if None.
+        **where: as in `depthdiff.checkpoint.hub.fetch`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, lacks a network, or is of another kind of model.
+        ValueError: `prediction_type` beside a scheduler.
+    """
+    check_dtype(torch_dtype)
+    check_places(**where)
+    if prediction_type is not None and "scheduler" in overrides:
+        raise ValueError("prediction_type and scheduler both say what the UNet predicts; give one of them")
+    scheduler = overrides["scheduler"] if "scheduler" in overrides else make_scheduler(prediction_type)
+    file = open_single_file(find_single_file(name, **where))
+    from_where = {key: value for key, value in where.items() if key != "revision"}
+    missing = [component for component in NETWORKS if component not in file.parts and component not in overrides]
+    if "unet" not in overrides:
+        refuse_other_unets(file, prediction_type or "epsilon")
+    check_known(file)
+    if missing:
+        arguments = ", ".join(f"{component}=..." for component in missing)
+        raise CheckpointError(
+            f"{file.path} holds {' and '.join(file.parts)} alone; pass the rest as {arguments}, or load a whole "
+            "pipeline and call its load_single_file with this file"
+        )
+    parts = {**overrides, "scheduler": scheduler}
+    for component in NETWORKS:
+        if component not in parts:
+            values = None if config is None else read_config(config, component, **from_where)
+            parts[component] = load_part(
+                file, component, CLASSES[component], values, computing_dtype(component, torch_dtype), config
+            )
+    if config is not None:
+        if prediction_type is None and "scheduler" not in overrides:
+            del parts["scheduler"]
+        parts |= _small_components(config, [slot for slot in COMPONENT_CLASSES if slot not in parts], from_where)
+        return parts
+    if "tokenizer" not in parts:
+        parts["tokenizer"] = _bundled_tokenizer(file, parts["text_encoder"])
+    if "feature_extractor" not in parts:
+        parts["feature_extractor"] = _preprocessor(parts["depth_estimator"])
+    return parts
+
+
+def load_into(
+    networks: Mapping[str, Any], name: str | os.PathLike[str], *, prediction_type: str = "epsilon", **where: Any
+) -> dict[str, Any]:
+    """Load the networks that a file holds, with the configs, dtypes and devices of those given.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds networks that do not fit.
+        ValueError: a network that it holds lies in fewer bits than it works in.
+    """
+    file = open_single_file(find_single_file(name, **where))
+    refuse_other_unets(file, prediction_type)
+    check_known(file)
+    absent = [component for component in file.parts if component not in networks]
+    if absent:
+        raise CheckpointError(
+            f"{file.path} holds a {absent[0]}, which the pipeline has not; load it as {absent[0]}=..."
+        )
+    for component in file.parts:
+        network = networks[component]
+        if getattr(network, "storage_dtype", None) is not None:
+            raise ValueError(f"{component} weights are stored in {network.storage_dtype}; load files before that")
+    return {
+        component: load_part(
+            file, component, CLASSES[component], networks[component].config, networks[component].dtype
+        ).to(networks[component].device)
+        for component in file.parts
+    }
+
+
+def refuse_other_unets(file: SingleFile, prediction_type: str) -> None:
+    """Refuse a file whose UNet does not take depth.
+
+    Raises:
+        CheckpointError: names what it is, and what would do.
+    """
+    if "unet" not in file.parts:
+        return
+    part = file.parts["unet"]
+    ldm = part.layout == LDM
+    first, width = part.shapes.get("input_blocks.0.0.weight" if ldm else "conv_in.weight", ()), None
+    for key, shape in part.shapes.items():
+        if key.endswith("attn2.to_k.weight") and len(shape) == 2:
+            width = shape[1]
+    if len(first) != 4 or first[1] == CHANNELS:
+        return
+    kind, useful = name_kind({"in_channels": first[1], "cross_attention_dim": width}, prediction_type)
+    raise CheckpointError(
+        f"{file.path} is {kind}: its UNet takes {first[1]} channels, depth-to-image needs {CHANNELS}, the last being "
+        f"depth. It is good for {useful}. Use a depth-to-image checkpoint such as {DEPTH_MODEL}, or pass the UNet of "
+        "one as unet=..."
+    )
+
+
+def make_scheduler(prediction_type: str | None) -> PNDMScheduler:
+    """Make the published scheduler, for a UNet that predicts what is told.
+
+    Raises:
+        ValueError: nothing that a UNet predicts.
+    """
+    return PNDMScheduler(**SCHEDULER, prediction_type="epsilon" if prediction_type is None else prediction_type)
+
+
+def _bundled_tokenizer(file: SingleFile, text_encoder: Any) -> Any:
+    tokenizer = clip_tokenizer()
+    if text_encoder is not None and text_encoder.config.vocab_size != len(tokenizer):
+        raise CheckpointError(
+            f"{file.path}: its text encoder knows {text_encoder.config.vocab_size} tokens, CLIP's vocabulary has "
+            f"{len(tokenizer)}; pass its tokenizer as tokenizer=..."
+        )
+    return tokenizer
+
+
+def _preprocessor(depth_estimator: Any) -> DPTImageProcessor:
+    size = 384 if depth_estimator is None else depth_estimator.config.image_size
+    return DPTImageProcessor.from_config({"size": {"height": size, "width": size}, "resample": BILINEAR})
+
+
+def _small_components(config: str | os.PathLike[str], names: list[str], where: Mapping[str, Any]) -> dict[str, Any]:
+    """Load tokenizer, scheduler and preprocessor from a folder."""
+    index = fetch_config(config, "model_index.json", **where)
+    kinds = {name: component_class(name, index, config) for name in names}
+    return {name: kind.from_pretrained(config, subfolder=name, **where) for name, kind in kinds.items()}

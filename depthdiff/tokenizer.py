@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 
 from depthdiff.bpe import END_OF_WORD, as_special, build_bpe, group_words, read_merges, text_of
 from depthdiff.checks import check_flag, check_names, check_number, check_path
-from depthdiff.config import Output
+from depthdiff.config import BaseOutput
 from depthdiff.token_inputs import check_token, list_added, one_of, read_ids, read_texts, read_words
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ TRUNCATION: dict[Any, bool] = {None: False, False: False, "do_not_truncate": Fal
 
 
 @dataclass(frozen=True)
-class BatchEncoding(Output):
+class BatchEncoding(BaseOutput):
     """What the tokenizer hands back.
 
     Attributes:

@@ -1,13 +1,16 @@
 """Schedulers against mathematics: what must come out whatever the reference does."""
 
 import dataclasses
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
 
-from depthdiff import CheckpointError, DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from depthdiff.config import CheckpointError
+from depthdiff.schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from depthdiff.schedulers.lms import lms_weights
 from depthdiff.schedulers.pndm import ADAMS_BASHFORTH, RUNGE_KUTTA
 
@@ -35,7 +38,7 @@ def with_true_noise(scheduler, strength, steps=50, shape=(2, 4, 6, 10)):
     latents, state = plan.add_noise(clean, noise), plan.init_state()
     for i in range(len(plan)):
         result = plan.step(noise, i, latents, state)
-        latents, state = result.latents, result.state
+        latents, state = result.prev_sample, result.state
     return (latents - clean).abs().max().item()
 
 
@@ -50,7 +53,7 @@ def test_ddim_with_the_true_noise_recovers_the_clean_latents(strength, steps):
 @pytest.mark.parametrize("name", ["PNDM", "PNDM, Runge-Kutta", "LMS", "LMS, Karras"])
 def test_exact_ends_at_the_clean_latents(name, strength):
     """Observed: at most 6e-6; without `exact` 0.30 and 0.19 for PNDM, 0.95 and 0.22 for LMS, as in diffusers."""
-    assert with_true_noise(make(name, exact=True), strength) < 1e-4
+    assert with_true_noise(make(name, fix_start=True), strength) < 1e-4
     assert with_true_noise(make(name), strength) > 0.05
     assert with_true_noise(make(name), 1.0) < 1e-4
 
@@ -61,19 +64,147 @@ def test_the_default_has_the_error_of_the_reference():
         assert with_true_noise(make(name), strength) == pytest.approx(error, rel=0.35)
 
 
-def test_inversion_returns_to_the_start():
-    """DDIM backwards, with a constant prediction, is the inverse of DDIM forwards. Observed: 3e-7."""
-    scheduler = make("DDIM")
-    plan = scheduler.plan(20)
-    clean, noise = torch.randn(2, 4, 6, 10).double(), torch.randn(2, 4, 6, 10).double()
-    latents = clean
-    for timestep in reversed(plan.timesteps.tolist()):
-        a, b = plan.alpha_bar(timestep), plan.alpha_bar(timestep - plan.stride)
-        predicted = (latents - (1 - b) ** 0.5 * noise) / b**0.5
-        latents = a**0.5 * predicted + (1 - a) ** 0.5 * noise
-    for i in range(len(plan)):
-        latents = plan.step(noise, i, latents, None).latents
-    assert (latents - clean).abs().max() < 1e-5
+def go(plan, network, latents):
+    """Walk through a plan with a network of (latents, timestep)."""
+    state = plan.init_state()
+    for i, timestep in enumerate(plan.timesteps):
+        noise_pred = network(plan.scale_model_input(latents, i), timestep)
+        latents, _, state = plan.step(noise_pred, i, latents, state)
+    return latents
+
+
+def affine(timestep):
+    """Predict noise that depends on the timestep alone: then an inverted step undoes a step."""
+    place = torch.linspace(-1, 1, 240, dtype=torch.float64).view(4, 6, 10)
+    return place.cos() + float(timestep) / 500
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.8, 0.3])
+@pytest.mark.parametrize(
+    "settings", [{}, {"set_alpha_to_one": False, "steps_offset": 1}, {"timestep_spacing": "trailing"}]
+)
+def test_inversion_and_denoising_lead_back_to_the_start(strength, settings):
+    """Observed: OBSERVED, of float32 tables in float64 arithmetic."""
+    plan = DDIMScheduler(**{**LATENT, "clip_sample": False, **settings}).plan(20, strength)
+    clean = torch.randn(2, 4, 6, 10, dtype=torch.float64)
+    noisy = go(plan.inverted(), lambda latents, timestep: affine(timestep).expand_as(latents), clean)
+    assert (noisy - clean).abs().max() > 0.1
+    again = go(plan, lambda latents, timestep: affine(timestep).expand_as(latents), noisy)
+    assert (again - clean).abs().max() < 1e-5
+
+
+def test_inversion_of_a_linear_network_gets_better_with_the_steps():
+    """A network that looks at the latents, at the other end of each step, is off by the size of a step."""
+    clean = torch.randn(2, 4, 6, 10, dtype=torch.float64)
+    errors = []
+    for steps in (25, 50, 100, 200):
+        plan = make("DDIM").plan(steps, 0.8)
+        network = lambda latents, timestep: 0.3 * latents + affine(timestep)  # noqa: E731
+        errors.append((go(plan, network, go(plan.inverted(), network, clean)) - clean).abs().max().item())
+    assert all(after < 0.7 * before for before, after in itertools.pairwise(errors)), errors
+
+
+def test_an_inverted_plan_is_the_plan_backwards():
+    plan = make("DDIM").plan(10, 0.8)
+    inverse = plan.inverted()
+    assert inverse.numbers == plan.numbers[::-1]
+    assert inverse.timesteps.tolist() == plan.timesteps.tolist()[::-1]
+    start, noise = torch.randn(2, 4, 6, 10), torch.randn(2, 4, 6, 10)
+    assert torch.equal(inverse.add_noise(start, noise), start)  # set_alpha_to_one: a run backwards begins clean
+    for i in range(1, len(plan)):
+        assert torch.equal(inverse.add_noise(start, noise, i), plan.add_noise(start, noise, len(plan) - i))
+    assert torch.equal(go(inverse.inverted(), lambda x, t: x.tanh(), start), go(plan, lambda x, t: x.tanh(), start))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_noise_of_any_step_is_that_of_its_timestep(name, strength):
+    """Against the closed form in terms of ᾱ and of sigma. Observed: 2e-7."""
+    scheduler = make(name)
+    plan = scheduler.plan(12, strength)
+    clean, noise = torch.randn(2, 4, 6, 10), torch.randn(2, 4, 6, 10)
+    for i, number in enumerate(plan.numbers):
+        if "LMS" in name:
+            levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().log().tolist()
+            below = min(int(number), 998)
+            if "Karras" in name:
+                sigma = math.exp(levels[below] + (number - below) * (levels[below + 1] - levels[below]))
+            else:
+                sigma = math.exp(levels[below]) * (below + 1 - number) + math.exp(levels[below + 1]) * (number - below)
+            expected = clean + sigma * noise
+        else:
+            alpha_bar = scheduler.alphas_cumprod[int(number)].item()
+            expected = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
+        torch.testing.assert_close(plan.add_noise(clean, noise, i), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(plan.add_noise(clean, noise), plan.add_noise(clean, noise, 0))
+    assert plan.add_noise(clean, noise, len(plan)) is clean
+    for index in (-1, len(plan) + 1):
+        with pytest.raises(ValueError, match="index must be in"):
+            plan.add_noise(clean, noise, index)
+    with pytest.raises(ValueError, match="same shape"):
+        plan.add_noise(clean, noise[:1])
+
+
+def test_a_plan_without_steps_leaves_latents_clean():
+    plan = make("DDIM").plan(10, 0.05)
+    clean = torch.randn(2, 4, 6, 10)
+    assert len(plan) == 0
+    assert plan.add_noise(clean, torch.randn(2, 4, 6, 10)) is clean
+    assert len(plan.inverted()) == 0
+
+
+# Timesteps of one's own
+
+UNEVEN = [981, 900, 761, 500, 420, 230, 77, 12]
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor])
+@pytest.mark.parametrize("name", KINDS)
+def test_own_timesteps_with_the_true_noise_end_at_the_clean_latents(name, form):
+    """Observed: at most 3e-6."""
+    if "Karras" in name:
+        return
+    clean, noise = (torch.randn(2, 4, 6, 10, dtype=torch.float64) for _ in range(2))
+    for strength, count in ((1.0, 8), (0.5, 4)):
+        plan = make(name, **({"fix_start": True} if "LMS" in name else {})).plan(
+            timesteps=form(UNEVEN), strength=strength
+        )
+        numbers = list(dict.fromkeys(plan.numbers))
+        assert [one for one in numbers if one in UNEVEN] == UNEVEN[-count:]
+        assert (go(plan, lambda x, t: noise, plan.add_noise(clean, noise)) - clean).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "Karras" not in name])
+def test_own_timesteps_that_are_the_usual_ones_change_nothing(name):
+    """Plan and contract, with the timesteps of ten steps given by hand. Observed: 0."""
+    number, start = make(name), torch.randn(2, 4, 6, 10)
+    number.set_timesteps(10)
+    usual = make("DDIM").plan(10).numbers if "LMS" not in name else number.timesteps.tolist()
+    own = make(name)
+    own.set_timesteps(timesteps=usual)
+    assert torch.equal(own.timesteps, number.timesteps)
+    assert own.num_inference_steps == 10
+    latents = [start, start]
+    for timestep in number.timesteps:
+        for i, scheduler in enumerate((number, own)):
+            noise_pred = torch.tanh(scheduler.scale_model_input(latents[i], timestep))
+            latents[i] = scheduler.step(noise_pred, timestep, latents[i]).prev_sample
+        torch.testing.assert_close(*latents, rtol=0, atol=0)
+    by_plan = go(own.plan(timesteps=usual), lambda x, t: torch.tanh(x), start)
+    torch.testing.assert_close(by_plan, latents[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "Karras" not in name])
+def test_own_timesteps_alike_in_plan_and_contract(name):
+    scheduler, latents = make(name), torch.randn(2, 4, 6, 10)
+    scheduler.set_timesteps(timesteps=UNEVEN)
+    plan = scheduler.plan(timesteps=UNEVEN)
+    assert torch.equal(plan.timesteps, scheduler.timesteps)
+    expected = go(plan, lambda x, t: torch.tanh(x + t / 500), latents)
+    for timestep in scheduler.timesteps:
+        noise_pred = torch.tanh(scheduler.scale_model_input(latents, timestep) + timestep / 500)
+        latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+    torch.testing.assert_close(latents, expected, rtol=0, atol=0)
 
 
 def test_weights_of_the_multistep_methods_sum_to_one():
@@ -121,7 +252,7 @@ def test_plans_remember_nothing(name):
         latents, state = start, plan.init_state()
         for i in range(len(plan)):
             result = plan.step(torch.tanh(latents + i), i, latents, state)
-            latents, state = result.latents, result.state
+            latents, state = result.prev_sample, result.state
             yield latents
 
     alone = list(run())
@@ -134,8 +265,11 @@ def test_plans_remember_nothing(name):
         assert torch.equal(a, d)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.numbers = ()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        scheduler.config.beta_start = 0.5
+    before = list(run())
+    scheduler.config.prediction_type = "v_prediction"
+    scheduler.alphas_cumprod *= 0.5
+    for a, b in zip(before, run(), strict=True):  # a plan is made once and for all
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -147,7 +281,7 @@ def test_a_batch_of_two_is_two_batches_of_one(name):
         state = plan.init_state()
         for i in range(len(plan)):
             result = plan.step(torch.tanh(latents + i), i, latents, state)
-            latents, state = result.latents, result.state
+            latents, state = result.prev_sample, result.state
         return latents
 
     assert torch.equal(run(start), torch.cat([run(start[:1]), run(start[1:])]))
@@ -167,8 +301,20 @@ def test_configs_read_like_dicts_and_positional_arguments_work():
     assert (config.beta_start, config["beta_start"], config.get("nothing", 7)) == (0.00085, 0.00085, 7)
     assert config.clip_sample is False
     assert dict(**config)["beta_schedule"] == "scaled_linear"
-    assert "foreign" not in dict(config)
+    assert "fix_start" not in PNDMScheduler().config
+    assert PNDMScheduler.from_config(PNDMScheduler(fix_start=True).config).fix_start is True
+    assert PNDMScheduler.from_config(DDIMScheduler.from_config(PNDMScheduler(fix_start=True).config).config).fix_start
     assert len(scheduler) == 1000
+
+
+X = torch.zeros(2, 4, 6, 10)
+
+
+def started(kind):
+    scheduler = kind()
+    scheduler.set_timesteps(4)
+    scheduler.is_scale_input_called = True
+    return scheduler
 
 
 BAD = [
@@ -178,19 +324,69 @@ BAD = [
     (lambda: DDIMScheduler(num_train_timesteps=0), ValueError, "num_train_timesteps"),
     (lambda: DDIMScheduler(beta_end=1.5), ValueError, "beta_end"),
     (lambda: DDIMScheduler(trained_betas=[0.1, 0.2]), ValueError, "trained_betas must hold 1000"),
-    (lambda: DDIMScheduler(no_such_thing=1), TypeError, "no_such_thing"),
-    (lambda: DDIMScheduler(1000, num_train_timesteps=1000), TypeError, "twice"),
+    (lambda: DDIMScheduler(no_such_thing=1), TypeError, "DDIMScheduler.*no_such_thing"),
+    (lambda: DDIMScheduler(1000, num_train_timesteps=1000), TypeError, "multiple values.*num_train_timesteps"),
     (lambda: LMSDiscreteScheduler(use_beta_sigmas=True), ValueError, "use_beta_sigmas"),
-    (lambda: LMSDiscreteScheduler(use_karras_sigmas=True, use_exponential_sigmas=True), ValueError, "exclude"),
+    (
+        lambda: LMSDiscreteScheduler(use_karras_sigmas=True, use_exponential_sigmas=True),
+        ValueError,
+        "use_karras_sigmas and use_exponential_sigmas exclude",
+    ),
     (lambda: DDIMScheduler.from_config({"beta_schedule": "cubic"}), CheckpointError, "beta_schedule"),
-    (lambda: DDIMScheduler.from_config("folder"), TypeError, "config must be"),
+    (lambda: DDIMScheduler.from_config("folder"), ValueError, "config must be"),
     (lambda: DDIMScheduler().plan(0), ValueError, "num_inference_steps must be from 1 to 1000, got 0"),
     (lambda: DDIMScheduler().plan(1001), ValueError, "1001"),
     (lambda: DDIMScheduler().plan(2.5), TypeError, "2.5"),
     (lambda: DDIMScheduler().plan(True), TypeError, "True"),
     (lambda: DDIMScheduler().plan(10, 1.5), ValueError, "strength"),
     (lambda: DDIMScheduler().plan(10, "high"), TypeError, "strength"),
-    (lambda: DDIMScheduler().step(torch.zeros(1), 1, torch.zeros(1)), ValueError, "set_timesteps"),
+    (lambda: DDIMScheduler().plan(), ValueError, "num_inference_steps or timesteps must be given, .* got neither"),
+    (lambda: DDIMScheduler().plan(3, timesteps=[3, 2]), ValueError, "got both"),
+    (lambda: DDIMScheduler().set_timesteps(), ValueError, "got neither"),
+    (
+        lambda: DDIMScheduler().set_timesteps(timesteps=[3, 3]),
+        ValueError,
+        "timesteps must fall, .* got 3 after 3; sort",
+    ),
+    (lambda: PNDMScheduler().set_timesteps(timesteps=[1, 2]), ValueError, "got 2 after 1"),
+    (lambda: DDIMScheduler().set_timesteps(timesteps=[1000]), ValueError, r"timesteps must be in \[0, 999\], got 1000"),
+    (lambda: DDIMScheduler().set_timesteps(timesteps=[-1]), ValueError, "got -1"),
+    (lambda: DDIMScheduler().set_timesteps(timesteps=[]), ValueError, "timesteps must hold 1 to"),
+    (lambda: DDIMScheduler().set_timesteps(timesteps=[3.5]), TypeError, "timesteps must be an int, got float 3.5"),
+    (lambda: DDIMScheduler().set_timesteps(timesteps="321"), TypeError, "timesteps must be a list of falling numbers"),
+    (lambda: DDIMScheduler().set_timesteps(timesteps=torch.zeros(2, 2)), TypeError, "tensor of 2 dimensions"),
+    (
+        lambda: LMSDiscreteScheduler(use_karras_sigmas=True).set_timesteps(timesteps=[3.5]),
+        ValueError,
+        "timesteps must be None with use_karras_sigmas",
+    ),
+    (lambda: DDIMScheduler().step(X, 1, X), ValueError, "num_inference_steps is None: call set_timesteps"),
+    (lambda: PNDMScheduler().step(X, 1, X), ValueError, "num_inference_steps is None: call set_timesteps"),
+    (lambda: PNDMScheduler().step_prk(X, 1, X), ValueError, "num_inference_steps is None: call set_timesteps"),
+    (lambda: PNDMScheduler().step(X, 1, X, eta=0.5), TypeError, "eta"),
+    (lambda: started(DDIMScheduler).step(X, 1, X, eta=2), ValueError, r"eta must be in \[0, 1\], got 2"),
+    (lambda: started(DDIMScheduler).step(X, 1000, X), ValueError, r"timestep must be in \[0, 999\], got 1000"),
+    (lambda: started(DDIMScheduler).step(X, 1, X[:1]), ValueError, "model_output and sample must have the same shape"),
+    (lambda: started(DDIMScheduler).step(X, 1, X, 1.0, variance_noise=X[:1]), ValueError, "variance_noise and sample"),
+    (lambda: started(DDIMScheduler).step(X, 1, X, generator=3), TypeError, "generator must be a torch.Generator"),
+    (lambda: started(DDIMScheduler).step(X, 1, X, return_dict=3), TypeError, "return_dict must be True or False"),
+    (lambda: started(LMSDiscreteScheduler).step(X, 5.5, X), IndexError, "timestep must be one of `timesteps`, got 5.5"),
+    (lambda: started(LMSDiscreteScheduler).step(X, 999, X, 0), ValueError, r"order must be in \[1, 20\], got 0"),
+    (lambda: started(LMSDiscreteScheduler).set_begin_index(4), ValueError, r"begin_index must be in \[0, 3\], got 4"),
+    (lambda: PNDMScheduler().plan(4).inverted(), NotImplementedError, "only a plan of DDIMScheduler can"),
+    (lambda: LMSDiscreteScheduler().plan(4).inverted(), NotImplementedError, "LMSPlan cannot be inverted"),
+    (
+        lambda: DDIMScheduler().plan(4, eta=0.5).inverted(),
+        ValueError,
+        "eta must be 0 for a plan to be inverted, got 0.5",
+    ),
+    (lambda: DDIMScheduler().plan(4).step(X, 4, X, None), ValueError, r"index must be in \[0, 3\], got 4"),
+    (lambda: PNDMScheduler().plan(4).step(X, 0, X, None), TypeError, "state must be that of the step before"),
+    (lambda: LMSDiscreteScheduler().plan(4).step(X, 0, X, None), TypeError, "state must be that of the step before"),
+    (lambda: DDIMScheduler().add_noise(X, X, [3]), TypeError, "timesteps must be a tensor"),
+    (lambda: DDIMScheduler().add_noise(X, X, torch.tensor([1000])), ValueError, "timesteps must be from 0 to 999"),
+    (lambda: LMSDiscreteScheduler().add_noise(X, X, torch.tensor([3.5])), ValueError, "out of those of this run"),
+    (lambda: DDIMScheduler().save_pretrained("x", push_to_hub=True), ValueError, "push_to_hub must be False, got True"),
 ]
 
 

@@ -19,7 +19,7 @@ from depthdiff.adapters.lora import read_lora
 from depthdiff.adapters.merging import AdapterState, Merging
 from depthdiff.adapters.names import COMPONENTS
 from depthdiff.adapters.saving import lora_state, prefixed, write_layers
-from depthdiff.adapters.textual_inversion import TextualInversion
+from depthdiff.adapters.textual_inversion import TextualInversionLoaderMixin
 from depthdiff.adapters.weights import Weight, check_components, check_weight, component_weight, scaled
 from depthdiff.checks import check_flag, check_names, check_number, check_path, check_text, nearest
 
@@ -29,7 +29,7 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "a
               "adapter_model.bin")  # fmt: skip
 
 
-class Adapters(TextualInversion, Merging):
+class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
     """Adds LoRA and learnt words to the components. Names and arguments are those of diffusers' mixin."""
 
     # Loading

@@ -242,7 +242,7 @@ def check_architecture(
 ) -> None:
     """Refuse an adapter for another text encoder, by the channels of the context that it expects."""
     for key, delta in deltas.get("unet", {}).items():
-        if key.endswith(("cross_attn.to_k.weight", "cross_attn.to_v.weight")) and delta.method == "LoRA":
+        if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) and delta.method == "LoRA":
             if delta.parts["down"].ndim < 2:
                 continue  # `check_shapes` refuses it
             width, own = delta.parts["down"].shape[1], networks["unet"].get_parameter(key).shape[1]

@@ -18,9 +18,8 @@ from depthdiff.adapters.deltas import Delta
 from depthdiff.adapters.lora import Lora, has_numbers, merged
 from depthdiff.adapters.names import COMPONENTS
 from depthdiff.adapters.weights import Weight, block_weight, component_weight, scaled
-from depthdiff.components import Components
-from depthdiff.models.base import Model
-from depthdiff.models.sharing import with_weights
+from depthdiff.pipeline_utils import DiffusionPipeline
+from depthdiff.sharing import with_weights
 
 Shares = tuple[tuple[Lora, Weight], ...]
 """Adapters, and how much of each."""
@@ -62,12 +61,12 @@ class Merge:
         originals: key -> the network's own weight, on the processor, of those that are changed.
     """
 
-    network: Model | None
+    network: Any
     shares: Shares = ()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Merging(Components):
+class Merging(DiffusionPipeline):
     """Holds the adapters of a pipeline, and keeps its weights equal to their own plus what is fused and active."""
 
     def __init__(self, **components: Any) -> None:
@@ -75,7 +74,7 @@ class Merging(Components):
         self._adapters = AdapterState()
         self._merges = {component: Merge(components[component]) for component in COMPONENTS}
 
-    def _adapted(self) -> dict[str, Model]:
+    def _adapted(self) -> dict[str, Any]:
         """Return the networks that adapters change; a pipeline may lack its text encoder."""
         networks = {component: getattr(self, component) for component in COMPONENTS}
         return {component: network for component, network in networks.items() if network is not None}
@@ -174,13 +173,10 @@ def _exchange(changes: list[tuple[Any, str, Tensor]], then: Any, undo: Any) -> N
     """Give every parameter its tensor and do what belongs to it; interrupted anywhere, undo all of it."""
     parameters = [(network.get_parameter(key), tensor) for network, key, tensor in changes]
     before = [(parameter, parameter.data) for parameter, _ in parameters]
-    networks = {network for network, _, _ in changes}
     try:
         for parameter, tensor in parameters:
             parameter.data = tensor
         then()
-        for network in networks:
-            network.mark = object()
     except BaseException:
         for parameter, tensor in before:
             parameter.data = tensor

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from depthdiff.checkpoint.tables import TABLES
-
 COMPONENTS = ("unet", "text_encoder")
 KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}
 OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
@@ -58,12 +56,11 @@ def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]
     """
     names: dict[str, tuple[str, str]] = {}
     for component, network in networks.items():
-        table = TABLES[type(network).__name__]
         for key, _ in network.named_parameters():
-            if not key.endswith(".weight") or "_embedding.weight" in key:
+            if not key.endswith(".weight") or "embedding" in key.split(".")[-2]:
                 continue
             layer = key.removesuffix(".weight")
-            for spelling in spellings(component, table.published(key).removesuffix(".weight")):
+            for spelling in spellings(component, layer):
                 names[spelling] = component, layer
     return names
 

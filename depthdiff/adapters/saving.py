@@ -14,7 +14,6 @@ from depthdiff.adapters.deltas import Delta, rank
 from depthdiff.adapters.lora import Lora
 from depthdiff.adapters.names import COMPONENTS, KOHYA, split_key
 from depthdiff.checkpoint.stream import tensor_entry, write_safetensors
-from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.transaction import check_folder, making
 from depthdiff.checkpoint.write import check_plain_name
 
@@ -82,9 +81,8 @@ def lora_state(lora: Lora, networks: Mapping[str, nn.Module]) -> dict[str, Tenso
     state = {}
     plain = all(is_plain(delta) for deltas in lora.deltas.values() for delta in deltas.values())
     for component in COMPONENTS:
-        table = TABLES[type(networks[component]).__name__]
         for key, delta in lora.deltas.get(component, {}).items():
-            layer, _, leaf = table.published(key).rpartition(".")
+            layer, _, leaf = key.rpartition(".")
             if plain:
                 state[f"{component}.{layer}.lora_A.weight"] = delta.parts["down"]
                 up = delta.parts["up"]

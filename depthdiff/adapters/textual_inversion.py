@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from depthdiff.adapters.files import find_file, read_file
 from depthdiff.adapters.lora import CONTEXTS, has_numbers
 from depthdiff.checks import check_names, check_path
 from depthdiff.config import CheckpointError
-from depthdiff.models.clip_text import CLIPTextModel
+from depthdiff.models.clip import CLIPTextModel
 from depthdiff.tokenizer import CLIPTokenizer
 from depthdiff.turns import Turns
 
@@ -147,7 +146,7 @@ def remove_words(tokens: str | Sequence[str] | None, tokenizer: CLIPTokenizer, e
         if word not in learnt:
             raise ValueError(f"{word!r} was not learnt; the learnt words are {', '.join(learnt) or 'none'}")
     gone = {index for word in chosen for index in learnt[word]}
-    table = encoder.token_embedding.weight.data
+    table = encoder.get_input_embeddings().weight.data
     first = min((index for ids in learnt.values() for index in ids), default=len(table))
     kept = [index for index in range(first, len(table)) if index not in gone]
     rest = torch.cat([table[:first], table[kept]]) if kept else table[:first]
@@ -226,7 +225,7 @@ def add_words(words: Mapping[str, Tensor], tokenizer: CLIPTokenizer, encoder: CL
     Raises:
         ValueError: a word is known already, or tokenizer and encoder do not fit each other.
     """
-    table = encoder.token_embedding.weight.data
+    table = encoder.get_input_embeddings().weight.data
     if len(tokenizer) != len(table):
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the text encoder {len(table)}; they must be equal"
@@ -238,16 +237,13 @@ def add_words(words: Mapping[str, Tensor], tokenizer: CLIPTokenizer, encoder: CL
 
 def exchange(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, table: Tensor, change_words: Callable[[], None]) -> None:
     """Change the words of a tokenizer and the table (V, C) of an encoder, both or neither."""
-    embedding = encoder.token_embedding
+    embedding = encoder.get_input_embeddings()
     weight = nn.Parameter(table, requires_grad=embedding.weight.requires_grad)
-    config = replace(encoder.config, vocab_size=len(table))
-    before = dict(vars(tokenizer)), embedding.weight, embedding.num_embeddings, encoder.config
+    before = dict(vars(tokenizer)), embedding.weight, embedding.num_embeddings, encoder.config.vocab_size
     try:
         change_words()
-        embedding.weight, embedding.num_embeddings, encoder.config = weight, len(table), config
+        embedding.weight, embedding.num_embeddings, encoder.config.vocab_size = weight, len(table), len(table)
     except BaseException:
         vars(tokenizer).update(before[0])
-        embedding.weight, embedding.num_embeddings, encoder.config = before[1:]
+        embedding.weight, embedding.num_embeddings, encoder.config.vocab_size = before[1:]
         raise
-    finally:
-        encoder.mark = object()

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,12 +34,14 @@ class ConfigMixin:
         CHOICES: argument -> the values that are implemented; others are refused by name.
         COUNTS: arguments that say how many layers there are.
         POSITIVE: arguments that must be above 0.
+        ignore_for_config: arguments that the config does not keep.
     """
 
     config_name: ClassVar[str] = "config.json"
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     COUNTS: ClassVar[tuple[str, ...]] = ()
     POSITIVE: ClassVar[tuple[str, ...]] = ()
+    ignore_for_config: ClassVar[Sequence[str]] = ()
     _internal_dict: FrozenDict
 
     @property

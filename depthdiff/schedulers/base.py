@@ -1,258 +1,368 @@
-"""What every scheduler shares: it makes plans of runs, and offers diffusers' stateful contract on top of them.
+"""What every scheduler shares: the plan of a run, and diffusers' stateful contract.
 
-The contract keeps, for loops written for diffusers, a plan, the index of the next step and the plan's state; the plans
-themselves remember nothing.
+A `Plan` knows all of one run before it starts and remembers nothing: its `step` is a pure function of its arguments
+(and of the generator, where noise is drawn). A scheduler makes plans. For loops written for diffusers it also keeps one
+run in its attributes; every step reads them anew, so that what is assigned to them counts.
 
-Letters: B batch, C, h, w channels, height and width of the latents, N steps of a run, T training timesteps.
+Letters are as in `depthdiff.schedulers.schedule`.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from depthdiff.checks import (
-    check_dense,
-    check_device,
-    check_flag,
-    check_generators,
-    check_number,
-    check_tensor,
-    nearest,
-    plain,
-    show,
+from depthdiff.checkpoint.config_file import ConfigMixin
+from depthdiff.checks import check_dense, check_device, check_number, check_tensor, show
+from depthdiff.config import BaseOutput, FrozenDict
+from depthdiff.schedulers.schedule import (
+    Levels,
+    check_pair,
+    check_timesteps,
+    make_betas,
+    make_timesteps,
+    read_steps,
+    rescale_zero_terminal_snr,
 )
-from depthdiff.config import CheckpointError, Output
-from depthdiff.schedulers.plan import DEFAULTED, Plan, SchedulerConfig, check_pair
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-CONFIG_NAME = "scheduler_config.json"
-
 
 @dataclass
-class SchedulerOutput(Output):
-    """What `Scheduler.step` returns.
+class SchedulerOutput(BaseOutput):
+    """What a scheduler's `step` returns.
 
     Attributes:
         prev_sample: (B, C, h, w), one step less noisy.
-        pred_original_sample: (B, C, h, w), the predicted clean latents, where the scheduler of diffusers gives them.
     """
 
     prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
 
 
-class Scheduler(ABC):
-    """Base of the schedulers: configuration, plans, and diffusers' stateful contract.
+class StepOutput(NamedTuple):
+    """What a plan's `step` returns.
 
-    Args:
-        *values: the config's fields in their order, as for diffusers.
-        **settings: the config's fields by name.
-
-    Raises:
-        TypeError: an unknown setting, or one of a wrong type.
-        ValueError: a setting out of range, or one that is not implemented.
+    Attributes:
+        prev_sample: (B, C, h, w), one step less noisy.
+        pred_original_sample: (B, C, h, w), the clean latents as predicted at this step.
+        state: for the next step.
     """
 
-    config_class: ClassVar[type[SchedulerConfig]]
-    order = 1
-    gives_denoised: ClassVar[bool] = True
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+    state: Any
 
-    def __init__(self, *values: Any, **settings: Any) -> None:
-        given = {*self.config_class.field_names()[: len(values)], *settings} - {"foreign"}
-        names = self.config_class.field_names()
-        if len(values) > len(names):
-            raise TypeError(f"{type(self).__name__} takes at most {len(names)} arguments, got {len(values)}")
-        for name in settings.keys() - {*names, "foreign"}:
-            raise TypeError(f"{type(self).__name__} got an unknown setting {name!r}{nearest(name, names)}")
-        both = sorted(set(names[: len(values)]) & settings.keys())
-        if both:
-            raise TypeError(f"{type(self).__name__} got {both[0]!r} twice")
-        settings |= zip(names, values, strict=False)
-        self.config: Any = self.config_class(given=frozenset(given), **settings)
-        self.betas, self.alphas_cumprod = self.config.betas(), self.config.alphas_cumprod()
+
+@dataclass(frozen=True, eq=False)
+class Plan(ABC):
+    """All that is known of a run before it starts.
+
+    Attributes:
+        timesteps: (steps,), what the network sees, in the order of its calls, repeated ones included.
+        numbers: `timesteps` as numbers.
+        config: of the scheduler, as it was when the plan was made.
+    """
+
+    timesteps: Tensor
+    numbers: tuple[float, ...]
+    config: FrozenDict
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Deviation of the noise from which a run without an image starts."""
+        return 1.0
+
+    def init_state(self) -> Any:
+        """Return the `state` of the first step."""
+        return None
+
+    def scale_model_input(self, latents: Tensor, index: int) -> Tensor:
+        """Scale latents (B, C, h, w) to what the network was trained on."""
+        return latents
+
+    @abstractmethod
+    def step(
+        self,
+        noise_pred: Tensor,
+        index: int,
+        latents: Tensor,
+        state: Any,
+        generator: Generator | Sequence[Generator] | None = None,
+    ) -> StepOutput:
+        """Take one step.
+
+        Args:
+            noise_pred: (B, C, h, w), what the network returned.
+            index: of the step, from 0.
+            latents: (B, C, h, w), the noisy latents before `scale_model_input`.
+            state: of the step before; `init_state()` for the first.
+            generator: for noise that is added on the way.
+
+        Raises:
+            TypeError: an argument of a wrong type.
+            ValueError: no such step, or tensors of different shapes.
+        """
+
+    def add_noise(self, clean: Tensor, noise: Tensor, index: int = 0) -> Tensor:
+        """Make clean latents as noisy as a step expects them.
+
+        Args:
+            clean: (B, C, h, w).
+            noise: (B, C, h, w), unit normal.
+            index: of the step, from 0; after the last one, at `len(plan)`, latents are clean.
+
+        Raises:
+            TypeError: an argument of a wrong type.
+            ValueError: no such step, or tensors of different shapes.
+        """
+        check_pair("clean", clean, "noise", noise)
+        index = check_number("index", index, 0, len(self), whole=True)
+        return clean if index == len(self) else self._noisy(clean, noise, index)
+
+    @abstractmethod
+    def _noisy(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
+        """Do the work of `add_noise` for a step that exists."""
+
+    def inverted(self) -> Plan:
+        """Return the plan that leads from the clean latents back to the noise of the first step.
+
+        Raises:
+            NotImplementedError: the method has no inverse.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be inverted; only a plan of DDIMScheduler can")
+
+    def _check_step(self, noise_pred: Tensor, index: int, latents: Tensor) -> int:
+        """Check the arguments that all methods share, and return the index as Python's own."""
+        index = check_number("index", index, 0, len(self) - 1, whole=True)
+        check_pair("noise_pred", noise_pred, "latents", latents)
+        return index
+
+
+class SchedulerMixin(ConfigMixin, ABC):
+    """Base of the schedulers: noise schedule, plans, and diffusers' stateful contract.
+
+    A subclass has a constructor with the published arguments that calls `_make_noise_schedule`, `_make_plan`,
+    `_start_run` where a run has state, and the published `step`.
+
+    Attributes:
+        betas: (T,), float32, the variance that each training timestep adds.
+        alphas: (T,), float32, 1 - betas.
+        alphas_cumprod: (T,), float32, the signal's share of the variance at each timestep.
+        timesteps: (steps,), what the network is to see, in the order of its calls.
+        num_inference_steps: N of the present run.
+        custom_timesteps: whether the present run has timesteps of the caller's own, where each step leads to the next.
+        order: calls of the network for each step.
+    """
+
+    config_name = "scheduler_config.json"
+    has_compatibles = True
+    order = 1
+    _compatibles: ClassVar[list[str]] = [
+        *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
+        *("HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"),
+        *("DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+        *("DEISMultistepScheduler", "UniPCMultistepScheduler", "DPMSolverSDEScheduler", "EDMEulerScheduler"),
+    ]
+    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+        "prediction_type": ("epsilon", "v_prediction", "sample"),
+        "timestep_spacing": ("leading", "trailing", "linspace"),
+    }
+    final_alpha_cumprod: Any
+    """ᾱ behind the last step, in the methods that go by timesteps."""
+    fractional_timesteps: ClassVar[bool] = False
+    """Whether timesteps may lie between those of the training."""
+
+    def _make_noise_schedule(self, *, zero_terminal_snr: bool = False) -> None:
+        """Compute the tables of the config, and set the attributes of a scheduler without a run."""
+        c = self.config
+        self.betas = make_betas(c.num_train_timesteps, c.beta_start, c.beta_end, c.beta_schedule, c.trained_betas)
+        if zero_terminal_snr:
+            self.betas = rescale_zero_terminal_snr(self.betas)
+        check_number("steps_offset", c.get("steps_offset", 0), 0, c.num_train_timesteps - 1, whole=True)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         if not self.alphas_cumprod.isfinite().all():
             raise ValueError("beta_end must leave some of the image for betas to be rescaled; lower it")
-        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, device="cpu")
+        self.timesteps: Any = torch.arange(c.num_train_timesteps - 1, -1, -1, device="cpu")
         self.num_inference_steps: int | None = None
-        self._plan: Any = None
-        self._begin: int | None = None
-        self._index: int | None = None
-        self._state: Any = None
+        self.custom_timesteps = False
 
     # Plans
 
     def plan(
-        self, num_inference_steps: int, strength: float = 1.0, *, eta: float = 0.0, device: torch.device | str = "cpu"
+        self,
+        num_inference_steps: int | None = None,
+        strength: float = 1.0,
+        *,
+        timesteps: Sequence[float] | np.ndarray | Tensor | None = None,
+        eta: float = 0.0,
+        device: torch.device | str = "cpu",
     ) -> Plan:
         """Plan a run.
 
         Args:
             num_inference_steps: N, of a whole run, 1..T.
             strength: in [0, 1], the share of the steps, the last ones, that is run.
+            timesteps: of the caller's own, in place of N: falling numbers in [0, T-1], each once.
             eta: in [0, 1], noise added on the way; only DDIM reads it.
-            device: of the timesteps.
+            device: of the plan's timesteps.
 
         Raises:
-            TypeError: `num_inference_steps` is no int, or `strength` no number.
-            ValueError: out of range.
+            TypeError: an argument of a wrong type.
+            ValueError: one out of range, or both or neither of N and `timesteps`.
         """
-        count, limit = check_number("num_inference_steps", num_inference_steps, whole=True), len(self)
-        if not 1 <= count <= limit:
-            raise ValueError(f"num_inference_steps must be from 1 to {limit}, got {show(count).removeprefix('int ')}")
+        run, step_ratio = self._choose_timesteps(num_inference_steps, timesteps)
         strength, eta = check_number("strength", strength, 0, 1), check_number("eta", eta, 0, 1)
-        skipped = count - min(int(count * strength), count)
-        return self._make_plan(count, skipped, eta, check_device("device", device))
+        t_start = len(run) - min(int(len(run) * strength), len(run))
+        return self._make_plan(run, step_ratio, t_start, eta, check_device("device", device))
+
+    def _choose_timesteps(self, num_inference_steps: Any, timesteps: Any) -> tuple[np.ndarray, int | None]:
+        """Return the falling timesteps of a run, and their distance; None where the caller gave them."""
+        config = self.config
+        if (num_inference_steps is None) == (timesteps is None):
+            both = "both" if timesteps is not None else "neither"
+            raise ValueError(f"num_inference_steps or timesteps must be given, one of them, got {both}")
+        if timesteps is not None:
+            return check_timesteps(timesteps, config.num_train_timesteps, whole=not self.fractional_timesteps), None
+        count = read_steps(num_inference_steps, self._most_steps())
+        spacing, offset = config.timestep_spacing, config.get("steps_offset", 0)
+        return make_timesteps(count, config.num_train_timesteps, spacing, offset), len(self) // count
+
+    def _most_steps(self) -> int:
+        """Return how many steps a run may have."""
+        return len(self)
 
     @abstractmethod
-    def _make_plan(self, num_inference_steps: int, skipped: int, eta: float, device: torch.device) -> Plan:
-        """Plan a run whose first `skipped` steps are left out."""
+    def _make_plan(
+        self, run: np.ndarray, step_ratio: int | None, t_start: int, eta: float, device: torch.device
+    ) -> Plan:
+        """Plan a run over falling timesteps whose first `t_start` steps are left out.
 
-    # Configuration
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
-        """Make a scheduler from the config of this or another one, or from a parsed `scheduler_config.json`.
-
-        What the other config left at its defaults is not taken over, and keys of other schedulers are kept for later.
-
-        Raises:
-            CheckpointError: a value that this package does not implement.
+        `step_ratio` is the distance to the timestep at which a step ends; None: it ends at the next one of `run`.
         """
-        if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
-            raise TypeError(f"config must be a scheduler's config or a dict, got {type(config).__name__}")
-        defaulted = config.get(DEFAULTED, ())
-        if not isinstance(defaulted, (list, tuple)):
-            raise CheckpointError(f"{cls.__name__}: {DEFAULTED} must be a list of names, got {show(defaulted)}")
-        values = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
-        values |= overrides
-        own = {name: values.pop(name) for name in cls.config_class.field_names() if name in values}
-        try:
-            return cls(**own, foreign=values)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{cls.__name__}: {error}") from error
+
+    # Files
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **where: Any
-    ) -> Self:
-        """Make a scheduler from a folder or Hub id; `where` is as in `depthdiff.checkpoint.hub.fetch`.
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Load a scheduler from a folder or Hub id.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a Hub id.
+            subfolder: of the folder or repository.
+            return_unused_kwargs: return what `kwargs` named in vain as well.
+            **kwargs: settings that replace those of the file, and `load_config`'s arguments for the Hub.
 
         Raises:
-            CheckpointError: the file is missing or damaged.
+            CheckpointError: the file is missing or damaged, or asks for what is not implemented.
         """
-        from depthdiff.checkpoint.hub import fetch_config  # deferred: the checkpoint package knows all components
+        loaded: Any = cls.load_config(pretrained_model_name_or_path, True, subfolder=subfolder, **kwargs)
+        config, rest = loaded
+        return cls.from_config(config, return_unused_kwargs, **rest)
 
-        return cls.from_config(fetch_config(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **where))
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False) -> None:
+        """Write `scheduler_config.json` into a folder; see `save_config`."""
+        self.save_config(save_directory, push_to_hub)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `scheduler_config.json`, which diffusers loads, into a folder; made where it does not exist."""
-        from depthdiff.checkpoint.files import DIFFUSERS_VERSION  # deferred, as above
-        from depthdiff.checkpoint.transaction import check_folder
-        from depthdiff.checkpoint.write import write_text
+    @property
+    def compatibles(self) -> list[type]:
+        """The schedulers of this package that `from_config` can make from this one's config."""
+        return self._get_compatibles()
 
-        folder = check_folder("save_directory", save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        values = {key: value for key, value in self.config.items() if key != DEFAULTED}
-        if not values.get("exact", True):
-            del values["exact"]  # ours alone: written only where it says something
-        head = {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
-        write_text(folder / CONFIG_NAME, json.dumps(head | values, indent=2, sort_keys=True) + "\n")
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        package = import_module("depthdiff.schedulers")  # which imports a solver's file when asked for its class
+        return [getattr(package, name) for name in cls._compatibles if name in package.FILES]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """Call `load_config`, whose older name this is."""
+        warnings.warn("get_config_dict is deprecated; call load_config", FutureWarning, stacklevel=2)
+        return cls.load_config(*args, **kwargs)
 
     # diffusers' contract
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
-    @property
-    def init_noise_sigma(self) -> float:
-        """Deviation of the noise from which a run without an image starts."""
-        return 1.0 if self._plan is None else float(self._plan.init_noise_sigma)
-
-    @property
-    def final_alpha_cumprod(self) -> Tensor:
-        """ᾱ behind the last step, where the config says how clean that is."""
-        to_one = self.config.get("set_alpha_to_one", True)
-        return torch.tensor(1.0, device="cpu") if to_one else self.alphas_cumprod[0]
-
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Start a run of N steps; `timesteps` is then what the network is to see."""
-        self._plan = self.plan(num_inference_steps, device="cpu" if device is None else device)
-        self.num_inference_steps, self.timesteps = plain(num_inference_steps), self._plan.timesteps
-        self._restart()
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Say at which of the timesteps the loop begins."""
-        end = len(self) if self._plan is None else len(self._plan)
-        self._begin = check_number("begin_index", begin_index, 0, end - 1, whole=True)
-
-    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """Bring latents to the scale that the network was trained on."""
-        check_tensor("sample", sample, "(B, C, h, w)")
-        return sample if self._plan is None else self._plan.scale_model_input(sample, self._find(timestep))
-
-    def step(
+    def set_timesteps(
         self,
-        model_output: Tensor,
-        timestep: Tensor | float,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Generator | Sequence[Generator] | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Any, ...]:
-        """Take one step of the run that `set_timesteps` started.
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | np.ndarray | Tensor | None = None,
+    ) -> None:
+        """Start a run; `timesteps` is then what the network is to see.
 
         Args:
-            model_output: (B, C, h, w), what the network returned.
-            timestep: what it saw.
-            sample: (B, C, h, w), the latents.
-            eta: noise to add, for DDIM.
-            use_clipped_model_output: recompute the noise from the clipped clean latents, for DDIM.
-            generator: for that noise.
-            return_dict: return a record, else the tuple of its fields.
+            num_inference_steps: N, 1..T.
+            device: of the timesteps; None is the CPU.
+            timesteps: of the caller's own, in place of N: falling numbers in [0, T-1], each once.
 
         Raises:
             TypeError: an argument of a wrong type.
-            ValueError: no run was started, or one out of range.
+            ValueError: one out of range, or both or neither of N and `timesteps`.
         """
-        if self._plan is None:
-            raise ValueError("call set_timesteps before step: no run was started")
-        check_pair("model_output", model_output, "sample", sample)
-        check_generators("generator", generator)
-        use_clipped = check_flag("use_clipped_model_output", use_clipped_model_output)
-        eta = check_number("eta", eta, 0, 1)
-        return_dict, number = check_flag("return_dict", return_dict), self._number(timestep)
-        plan, index = self._tuned(eta, use_clipped), self._find(number)
-        plan.check_state(self._state, sample)
-        result = plan.advance(model_output, number, index, sample, self._state, generator)
-        self._index, self._state = index + 1, result.state
-        output = SchedulerOutput(result.latents, result.denoised if self.gives_denoised else None)
-        return output if return_dict else output.to_tuple()
+        run, step_ratio = self._choose_timesteps(num_inference_steps, timesteps)
+        plan = self._make_plan(run, step_ratio, 0, 0.0, check_device("device", "cpu" if device is None else device))
+        self.num_inference_steps, self.custom_timesteps = len(run), step_ratio is None
+        self.timesteps = plan.timesteps
+        self._start_run(run, plan)
+
+    def _start_run(self, run: np.ndarray, plan: Any) -> None:
+        """Set the attributes in which the contract keeps a run; a method without state has none."""
+        return
+
+    def _levels(self) -> Levels:
+        """Return the noise levels of the present run from the attributes as they are.
+
+        Raises:
+            ValueError: no run was started.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps before step; no run was started")
+        step_ratio = len(self) // read_steps(self.num_inference_steps, len(self))
+        return self._levels_of(step_ratio, self.timesteps.tolist() if self.custom_timesteps else ())
+
+    def _levels_of(self, step_ratio: int, run: Sequence[float]) -> Levels:
+        """Return noise levels whose steps are `step_ratio` long, or end at the next timestep of `run`."""
+        end = torch.as_tensor(self.final_alpha_cumprod, device="cpu")
+        return Levels(self.alphas_cumprod.cpu(), end, step_ratio, tuple(run))
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        """Scale latents (B, C, h, w) to what the network was trained on: as they are."""
+        return check_tensor("sample", sample, "(B, C, h, w)")
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Make clean latents (B, C, h, w) as noisy as `timesteps` (B,) say."""
+        """Make clean latents (B, C, h, w) as noisy as `timesteps` (B,) say: arXiv:2006.11239, eq. 4."""
         check_pair("original_samples", original_samples, "noise", noise)
-        signal, rest = self._levels(original_samples, timesteps)
+        signal, rest = self._signal_and_noise(original_samples, timesteps)
         return signal * original_samples + rest * noise
 
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Compute v, what a network of prediction type "v_prediction" learns. Source: arXiv:2202.00512, appendix D."""
-        check_pair("sample", sample, "noise", noise)
-        signal, rest = self._levels(sample, timesteps)
-        return signal * noise - rest * sample
-
-    def _levels(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sqrt(ᾱ) and sqrt(1 - ᾱ) of timesteps; their range is looked at where that makes no device wait."""
+    def _signal_and_noise(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sqrt(ᾱ) and sqrt(1 - ᾱ) of timesteps; their range is checked where that makes no device wait."""
         if not isinstance(timesteps, Tensor):
             raise TypeError(f"timesteps must be a tensor (B,) of whole numbers, got {show(timesteps)}")
         check_dense("timesteps", timesteps)
@@ -263,30 +373,6 @@ class Scheduler(ABC):
             )
         if timesteps.device.type == "cpu" and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < len(self):
             raise ValueError(f"timesteps must be from 0 to {len(self) - 1}, got {timesteps.flatten()[:8].tolist()}")
-        alpha_bar = self.alphas_cumprod.to(like.device, like.dtype)[timesteps.to(like.device)]
-        alpha_bar = alpha_bar.view(-1, *(1,) * (like.ndim - 1))
-        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-
-    def _number(self, timestep: Tensor | float) -> float:
-        """Return a timestep as a number."""
-        one = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
-        return check_number("timestep", one, 0, len(self))
-
-    def _restart(self) -> None:
-        self._begin, self._index = None, None
-        self._state = self._plan.init_state()
-
-    def _tuned(self, eta: float, use_clipped_model_output: bool) -> Plan:
-        """Return the plan with what is only known at a step; only DDIM reads either."""
-        plan: Plan = self._plan
-        return plan
-
-    def _find(self, timestep: Tensor | float | None) -> int:
-        """Return the index of the next step; the first one is looked up (the second of two that are the same)."""
-        number = None if timestep is None else self._number(timestep)
-        if self._index is None:
-            self._index = self._begin
-        if self._index is None:
-            places = [i for i, one in enumerate(self._plan.numbers) if one == number]
-            self._index = places[min(1, len(places) - 1)] if places else 0
-        return self._index
+        alpha_prod = self.alphas_cumprod.to(like.device, like.dtype)[timesteps.to(like.device)]
+        alpha_prod = alpha_prod.view(-1, *(1,) * (like.ndim - 1))
+        return alpha_prod**0.5, (1 - alpha_prod) ** 0.5

@@ -3,140 +3,283 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from depthdiff.checks import check_number
+from depthdiff.checks import check_flag, check_generators, check_number
+from depthdiff.config import BaseOutput, FrozenDict, register_to_config
 from depthdiff.noise import randn
-from depthdiff.schedulers.base import Scheduler
-from depthdiff.schedulers.plan import Plan, SchedulerConfig, StepResult, original_from, spaced
+from depthdiff.schedulers.base import Plan, SchedulerMixin, StepOutput
+from depthdiff.schedulers.schedule import (
+    check_pair,
+    dynamic_threshold,
+    epsilon_from_x0,
+    predict_epsilon,
+    predict_x0,
+    read_timestep,
+)
 
 
-@dataclass(frozen=True)
-class DDIMConfig(SchedulerConfig):
-    """diffusers' fields; `clip_sample` and `thresholding` are for models of pixels, not of latents."""
+@dataclass
+class DDIMSchedulerOutput(BaseOutput):
+    """What `DDIMScheduler.step` returns.
 
-    clip_sample: bool = True
-    set_alpha_to_one: bool = True
-    steps_offset: int = 0
-    prediction_type: str = "epsilon"
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    clip_sample_range: float = 1.0
-    sample_max_value: float = 1.0
-    timestep_spacing: str = "leading"
-    rescale_betas_zero_snr: bool = False
+    Attributes:
+        prev_sample: (B, C, h, w), one step less noisy.
+        pred_original_sample: (B, C, h, w), the clean latents as predicted at this step.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+def ddim_variance(alpha_prod_t: Tensor, alpha_prod_t_prev: Tensor) -> Tensor:
+    """Compute the variance of the noise that a step adds for eta 1: arXiv:2010.02502, eq. 16."""
+    if alpha_prod_t == 1:
+        return torch.zeros_like(alpha_prod_t)
+    return (1 - alpha_prod_t_prev) / (1 - alpha_prod_t) * (1 - alpha_prod_t / alpha_prod_t_prev)
+
+
+def ddim_step(
+    sample: Tensor,
+    model_output: Tensor,
+    alpha_prod_t: Tensor,
+    alpha_prod_t_prev: Tensor,
+    config: Mapping[str, Any],
+    *,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+    generator: Generator | Sequence[Generator] | None = None,
+    variance_noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Move latents from one noise level to another: arXiv:2010.02502, eq. 12.
+
+    Args:
+        sample: (B, C, h, w), at the level of `alpha_prod_t`.
+        model_output: (B, C, h, w), what the network returned.
+        alpha_prod_t: 0-d, ᾱ of the level at which the step begins.
+        alpha_prod_t_prev: 0-d, ᾱ of the level at which it ends.
+        config: of the scheduler: what is predicted, and how predictions are clipped.
+        eta: share of the variance of eq. 16 that is added as noise.
+        use_clipped_model_output: compute the noise from the clipped clean latents.
+        generator: for that noise.
+        variance_noise: (B, C, h, w), that noise itself.
+
+    Returns:
+        The latents at the new level, and the predicted clean latents.
+    """
+    prediction_type = config["prediction_type"]
+    pred_original_sample = predict_x0(prediction_type, sample, model_output, alpha_prod_t)
+    pred_epsilon = predict_epsilon(prediction_type, sample, model_output, alpha_prod_t)
+    if config["thresholding"]:
+        ratio, max_value = config["dynamic_thresholding_ratio"], config["sample_max_value"]
+        pred_original_sample = dynamic_threshold(pred_original_sample, ratio, max_value)
+    elif config["clip_sample"]:
+        limit = config["clip_sample_range"]
+        pred_original_sample = pred_original_sample.clamp(-limit, limit)
+    if use_clipped_model_output:
+        pred_epsilon = epsilon_from_x0(sample, pred_original_sample, alpha_prod_t)
+
+    variance = ddim_variance(alpha_prod_t, alpha_prod_t_prev).clamp(min=0)
+    std_dev = eta * variance**0.5
+    direction = (1 - alpha_prod_t_prev - std_dev**2).clamp(min=0) ** 0.5 * pred_epsilon  # points to the noisy latents
+    prev_sample = alpha_prod_t_prev**0.5 * pred_original_sample + direction
+    if eta > 0:
+        if variance_noise is None:
+            like = model_output
+            variance_noise = randn(like.shape, generator, device=like.device, dtype=like.dtype)
+        prev_sample = prev_sample + std_dev * variance_noise
+    return prev_sample, pred_original_sample
+
+
+@dataclass(frozen=True, eq=False)
+class DDIMPlan(Plan):
+    """A run of DDIM; see `Plan`.
+
+    Attributes:
+        alpha_prod_t: ᾱ at which each step begins, 0-d each.
+        alpha_prod_t_prev: ᾱ at which it ends.
+        eta: share of the noise that is added on the way.
+    """
+
+    alpha_prod_t: tuple[Tensor, ...]
+    alpha_prod_t_prev: tuple[Tensor, ...]
+    eta: float
+
+    def step(
+        self,
+        noise_pred: Tensor,
+        index: int,
+        latents: Tensor,
+        state: Any = None,
+        generator: Generator | Sequence[Generator] | None = None,
+    ) -> StepOutput:
+        """See `Plan`; there is no state."""
+        index = self._check_step(noise_pred, index, latents)
+        begin, end = self.alpha_prod_t[index], self.alpha_prod_t_prev[index]
+        return StepOutput(
+            *ddim_step(latents, noise_pred, begin, end, self.config, eta=self.eta, generator=generator), state
+        )
+
+    def _noisy(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
+        alpha_prod_t = self.alpha_prod_t[index].to(clean.dtype)
+        return alpha_prod_t**0.5 * clean + (1 - alpha_prod_t) ** 0.5 * noise
+
+    def inverted(self) -> DDIMPlan:
+        """Return the plan that leads from the clean latents back to the noise of the first step.
+
+        The network sees the timestep of the noisier end of each step, forwards and backwards; with the same
+        predictions, the inverse of a run leads back to where it began.
+
+        Raises:
+            ValueError: noise is added on the way.
+
+        Source: arXiv:2010.02502, sec. 4.3; arXiv:2211.09794, sec. 3.2.
+        """
+        if self.eta > 0:
+            raise ValueError(f"eta must be 0 for a plan to be inverted, got {self.eta}")
+        return dataclasses.replace(
+            self,
+            timesteps=self.timesteps.flip(0),
+            numbers=self.numbers[::-1],
+            alpha_prod_t=self.alpha_prod_t_prev[::-1],
+            alpha_prod_t_prev=self.alpha_prod_t[::-1],
+        )
+
+
+class DDIMScheduler(SchedulerMixin):
+    """Denoising diffusion implicit models.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start: variance that the first training timestep adds.
+        beta_end: variance that the last one adds.
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        trained_betas: T numbers to use instead.
+        clip_sample: clip the predicted clean latents; for models of pixels.
+        set_alpha_to_one: end at ᾱ = 1, else at that of the first training timestep.
+        steps_offset: added to every timestep, with "leading" spacing.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        thresholding: clip each sample to a quantile of its own; for models of pixels.
+        dynamic_thresholding_ratio: that quantile, in [0, 1].
+        clip_sample_range: where `clip_sample` clips.
+        sample_max_value: the most that `thresholding` lets pass.
+        timestep_spacing: "leading", "trailing" or "linspace".
+        rescale_betas_zero_snr: rescale the betas to end in pure noise.
+
+    Raises:
+        TypeError: an argument of a wrong type, or an unknown one.
+        ValueError: one out of range, or not implemented.
+
+    Source: arXiv:2010.02502.
+    """
 
     POSITIVE: ClassVar[tuple[str, ...]] = ("clip_sample_range", "sample_max_value")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio, 0.0, 1.0)
-
-    def betas(self) -> Tensor:
-        """Compute the betas, rescaled to end in pure noise where the config says so."""
-        return rescale_zero_terminal_snr(super().betas()) if self.rescale_betas_zero_snr else super().betas()
-
-
-def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and stretch a schedule so that its last step leaves no signal. Source: arXiv:2305.08891, algorithm 1."""
-    roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
-    first, last = roots[0].clone(), roots[-1].clone()
-    alphas_cumprod = ((roots - last) * (first / (first - last))) ** 2
-    alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
-    return 1 - alphas
-
-
-def threshold(denoised: Tensor, ratio: float, max_value: float) -> Tensor:
-    """Clip each sample to its own `ratio` quantile, and scale to [-1, 1]. Source: arXiv:2205.11487, sec. 2.3."""
-    flat = denoised.float().flatten(1)
-    limit = torch.quantile(flat.abs(), ratio, dim=1).clamp(1, max_value)[:, None]
-    return (flat.clamp(-limit, limit) / limit).view_as(denoised).to(denoised.dtype)
-
-
-def noise_from(latents: Tensor, denoised: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return the noise in latents whose clean part is known; none where ᾱ is 1."""
-    if alpha_bar == 1:
-        return torch.zeros_like(latents)
-    return (latents - alpha_bar**0.5 * denoised) / (1 - alpha_bar) ** 0.5
-
-
-@dataclass(frozen=True)
-class DDIMPlan(Plan):
-    """A run of DDIM; see `Plan`."""
-
-    config: DDIMConfig
-    alphas_cumprod: Tensor
-    stride: int
-    eta: float
-    use_clipped: bool = False
-
-    def alpha_bar(self, timestep: float) -> Tensor:
-        """Return ᾱ of a timestep, which may lie behind the last one."""
-        if timestep >= 0:
-            check_number("timestep", timestep, 0, len(self.alphas_cumprod) - 1)
-            return self.alphas_cumprod[int(timestep)]
-        return torch.tensor(1.0, device="cpu") if self.config.set_alpha_to_one else self.alphas_cumprod[0]
-
-    def noisy(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """See `Plan`."""
-        alpha_bar = self.alpha_bar(self.numbers[0]).to(clean.dtype)
-        return alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
-
-    def advance(
+    @register_to_config
+    def __init__(
         self,
-        noise_pred: Tensor,
-        timestep: float,
-        index: int,
-        latents: Tensor,
-        state: Any,
-        generator: Generator | Sequence[Generator] | None,
-    ) -> StepResult:
-        """Take a step: arXiv:2010.02502, eq. 12, with the deviation of eq. 16."""
-        here, below, config = self.alpha_bar(timestep), self.alpha_bar(timestep - self.stride), self.config
-        denoised = original_from(config.prediction_type, latents, noise_pred, here)
-        noise = noise_pred
-        if config.prediction_type == "v_prediction":
-            noise = here**0.5 * noise_pred + (1 - here) ** 0.5 * latents
-        elif config.prediction_type == "sample":
-            noise = noise_from(latents, denoised, here)
-        if config.thresholding:
-            denoised = threshold(denoised, config.dynamic_thresholding_ratio, config.sample_max_value)
-        elif config.clip_sample:
-            denoised = denoised.clamp(-config.clip_sample_range, config.clip_sample_range)
-        if self.use_clipped:
-            noise = noise_from(latents, denoised, here)
-        deviation = torch.tensor(0.0, device="cpu")
-        if self.eta > 0 and here < 1:
-            deviation = self.eta * ((1 - below) / (1 - here) * (1 - here / below)).clamp(min=0) ** 0.5
-        latents = below**0.5 * denoised + (1 - below - deviation**2).clamp(min=0) ** 0.5 * noise
-        if self.eta > 0:
-            fresh = randn(noise_pred.shape, generator, device=noise_pred.device, dtype=noise_pred.dtype)
-            latents = latents + deviation * fresh
-        return StepResult(latents, denoised, state)
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: tuple[float, ...] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0.0, 1.0)
+        self._make_noise_schedule(zero_terminal_snr=rescale_betas_zero_snr)
+        self.final_alpha_cumprod: Any = torch.tensor(1.0, device="cpu") if set_alpha_to_one else self.alphas_cumprod[0]
+        self.init_noise_sigma: Any = 1.0
 
-
-class DDIMScheduler(Scheduler):
-    """Denoising diffusion implicit models; arguments as diffusers' class of this name."""
-
-    config_class = DDIMConfig
-    config: DDIMConfig
-
-    def _make_plan(self, num_inference_steps: int, skipped: int, eta: float, device: torch.device) -> DDIMPlan:
-        numbers = spaced(self.config, num_inference_steps).round().astype(int)[::-1][skipped:].tolist()
-        count, offset = self.config.num_train_timesteps, self.config.steps_offset
-        if numbers and numbers[0] >= count:
+    def _make_plan(
+        self, run: np.ndarray, step_ratio: int | None, t_start: int, eta: float, device: torch.device
+    ) -> DDIMPlan:
+        numbers: list[int] = run.round().astype(int).tolist()
+        if numbers[0] >= len(self):
             raise ValueError(
-                f"num_inference_steps must be lower where steps_offset is {offset}, got {num_inference_steps}: they "
-                f"lead to timestep {numbers[0]}, the last is {count - 1}"
+                f"num_inference_steps must be lower where steps_offset is {self.config.steps_offset}, got {len(run)}: "
+                f"they lead to timestep {numbers[0]}, the last is {len(self) - 1}"
             )
-        stride = count // num_inference_steps
+        levels = self._levels_of(step_ratio or 0, numbers if step_ratio is None else ())
+        numbers = numbers[t_start:]
+        alpha_prod_t = tuple(levels.alpha_prod(one).clone() for one in numbers)
+        alpha_prod_t_prev = tuple(levels.alpha_prod(levels.after(one)).clone() for one in numbers)
         timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
-        return DDIMPlan(timesteps, 1.0, tuple(numbers), self.config, self.alphas_cumprod, stride, eta)
+        return DDIMPlan(timesteps, tuple(numbers), FrozenDict(self.config), alpha_prod_t, alpha_prod_t_prev, eta)
 
-    def _tuned(self, eta: float, use_clipped_model_output: bool) -> Plan:
-        return dataclasses.replace(self._plan, eta=eta, use_clipped=use_clipped_model_output)
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generator | Sequence[Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Take one step of the run that `set_timesteps` started.
+
+        Args:
+            model_output: (B, C, h, w), what the network returned.
+            timestep: what it saw; steps may come in any order.
+            sample: (B, C, h, w), the latents.
+            eta: in [0, 1], share of the noise that is added.
+            use_clipped_model_output: compute the noise from the clipped clean latents.
+            generator: for the noise that is added.
+            variance_noise: (B, C, h, w), that noise itself, in place of a generator.
+            return_dict: return a record, else the tuple of its fields.
+
+        Raises:
+            TypeError: an argument of a wrong type.
+            ValueError: no run was started, or an argument out of range.
+        """
+        check_pair("model_output", model_output, "sample", sample)
+        check_generators("generator", generator)
+        eta = check_number("eta", eta, 0, 1)
+        if variance_noise is not None:
+            check_pair("variance_noise", variance_noise, "sample", sample)
+            if eta > 0 and generator is not None:
+                raise ValueError("generator or variance_noise must be None, got both; both say what noise is added")
+        number, levels = read_timestep(timestep, len(self) - 1), self._levels()
+        prev_sample, pred_original_sample = ddim_step(
+            sample,
+            model_output,
+            levels.alpha_prod(number),
+            levels.alpha_prod(levels.after(number)),
+            self.config,
+            eta=eta,
+            use_clipped_model_output=check_flag("use_clipped_model_output", use_clipped_model_output),
+            generator=generator,
+            variance_noise=variance_noise,
+        )
+        if not check_flag("return_dict", return_dict):
+            return prev_sample, pred_original_sample
+        return DDIMSchedulerOutput(prev_sample, pred_original_sample)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Compute v, what a network of prediction type "v_prediction" learns: arXiv:2202.00512, appendix D."""
+        check_pair("sample", sample, "noise", noise)
+        signal, rest = self._signal_and_noise(sample, timesteps)
+        return signal * noise - rest * sample
+
+    def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
+        levels = self._levels_of(0, ())
+        return ddim_variance(levels.alpha_prod(timestep), levels.alpha_prod(prev_timestep))
+
+    def _threshold_sample(self, sample: Tensor) -> Tensor:
+        return dynamic_threshold(sample, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)

@@ -1,49 +1,43 @@
-"""LMS: linear multistep on the diffusion's ordinary differential equation, in terms of sigma = sqrt((1 - ᾱ) / ᾱ).
+"""LMS: linear multistep on the diffusion's ordinary differential equation.
 
 Source: arXiv:2206.00364 for the equation, crowsonkb/k-diffusion, k_diffusion/sampling.py, `sample_lms` for the method.
 
 Below strength 1 the reference, and by default this code, weighs the first predictions as if there were older ones.
-`exact` counts those that there are: with true predictions the run ends at the clean latents.
+`fix_start` counts those that there are: with true predictions the run ends at the clean latents.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from depthdiff.checks import check_dense, show
-from depthdiff.schedulers.base import Scheduler
-from depthdiff.schedulers.plan import TABLE, Plan, SchedulerConfig, StepResult, check_pair, check_past, spaced
+from depthdiff.checks import check_flag, check_number, show
+from depthdiff.config import BaseOutput, FrozenDict, register_to_config
+from depthdiff.schedulers.base import SchedulerMixin, StepOutput
+from depthdiff.schedulers.schedule import check_pair, check_past
+from depthdiff.schedulers.sigmas import SigmaPlan, SigmaSchedulerMixin, predict_x0_from_sigma
 
 ORDER = 4
-KARRAS_RHO = 7.0
-"""Source: arXiv:2206.00364, sec. 5.1."""
+MAX_ORDER = 20
 
 
-@dataclass(frozen=True)
-class LMSDiscreteConfig(SchedulerConfig):
-    """diffusers' fields, and `exact` (see the module)."""
+@dataclass
+class LMSDiscreteSchedulerOutput(BaseOutput):
+    """What `LMSDiscreteScheduler.step` returns.
 
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
-    use_beta_sigmas: bool = False
-    prediction_type: str = "epsilon"
-    timestep_spacing: str = "linspace"
-    steps_offset: int = 0
-    exact: bool = field(default=False, kw_only=True)
+    Attributes:
+        prev_sample: (B, C, h, w), one step less noisy.
+        pred_original_sample: (B, C, h, w), the clean latents as predicted at this step.
+    """
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SchedulerConfig.CHOICES, "use_beta_sigmas": (False,)}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.use_karras_sigmas and self.use_exponential_sigmas:
-            raise ValueError("use_karras_sigmas and use_exponential_sigmas exclude each other; choose one")
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
 
 
 def lms_weights(sigmas: Sequence[float], index: int, order: int) -> list[float]:
@@ -52,149 +46,204 @@ def lms_weights(sigmas: Sequence[float], index: int, order: int) -> list[float]:
     Args:
         sigmas: of all steps, and 0.
         index: of the step.
-        order: how many predictions to use, 1..4; their weights come newest first.
+        order: how many predictions to use; their weights come newest first.
 
     Raises:
         ValueError: two of these levels are equal.
 
     Returns:
-        `order` numbers, whose sum is the change in sigma. The integrands are cubics at most, for which the two-point
-        Gauss-Legendre rule is exact.
+        `order` numbers, whose sum is the change in sigma. The integrands are polynomials of degree `order` - 1, for
+        which the Gauss-Legendre rule of half as many points is exact.
     """
     start, end = sigmas[index], sigmas[index + 1]
     middle, half = (start + end) / 2, (end - start) / 2
-    nodes = [middle - half / math.sqrt(3), middle + half / math.sqrt(3)]
+    roots, shares = np.polynomial.legendre.leggauss((order + 1) // 2)
+    nodes = [(middle + half * float(root), half * float(share)) for root, share in zip(roots, shares, strict=True)]
     levels = [sigmas[index - k] for k in range(order)]
     if len(set(levels)) < len(levels):
         raise ValueError(f"noise levels must fall from step to step, got {levels[::-1]}; take fewer steps")
     weights = []
     for here in levels:
-        others = [level for level in levels if level is not here]
-        weights.append(half * sum(math.prod((x - other) / (here - other) for other in others) for x in nodes))
+        others = [level for level in levels if level != here]
+        weights.append(sum(share * math.prod((x - level) / (here - level) for level in others) for x, share in nodes))
     return weights
 
 
-@dataclass(frozen=True)
-class LMSPlan(Plan):
-    """A run of LMS; see `Plan`. Its state is the tuple of past derivatives, newest first.
+def lms_step(
+    sample: Tensor,
+    model_output: Tensor,
+    sigmas: Tensor,
+    index: int,
+    derivatives: tuple[Tensor, ...],
+    prediction_type: str,
+    *,
+    order: int = ORDER,
+    fix_start: bool = False,
+) -> StepOutput:
+    """Take a step along the weighted derivatives d sample / d sigma.
+
+    Args:
+        sample: (B, C, h, w), at the level `sigmas[index]`.
+        model_output: (B, C, h, w), what the network returned.
+        sigmas: (N + 1,), of the whole run, ending in 0.
+        index: of the step in the whole run.
+        derivatives: past ones, oldest first.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        order: how many derivatives are used at most.
+        fix_start: give weights only to derivatives that there are.
+
+    Returns:
+        A record whose state is the derivatives, with that of this step.
+    """
+    check_past(derivatives, sample)
+    sigma = sigmas[index]
+    if sigma == 0:  # a first beta of 0: they are clean already
+        return StepOutput(sample, sample, derivatives)
+    pred_original_sample = predict_x0_from_sigma(prediction_type, sample, model_output, sigma)
+    derivatives = (*derivatives, (sample - pred_original_sample) / sigma)[-order:]
+    weights = lms_weights(sigmas.tolist(), index, len(derivatives) if fix_start else min(index + 1, order))
+    pairs = zip(weights, reversed(derivatives), strict=False)  # see the module: there may be fewer derivatives
+    change = sum((weight * derivative for weight, derivative in pairs), torch.zeros_like(sample))
+    return StepOutput(sample + change, pred_original_sample, derivatives)
+
+
+@dataclass(frozen=True, eq=False)
+class LMSPlan(SigmaPlan):
+    """A run of LMS; see `SigmaPlan`. Its state is the tuple of past derivatives, oldest first.
 
     Attributes:
-        sigmas: (N + 1,), float32, of the whole run, ending in 0.
-        skipped: how many of its steps are left out.
+        fix_start: give weights only to derivatives that there are.
     """
 
-    config: LMSDiscreteConfig
-    sigmas: Tensor
-    skipped: int
+    fix_start: bool
 
     def init_state(self) -> tuple[Tensor, ...]:
         """See `Plan`."""
         return ()
 
-    def check_state(self, state: Any, latents: Tensor) -> None:
-        """See `Plan`."""
-        if not isinstance(state, tuple) or not all(isinstance(past, Tensor) for past in state):
-            raise TypeError(f"state must be that of the step before, or init_state() for the first, got {show(state)}")
-        check_past(state, latents)
-
-    def noisy(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """See `Plan`."""
-        return clean + noise * self.sigmas[self.skipped].to(clean.dtype)
-
-    def scale_model_input(self, latents: Tensor, index: int) -> Tensor:
-        """Scale to unit variance: arXiv:2206.00364, table 1, c_in."""
-        return latents / (self.sigmas[self.skipped + index] ** 2 + 1) ** 0.5
-
-    def advance(
+    def step(
         self,
         noise_pred: Tensor,
-        timestep: float,
         index: int,
         latents: Tensor,
         state: tuple[Tensor, ...],
-        generator: Generator | Sequence[Generator] | None,
-    ) -> StepResult:
-        """Take a step along the weighted derivatives d latents / d sigma."""
-        index = index + self.skipped
-        if index >= len(self.sigmas) - 1:
-            raise ValueError(f"step must be called for {len(self)} timesteps alone; call set_timesteps for another run")
-        sigma = self.sigmas[index]
-        if sigma == 0:  # a first beta of 0: they are clean already
-            return StepResult(latents, latents, state)
-        if self.config.prediction_type == "epsilon":
-            denoised = latents - sigma * noise_pred
-        elif self.config.prediction_type == "v_prediction":
-            denoised = noise_pred * (-sigma / (sigma**2 + 1) ** 0.5) + latents / (sigma**2 + 1)
-        else:
-            denoised = noise_pred
-        history = ((latents - denoised) / sigma, *state)[:ORDER]
-        order = len(history) if self.config.exact else min(index + 1, ORDER)
-        weights = lms_weights(self.sigmas.tolist(), index, order)
-        change = sum((w * d for w, d in zip(weights, history, strict=False)), torch.zeros_like(latents))
-        return StepResult(latents + change, denoised, history)
+        generator: Generator | Sequence[Generator] | None = None,
+    ) -> StepOutput:
+        """See `Plan`; LMS draws no noise."""
+        index = self._check_step(noise_pred, index, latents) + self.t_start
+        if not isinstance(state, tuple) or not all(isinstance(past, Tensor) for past in state):
+            raise TypeError(f"state must be that of the step before, or init_state() for the first, got {show(state)}")
+        kind = self.config.prediction_type
+        return lms_step(latents, noise_pred, self.sigmas, index, state, kind, fix_start=self.fix_start)
 
 
-class LMSDiscreteScheduler(Scheduler):
-    """Linear multistep method; arguments as diffusers' class of this name, and `exact`."""
+class LMSDiscreteScheduler(SigmaSchedulerMixin):
+    """Linear multistep method for discrete noise levels.
 
-    config_class = LMSDiscreteConfig
-    config: LMSDiscreteConfig
+    Args:
+        num_train_timesteps: T.
+        beta_start: variance that the first training timestep adds.
+        beta_end: variance that the last one adds.
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        trained_betas: T numbers to use instead.
+        use_karras_sigmas: space the noise levels as arXiv:2206.00364 does.
+        use_exponential_sigmas: space them evenly in their logarithm.
+        use_beta_sigmas: must be False.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        timestep_spacing: "leading", "trailing" or "linspace".
+        steps_offset: added to every timestep, with "leading" spacing.
+        fix_start: start a run of strength below 1 as the method wants it, not as diffusers does; see the module.
 
-    def __init__(self, *values: Any, **settings: Any) -> None:
-        super().__init__(*values, **settings)
-        self._plan = self._make_plan(self.config.num_train_timesteps, 0, 0.0, torch.device("cpu"))
-        self.timesteps = self._plan.timesteps
-        self._restart()
+    Raises:
+        TypeError: an argument of a wrong type, or an unknown one.
+        ValueError: one out of range, or not implemented.
 
-    @property
-    def sigmas(self) -> Tensor:
-        """(N + 1,), float32, the noise levels of the run, ending in 0."""
-        sigmas: Tensor = self._plan.sigmas
-        return sigmas
+    Attributes:
+        derivatives: past derivatives d latents / d sigma, oldest first.
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Make clean latents (B, C, h, w) as noisy as `timesteps` (B,) of the present run say."""
-        check_pair("original_samples", original_samples, "noise", noise)
-        if not isinstance(timesteps, Tensor):
-            raise TypeError(f"timesteps must be a tensor (B,), got {show(timesteps)}")
-        check_dense("timesteps", timesteps)
-        begin = self._index if self._begin is not None and self._index is not None else self._begin
-        numbers = list(self._plan.numbers)
-        wanted = timesteps.flatten().tolist()
-        unknown = [] if begin is not None else [t for t in wanted if t not in numbers]
-        if unknown or len(wanted) not in (1, len(original_samples)):
-            raise ValueError(
-                f"timesteps must be one, or one for each of {len(original_samples)} samples, out of those of this run "
-                f"({numbers[0]:g} to {numbers[-1]:g}), got {unknown[:3] or len(wanted)}"
-            )
-        places = [numbers.index(t) if begin is None else begin for t in wanted]
-        sigmas = self.sigmas.to(original_samples.device, original_samples.dtype)[places]
-        return original_samples + noise * sigmas.view(-1, *(1,) * (original_samples.ndim - 1))
+    Source: see the module.
+    """
 
-    @property
-    def _by_logarithm(self) -> bool:
-        """Whether steps are spaced by the logarithm of their noise levels."""
-        return bool(self.config.use_karras_sigmas or self.config.use_exponential_sigmas)
+    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SchedulerMixin.CHOICES, "use_beta_sigmas": (False,)}
+    ignore_for_config = ("fix_start",)
 
-    def _make_plan(self, num_inference_steps: int, skipped: int, eta: float, device: torch.device) -> LMSPlan:
-        config = self.config
-        alphas_cumprod = self.alphas_cumprod.numpy()
-        with np.errstate(divide="ignore"):
-            levels = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
-        if not np.isfinite(levels).all() or (levels[0] == 0 and self._by_logarithm):
-            kind = "some noise at the first timestep" if levels[0] == 0 else "some of the image at the last timestep"
-            raise ValueError(f"beta_start, beta_end and trained_betas must leave {kind}; choose others")
-        numbers = spaced(config, num_inference_steps)[::-1].astype(np.float32)
-        sigmas = np.interp(numbers, np.arange(len(levels)), levels)
-        if config.use_karras_sigmas:  # arXiv:2206.00364, eq. 5
-            roots = np.linspace(sigmas[0] ** (1 / KARRAS_RHO), sigmas[-1] ** (1 / KARRAS_RHO), num_inference_steps)
-            sigmas = roots**KARRAS_RHO
-        elif config.use_exponential_sigmas:
-            sigmas = np.exp(np.linspace(math.log(sigmas[0]), math.log(sigmas[-1]), num_inference_steps))
-        if self._by_logarithm:
-            numbers = np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(levels), np.arange(len(levels)))
-        largest = float(sigmas.max())
-        start = largest if config.timestep_spacing in ("linspace", "trailing") else (largest**2 + 1) ** 0.5
-        timesteps = torch.tensor(numbers[skipped:].copy(), dtype=torch.float32, device=device)
-        ending = torch.tensor(np.append(sigmas, 0.0), **TABLE)
-        return LMSPlan(timesteps, start, tuple(timesteps.tolist()), config, ending, skipped)
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: tuple[float, ...] | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        *,
+        fix_start: bool = False,
+    ) -> None:
+        self._make_noise_schedule()
+        self.use_karras_sigmas = use_karras_sigmas
+        self.fix_start = fix_start
+        if fix_start:  # ours alone: in the config only where it says something
+            self.register_to_config(fix_start=True)
+        self._start_full_run()
+
+    def _make_plan(
+        self, run: np.ndarray, step_ratio: int | None, t_start: int, eta: float, device: torch.device
+    ) -> LMSPlan:
+        numbers, sigmas = self._make_sigmas(run, step_ratio)
+        timesteps = torch.tensor(numbers[t_start:].copy(), dtype=torch.float32, device=device)
+        config = FrozenDict(self.config)
+        return LMSPlan(timesteps, tuple(numbers[t_start:].tolist()), config, sigmas, t_start, self.fix_start)
+
+    def _start_state(self) -> None:
+        self.derivatives: list[Tensor] = []
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        order: int = ORDER,
+        return_dict: bool = True,
+    ) -> LMSDiscreteSchedulerOutput | tuple[Tensor, Tensor]:
+        """Take one step of the present run.
+
+        Args:
+            model_output: (B, C, h, w), what the network returned.
+            timestep: what it saw; it counts at the first step only.
+            sample: (B, C, h, w), the latents before `scale_model_input`.
+            order: how many predictions to use at most.
+            return_dict: return a record, else the tuple of its fields.
+
+        Raises:
+            IndexError: the first timestep is not one of this run.
+            TypeError: an argument of a wrong type.
+            ValueError: one out of range, or more steps than the run has.
+        """
+        check_pair("model_output", model_output, "sample", sample)
+        order, return_dict = (
+            check_number("order", order, 1, MAX_ORDER, whole=True),
+            check_flag("return_dict", return_dict),
+        )
+        self._warn_if_unscaled()
+        index, sigmas = self._find_step(timestep), self.sigmas.cpu()
+        past, kind = tuple(self.derivatives), self.config.prediction_type
+        result = lms_step(sample, model_output, sigmas, index, past, kind, order=order, fix_start=self.fix_start)
+        self._step_index, self.derivatives = index + 1, list(result.state)
+        if not return_dict:
+            return result.prev_sample, result.pred_original_sample
+        return LMSDiscreteSchedulerOutput(result.prev_sample, result.pred_original_sample)
+
+    def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
+        """Return the weight of one past derivative.
+
+        Args:
+            order: how many derivatives are used.
+            t: index of the step.
+            current_order: of the derivative, 0 for the newest.
+        """
+        return lms_weights(self.sigmas.tolist(), t, order)[current_order]

@@ -1,25 +1,28 @@
 """PNDM: linear multistep in pseudo-numerical form, the default of Stable Diffusion 2. Source: arXiv:2202.09778.
 
 The multistep formula needs past predictions. Stable Diffusion makes the first ones by a provisional step that is taken
-again (PLMS, `skip_prk_steps`), the paper by three pseudo-Runge-Kutta steps of four calls each.
+again (PLMS, `skip_prk_steps`), the paper by three pseudo-Runge-Kutta steps (PRK) of four calls each.
 
 Below strength 1 the reference, and by default this code, cuts the list of timesteps *after* it has put in the repeated
-one; the run is then one stride out of step. `exact` cuts first: with true predictions it ends at the clean latents.
+one; the run is then one stride out of step. `fix_start` cuts first: with true predictions it ends at the clean latents.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from depthdiff.checks import show
-from depthdiff.schedulers.base import Scheduler
-from depthdiff.schedulers.plan import Plan, SchedulerConfig, StepResult, check_past, original_from, spaced
+from depthdiff.checks import check_flag, check_tensor, show
+from depthdiff.config import FrozenDict, register_to_config
+from depthdiff.schedulers.base import Plan, SchedulerMixin, SchedulerOutput, StepOutput
+from depthdiff.schedulers.schedule import Levels, check_pair, check_past, predict_epsilon, predict_x0, read_timestep
 
 ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (  # newest prediction first; every row sums to 1
     (1.0,),
@@ -29,157 +32,290 @@ ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (  # newest prediction first; e
 )
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 CALLS = 4
-"""Of the network, in one Runge-Kutta step; also the number of steps over which that start extends."""
+"""Of the network, in one Runge-Kutta step; also the number of timesteps over which that start extends."""
 
 
-@dataclass(frozen=True)
-class PNDMConfig(SchedulerConfig):
-    """diffusers' fields, and `exact` (see the module)."""
+def pndm_transfer(
+    sample: Tensor, model_output: Tensor, alpha_prod_t: Tensor, alpha_prod_t_prev: Tensor, prediction_type: str
+) -> Tensor:
+    """Move latents from one noise level to another along a predicted noise: arXiv:2202.09778, eq. 9.
 
-    skip_prk_steps: bool = False
-    set_alpha_to_one: bool = False
-    prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
-    exact: bool = field(default=False, kw_only=True)
+    Args:
+        sample: (B, C, h, w), at the level of `alpha_prod_t`.
+        model_output: (B, C, h, w), the predicted noise, or v.
+        alpha_prod_t: 0-d, ᾱ of the level at which the step begins.
+        alpha_prod_t_prev: 0-d, ᾱ of the level at which it ends.
+        prediction_type: "epsilon" or "v_prediction".
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **SchedulerConfig.CHOICES,
-        "prediction_type": ("epsilon", "v_prediction"),
-    }
+    Raises:
+        ValueError: the step begins at pure noise.
+    """
+    a, b = alpha_prod_t, alpha_prod_t_prev
+    if a == b:  # which has no direction where both are 1
+        return sample
+    if a == 0:
+        raise ValueError("beta_end must leave some of the image at the noisiest timestep, got pure noise; lower it")
+    epsilon = predict_epsilon(prediction_type, sample, model_output, a)
+    return (b / a) ** 0.5 * sample - (b - a) * epsilon / (a * (1 - b) ** 0.5 + (a * (1 - a) * b) ** 0.5)
 
 
-@dataclass(frozen=True)
-class PNDMState:
+class PNDMState(NamedTuple):
     """What a run remembers.
 
     Attributes:
-        count: of the calls so far.
-        history: past predictions, newest first, at most four.
-        anchor: latents from which a step is taken again, or a Runge-Kutta step started.
-        slope: sum of the present Runge-Kutta step's weighted predictions so far.
+        counter: of the calls so far.
+        ets: past predictions, oldest first, at most four.
+        cur_sample: latents from which a step is taken again, or a Runge-Kutta step started.
+        cur_model_output: sum of the present Runge-Kutta step's weighted predictions so far.
     """
 
-    count: int = 0
-    history: tuple[Tensor, ...] = ()
-    anchor: Tensor | None = None
-    slope: Tensor | None = None
+    counter: int = 0
+    ets: tuple[Tensor, ...] = ()
+    cur_sample: Tensor | None = None
+    cur_model_output: Tensor | float = 0
 
 
-@dataclass(frozen=True)
+def plms_step(
+    noise_pred: Tensor, timestep: float, latents: Tensor, state: PNDMState, levels: Levels, prediction_type: str
+) -> StepOutput:
+    """Take a linear multistep step: arXiv:2202.09778, eq. 12."""
+    check_past([*state.ets, *(() if state.cur_sample is None else (state.cur_sample,))], latents)
+    here, below = timestep, levels.after(timestep)
+    if state.counter == 1:  # take the provisional step again, with the mean of both slopes
+        here, below = levels.before(timestep), timestep
+        ets = state.ets
+        slope = (noise_pred + ets[-1]) / 2
+        start = latents if state.cur_sample is None else state.cur_sample
+    else:
+        ets = (*state.ets, noise_pred)[-4:]
+        weights = ADAMS_BASHFORTH[len(ets) - 1]
+        slope = sum((w * past for w, past in zip(weights, reversed(ets), strict=True)), torch.zeros_like(latents))
+        start = latents
+    prev_sample = pndm_transfer(start, slope, levels.alpha_prod(here), levels.alpha_prod(below), prediction_type)
+    pred_original_sample = predict_x0(prediction_type, latents, noise_pred, levels.alpha_prod(timestep))
+    cur_sample = latents if state.counter == 0 else None if state.counter == 1 else state.cur_sample
+    state = PNDMState(state.counter + 1, ets, cur_sample, state.cur_model_output)
+    return StepOutput(prev_sample, pred_original_sample, state)
+
+
+def prk_step(
+    noise_pred: Tensor,
+    timestep: float,
+    latents: Tensor,
+    state: PNDMState,
+    levels: Levels,
+    prediction_type: str,
+    prk_timesteps: Sequence[int],
+) -> StepOutput:
+    """Take one of the four parts of a pseudo-Runge-Kutta step: arXiv:2202.09778, eq. 13."""
+    check_past([*state.ets, *(() if state.cur_sample is None else (state.cur_sample,))], latents)
+    part = state.counter % CALLS
+    here, below = prk_timesteps[state.counter - part], timestep
+    if part in (0, 2):  # the first and third part end half a step on, where the second and the fourth begin
+        below = prk_timesteps[state.counter + 1] if levels.run else timestep - levels.step_ratio // 2
+    slope = state.cur_model_output + RUNGE_KUTTA[part] * noise_pred
+    ets, cur_sample = state.ets, state.cur_sample
+    if part == 0:
+        ets, cur_sample = (*ets, noise_pred)[-4:], latents
+    start = latents if cur_sample is None else cur_sample
+    last = part == CALLS - 1
+    along = slope if last else noise_pred
+    prev_sample = pndm_transfer(start, along, levels.alpha_prod(here), levels.alpha_prod(below), prediction_type)
+    pred_original_sample = predict_x0(prediction_type, latents, noise_pred, levels.alpha_prod(timestep))
+    state = PNDMState(state.counter + 1, ets, cur_sample, 0 if last else slope)
+    return StepOutput(prev_sample, pred_original_sample, state)
+
+
+@dataclass(frozen=True, eq=False)
 class PNDMPlan(Plan):
     """A run of PNDM; see `Plan`.
 
     Attributes:
-        runge_kutta: the timesteps of the Runge-Kutta calls, before the cut.
+        levels: ᾱ of timesteps, and where steps end.
+        prk_timesteps: those of the Runge-Kutta calls, before the cut.
     """
 
-    config: PNDMConfig
-    alphas_cumprod: Tensor
-    stride: int
-    runge_kutta: tuple[int, ...]
+    levels: Levels
+    prk_timesteps: tuple[int, ...]
 
     def init_state(self) -> PNDMState:
         """See `Plan`."""
         return PNDMState()
 
-    def alpha_bar(self, timestep: float) -> Tensor:
-        """Return ᾱ of a timestep, which may lie behind the last one."""
-        if timestep >= 0:
-            return self.alphas_cumprod[min(int(timestep), len(self.alphas_cumprod) - 1)]
-        return torch.tensor(1.0, device="cpu") if self.config.set_alpha_to_one else self.alphas_cumprod[0]
-
-    def check_state(self, state: Any, latents: Tensor) -> None:
-        """See `Plan`."""
-        if not isinstance(state, PNDMState):
-            raise TypeError(f"state must be that of the step before, or init_state() for the first, got {show(state)}")
-        check_past([*state.history, *(() if state.anchor is None else (state.anchor,))], latents)
-
-    def noisy(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """See `Plan`."""
-        alpha_bar = self.alpha_bar(self.numbers[0]).to(clean.dtype)
-        return alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
-
-    def advance(
+    def step(
         self,
         noise_pred: Tensor,
-        timestep: float,
         index: int,
         latents: Tensor,
         state: PNDMState,
-        generator: Generator | Sequence[Generator] | None,
-    ) -> StepResult:
-        """Take a step, of the Runge-Kutta start or of the multistep method."""
-        if state.count < len(self.runge_kutta):
-            return self.advance_runge_kutta(noise_pred, timestep, latents, state)
-        here, below = timestep, timestep - self.stride
-        if state.count == 1:  # take the provisional step again, with the mean of both slopes
-            here, below = timestep + self.stride, timestep
-            history = state.history
-            slope = (noise_pred + history[0]) / 2
-            start = latents if state.anchor is None else state.anchor
-        else:
-            history = (noise_pred, *state.history)[:4]
-            weights = ADAMS_BASHFORTH[len(history) - 1]
-            slope = sum((w * past for w, past in zip(weights, history, strict=True)), torch.zeros_like(noise_pred))
-            start = latents
-        result = self.transfer(start, slope, here, below)
-        anchor = latents if state.count == 0 else None
-        denoised = self.denoised(latents, noise_pred, timestep)
-        return StepResult(result, denoised, PNDMState(state.count + 1, history, anchor))
+        generator: Generator | Sequence[Generator] | None = None,
+    ) -> StepOutput:
+        """See `Plan`; PNDM draws no noise."""
+        index = self._check_step(noise_pred, index, latents)
+        if not isinstance(state, PNDMState):
+            raise TypeError(f"state must be that of the step before, or init_state() for the first, got {show(state)}")
+        arguments = noise_pred, self.numbers[index], latents, state, self.levels, self.config.prediction_type
+        in_start = state.counter < len(self.prk_timesteps)
+        return prk_step(*arguments, self.prk_timesteps) if in_start else plms_step(*arguments)
 
-    def advance_runge_kutta(self, noise_pred: Tensor, timestep: float, latents: Tensor, state: PNDMState) -> StepResult:
-        """Take one of the four parts of a pseudo-Runge-Kutta step: arXiv:2202.09778, eq. 13."""
-        part = state.count % CALLS
-        below = timestep - (0 if part % 2 else self.stride // 2)
-        here = self.runge_kutta[state.count - part]
-        weighted = RUNGE_KUTTA[part] * noise_pred
-        slope = weighted if state.slope is None else state.slope + weighted
-        history, anchor = state.history, state.anchor
-        if part == 0:
-            history, anchor = (noise_pred, *history)[:4], latents
-        last = part == CALLS - 1
-        start = latents if anchor is None else anchor
-        result = self.transfer(start, slope if last else noise_pred, here, below)
-        denoised = self.denoised(latents, noise_pred, timestep)
-        return StepResult(result, denoised, PNDMState(state.count + 1, history, anchor, None if last else slope))
-
-    def transfer(self, latents: Tensor, slope: Tensor, here: float, below: float) -> Tensor:
-        """Move latents from one noise level to another along a predicted noise: arXiv:2202.09778, eq. 9."""
-        a, b = self.alpha_bar(here), self.alpha_bar(below)
-        if a == b:  # which has no direction where both are 1
-            return latents
-        if a == 0:
-            raise ValueError(f"beta_end must leave some of the image at timestep {here:g}, got pure noise; lower it")
-        if self.config.prediction_type == "v_prediction":
-            slope = a**0.5 * slope + (1 - a) ** 0.5 * latents
-        divisor = a * (1 - b) ** 0.5 + (a * (1 - a) * b) ** 0.5
-        return (b / a) ** 0.5 * latents - (b - a) * slope / divisor
-
-    def denoised(self, latents: Tensor, noise_pred: Tensor, timestep: float) -> Tensor:
-        """Predict the clean latents."""
-        return original_from(self.config.prediction_type, latents, noise_pred, self.alpha_bar(timestep))
+    def _noisy(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
+        alpha_prod_t = self.levels.alpha_prod(self.numbers[index]).to(clean.dtype)
+        return alpha_prod_t**0.5 * clean + (1 - alpha_prod_t) ** 0.5 * noise
 
 
-class PNDMScheduler(Scheduler):
-    """Pseudo-numerical methods for diffusion models; arguments as diffusers' class of this name, and `exact`."""
+class PNDMScheduler(SchedulerMixin):
+    """Pseudo-numerical methods for diffusion models.
 
-    config_class = PNDMConfig
-    config: PNDMConfig
-    gives_denoised = False
+    Args:
+        num_train_timesteps: T.
+        beta_start: variance that the first training timestep adds.
+        beta_end: variance that the last one adds.
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        trained_betas: T numbers to use instead.
+        skip_prk_steps: start by a provisional step instead of Runge-Kutta steps.
+        set_alpha_to_one: end at ᾱ = 1, else at that of the first training timestep.
+        prediction_type: "epsilon" or "v_prediction".
+        timestep_spacing: "leading", "trailing" or "linspace".
+        steps_offset: added to every timestep, with "leading" spacing.
+        fix_start: start a plan of strength below 1 as the method wants it, not as diffusers does; see the module.
 
-    def _make_plan(self, num_inference_steps: int, skipped: int, eta: float, device: torch.device) -> PNDMPlan:
-        config, stride = self.config, self.config.num_train_timesteps // num_inference_steps
-        base = spaced(config, num_inference_steps).round().astype(int)  # rising
-        if config.exact:
-            base, skipped = base[: len(base) - skipped], 0
-        runge_kutta: list[int] = []
-        if config.skip_prk_steps or len(base) < CALLS:
-            numbers = np.concatenate([base[:-1], base[-2:-1], base[-1:]])[::-1].tolist()
-        else:
-            halves = base[-CALLS:].repeat(2) + np.tile([0, stride // 2], CALLS)
-            runge_kutta = halves[:-1].repeat(2)[1:-1][::-1].tolist()
-            numbers = runge_kutta + base[: 1 - CALLS][::-1].tolist()
-        numbers = numbers[skipped:]
+    Raises:
+        TypeError: an argument of a wrong type, or an unknown one.
+        ValueError: one out of range, or not implemented.
+
+    Attributes:
+        prk_timesteps: those of the Runge-Kutta calls; None before `set_timesteps`.
+        plms_timesteps: those of the multistep calls.
+        counter: of the calls in the present run.
+        ets: past predictions, oldest first.
+        cur_sample: see `PNDMState`.
+        cur_model_output: see `PNDMState`.
+
+    Source: arXiv:2202.09778.
+    """
+
+    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **SchedulerMixin.CHOICES,
+        "prediction_type": ("epsilon", "v_prediction"),
+    }
+    ignore_for_config = ("fix_start",)
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: tuple[float, ...] | None = None,
+        skip_prk_steps: bool = False,
+        set_alpha_to_one: bool = False,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        *,
+        fix_start: bool = False,
+    ) -> None:
+        self._make_noise_schedule()
+        self.fix_start = fix_start
+        if fix_start:  # ours alone: in the config only where it says something
+            self.register_to_config(fix_start=True)
+        self.final_alpha_cumprod: Any = torch.tensor(1.0, device="cpu") if set_alpha_to_one else self.alphas_cumprod[0]
+        self.init_noise_sigma: Any = 1.0
+        self.pndm_order = 4
+        self._timesteps: np.ndarray = np.arange(num_train_timesteps)[::-1].copy()
+        self.timesteps = None
+        self.prk_timesteps: np.ndarray | None = None
+        self.plms_timesteps: np.ndarray | None = None
+        self._set_state(PNDMState())
+
+    def _make_plan(
+        self, run: np.ndarray, step_ratio: int | None, t_start: int, eta: float, device: torch.device
+    ) -> PNDMPlan:
+        steps: list[int] = run.round().astype(int).tolist()
+        if self.fix_start or step_ratio is None:
+            steps, t_start = steps[t_start:], 0
+        prk: list[int] = []
+        plms = [*steps[:2], *steps[1:]]  # the second one twice
+        if not self.config.skip_prk_steps and len(steps) >= CALLS:
+            for here, below in itertools.pairwise(steps[:CALLS]):
+                half = below + ((here - below) if step_ratio is None else step_ratio) // 2
+                prk += [here, half, half, below]
+            plms = steps[CALLS - 1 :]
+        numbers = (prk + plms)[t_start:]
+        levels = copy.deepcopy(self._levels_of(step_ratio or 0, steps if step_ratio is None else ()))
         timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
-        return PNDMPlan(timesteps, 1.0, tuple(numbers), config, self.alphas_cumprod, stride, tuple(runge_kutta))
+        return PNDMPlan(timesteps, tuple(numbers), FrozenDict(self.config), levels, tuple(prk))
+
+    def _start_run(self, run: np.ndarray, plan: PNDMPlan) -> None:
+        self._timesteps = run.round().astype(int)[::-1].copy()
+        self.prk_timesteps = np.array(plan.prk_timesteps, dtype=np.int64)
+        self.plms_timesteps = np.array(plan.numbers[len(plan.prk_timesteps) :], dtype=np.int64)
+        self._set_state(PNDMState())
+
+    def _set_state(self, state: PNDMState) -> None:
+        self.counter, self.cur_sample, self.cur_model_output = state.counter, state.cur_sample, state.cur_model_output
+        self.ets = list(state.ets)
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Take one step of the run that `set_timesteps` started.
+
+        Args:
+            model_output: (B, C, h, w), what the network returned.
+            timestep: what it saw.
+            sample: (B, C, h, w), the latents.
+            return_dict: return a record, else the tuple of its fields.
+
+        Raises:
+            TypeError: an argument of a wrong type.
+            ValueError: no run was started, or an argument out of range.
+        """
+        in_start = self.counter < self._prk_calls() and not self.config.skip_prk_steps
+        return (self.step_prk if in_start else self.step_plms)(model_output, timestep, sample, return_dict)
+
+    def step_prk(
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Take a step of the Runge-Kutta start; arguments and errors as `step`."""
+        calls = self._prk_calls()
+        if self.num_inference_steps is not None and self.counter >= calls:
+            raise ValueError(f"step_prk must be called for {calls} timesteps alone, got one more; call step_plms")
+        prk = () if self.prk_timesteps is None else tuple(self.prk_timesteps.tolist())
+        return self._take(prk_step, model_output, timestep, sample, return_dict, prk)
+
+    def step_plms(
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Take a linear multistep step; arguments and errors as `step`."""
+        calls = 0 if self.config.skip_prk_steps else self._prk_calls()
+        if calls and len(self.ets) < CALLS - 1:
+            raise ValueError(
+                f"step_plms must come after {calls} calls of step_prk, got {self.counter}; or skip_prk_steps"
+            )
+        return self._take(plms_step, model_output, timestep, sample, return_dict)
+
+    def _prk_calls(self) -> int:
+        return 0 if self.prk_timesteps is None else len(self.prk_timesteps)
+
+    def _take(
+        self, step: Any, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool, *more: Any
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Take a step of the present run and keep its state."""
+        check_pair("model_output", model_output, "sample", sample)
+        return_dict = check_flag("return_dict", return_dict)
+        state = PNDMState(self.counter, tuple(self.ets), self.cur_sample, self.cur_model_output)
+        number, levels = read_timestep(timestep, len(self)), self._levels()
+        result = step(model_output, number, sample, state, levels, self.config.prediction_type, *more)
+        self._set_state(result.state)
+        return SchedulerOutput(result.prev_sample) if return_dict else (result.prev_sample,)
+
+    def _get_prev_sample(self, sample: Tensor, timestep: int, prev_timestep: int, model_output: Tensor) -> Tensor:
+        levels = self._levels_of(0, ())
+        ends = levels.alpha_prod(timestep), levels.alpha_prod(prev_timestep)
+        return pndm_transfer(sample, model_output, *ends, self.config.prediction_type)
+
+    def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Scale latents (B, C, h, w) to what the network was trained on: as they are."""
+        return check_tensor("sample", sample, "(B, C, h, w)")

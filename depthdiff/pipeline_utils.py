@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -14,17 +15,17 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
-from depthdiff.cache import Cache
+import depthdiff.fast as fast
 from depthdiff.checkpoint.hub import BUNDLED
-from depthdiff.checkpoint.loading import load_components
-from depthdiff.checkpoint.saving import save_components
+from depthdiff.checkpoint.saving import model_index, save_components
 from depthdiff.checks import FLOATS, check_device, check_flag, check_number, nearest, show
+from depthdiff.config import FrozenDict
 from depthdiff.forks import Workers
-from depthdiff.models.attention import AttentionName
-from depthdiff.models.base import Model
-from depthdiff.models.visits import Visit
+from depthdiff.hooks import WeightHook
+from depthdiff.image import VaeImageProcessor
 from depthdiff.parts import MEMORY_FORMATS, check_part, parse_move
 from depthdiff.progress import check_bar
+from depthdiff.registry import COMPONENT_CLASSES, load_components
 from depthdiff.turns import Turns
 
 if TYPE_CHECKING:
@@ -46,27 +47,64 @@ def uses_weights(method: Callable[P, R]) -> Callable[P, R]:
     return using
 
 
-class Components:
+class DiffusionPipeline:
     """Base of the pipeline: a set of named components, each an attribute.
 
     Attributes:
         NAMES: of the components, in the order of the constructor.
+        name_or_path: what the pipeline was loaded from.
+        vae_scale_factor: how many pixels, in height and in width, one latent stands for.
+        image_processor: images to pixels and back.
     """
 
-    NAMES: ClassVar[tuple[str, ...]]
+    NAMES: ClassVar[tuple[str, ...]] = tuple(COMPONENT_CLASSES)
+    config_name = "model_index.json"
+    unet_name, text_encoder_name = "unet", "text_encoder"
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components: ClassVar[list[str]] = []
+    _exclude_from_cpu_offload: ClassVar[list[str]] = []
+    vae_scale_factor = 8
+    image_processor: VaeImageProcessor
 
-    def __init__(self, **components: Any) -> None:
-        for name in self.NAMES:
-            check_part(name, components[name])
-            setattr(self, name, components[name])
+    def __init__(self, *, fast: bool = True, **components: Any) -> None:
+        self._fast = check_flag("fast", fast)
         self.name_or_path: str | None = None
-        self.cache = Cache()
         self._turns = Turns()
+        self._planning = threading.RLock()
         self._progress_bar_config: dict[str, Any] = {}
         self._offload_device: torch.device | None = None
         self._offload_whole = False
         self._hooks: list[RemovableHandle] = []
         self._workers = Workers()
+        self.image_processor = VaeImageProcessor(self.vae_scale_factor)
+        self.register_modules(**components)
+
+    def register_modules(self, **components: Any) -> None:
+        """Set components by name.
+
+        Raises:
+            TypeError: one that does not do what a component of that name must.
+        """
+        for name, part in components.items():
+            check_part(name, part)
+        for name, part in components.items():
+            setattr(self, name, part)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name == "vae" and hasattr(value, "config"):
+            self.vae_scale_factor = 2 ** (len(value.config.block_out_channels) - 1)
+            self.image_processor = VaeImageProcessor(self.vae_scale_factor)
+        if name in self.NAMES and isinstance(value, torch.nn.Module) and self._fast:
+            fast.enable(value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_planning"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _planning=threading.RLock())
+        for network in self.networks.values() if self._fast else ():
+            fast.enable(network)  # which copies of networks leave behind
 
     @property
     def components(self) -> dict[str, Any]:
@@ -74,9 +112,21 @@ class Components:
         return {name: getattr(self, name) for name in self.NAMES}
 
     @property
-    def networks(self) -> dict[str, Model]:
+    def config(self) -> FrozenDict:
+        """The library and class of each component by name."""
+        index = model_index(self.components, type(self).__name__)
+        return FrozenDict({name: tuple(entry) if isinstance(entry, list) else entry for name, entry in index.items()}
+                          | {"_name_or_path": self.name_or_path})  # fmt: skip
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
         """Those components that have weights."""
-        return {name: part for name, part in self.components.items() if isinstance(part, Model)}
+        return {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
+        """Make a pipeline of this class with the components of another one, but for those that are given."""
+        return cls(**{**pipeline.components, **components})
 
     # Loading and saving
 
@@ -95,6 +145,7 @@ class Components:
         force_download: bool = False,
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool | None = None,
+        fast: bool = True,
         **components: Any,
     ) -> Self:
         """Load a pipeline from a folder in the published layout, or from the Hub.
@@ -116,6 +167,7 @@ class Components:
             low_cpu_mem_usage: False reads the weights into memory of the process's own. Otherwise those that keep their
                 dtype are mapped from the files, and another program that cuts such a file off in its place ends this
                 process (SIGBUS); no form holds the weights twice.
+            fast: let the networks compute the same faster where they can; see `depthdiff.fast`.
             **components: ready components by name, used instead of the checkpoint's, such as `scheduler=...`.
 
         Raises:
@@ -145,9 +197,14 @@ class Components:
             use_safetensors=use_safetensors,
             copy=not (low_cpu_mem_usage is None or check_flag("low_cpu_mem_usage", low_cpu_mem_usage)),
         )
-        pipeline = cls(**parts)
+        pipeline = cls._from_components(parts, fast)
         pipeline.name_or_path = os.fspath(pretrained_model_name_or_path)
         return pipeline
+
+    @classmethod
+    def _from_components(cls, components: dict[str, Any], fast: bool) -> Self:
+        """Build the pipeline; the base class builds one that goes from depth to image."""
+        return cls(**components, fast=fast)
 
     def save_pretrained(
         self,
@@ -189,12 +246,16 @@ class Components:
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return next((network.device for network in self.networks.values()), torch.device("cpu"))
+        return next((device_of(network) for network in self.networks.values()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the networks' weights while they work."""
-        return next((network.dtype for network in self.networks.values()), torch.float32)
+        return next((dtype_of(network) for network in self.networks.values()), torch.float32)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.execution_device
 
     @property
     def execution_device(self) -> torch.device:
@@ -254,7 +315,7 @@ class Components:
             for network in self.networks.values():
                 for layer in network.modules():
                     if next(layer.parameters(recurse=False), None) is not None:
-                        self._hooks += Visit(device=target).attach(layer)
+                        self._hooks += WeightHook(device=target).attach(layer)
 
     def remove_all_hooks(self) -> None:
         """End offloading; the networks stay on the CPU until `to` moves them."""
@@ -304,7 +365,8 @@ class Components:
                 if other is not network:
                     other.to("cpu")
             network.to(self.execution_device)
-        network.use_fast_layout(self.execution_device)
+        if self._fast:
+            fast.lay_out(network, self.execution_device)
         return network
 
     def _need(self, *names: str) -> None:
@@ -321,15 +383,10 @@ class Components:
                     f"the pipeline has no {name}, which this call needs; load one and pass it as {name}=..."
                 )
             check_part(name, part)
-            if isinstance(part, Model) and part.device.type == "meta":
+            if isinstance(part, torch.nn.Module) and device_of(part).type == "meta":
                 raise ValueError(f"{name} must have weights, got one on the meta device, which holds none; load it")
 
     # Memory and speed
-
-    def set_attention(self, name: AttentionName, slice_size: int | Literal["auto", "max"] = "auto") -> None:
-        """Choose the form of attention in all networks: see `depthdiff.models.attention.use_attention`."""
-        for network in self.networks.values():
-            network.set_attention(name, slice_size)
 
     def enable_attention_slicing(self, slice_size: int | Literal["auto", "max"] | None = "auto") -> None:
         """Compute the UNet's attention in several steps to save memory.
@@ -337,7 +394,7 @@ class Components:
         Args:
             slice_size: "auto" for half of the heads at a time, "max" for one, a number for so many.
         """
-        self.unet.set_attention_slice(slice_size)  # type: ignore[attr-defined]
+        self.unet.set_attention_slice(slice_size)
 
     def disable_attention_slicing(self) -> None:
         """Compute attention in one step again."""
@@ -359,7 +416,7 @@ class Components:
 
     def enable_vae_slicing(self) -> None:
         """Encode and decode one image of the batch at a time."""
-        self.vae.enable_slicing()  # type: ignore[attr-defined]
+        self.vae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
         """Encode and decode the whole batch at once."""
@@ -367,7 +424,7 @@ class Components:
 
     def enable_vae_tiling(self) -> None:
         """Encode and decode large images in overlapping tiles."""
-        self.vae.enable_tiling()  # type: ignore[attr-defined]
+        self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
         """Encode and decode images whole."""
@@ -390,3 +447,15 @@ class Components:
         """
         check_bar(kwargs)
         self._progress_bar_config = kwargs
+
+
+def device_of(network: torch.nn.Module) -> torch.device:
+    """Return the device of a network's weights."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def dtype_of(network: torch.nn.Module) -> torch.dtype:
+    """Return the dtype in which a network computes: its own word for it, or that of its first weight."""
+    dtype = getattr(network, "dtype", None)
+    weights = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    return dtype if isinstance(dtype, torch.dtype) else next(weights, torch.float32)

@@ -26,7 +26,6 @@ def with_weights(network: AnyNetwork, weights: Mapping[str, Tensor]) -> AnyNetwo
     for key, tensor in weights.items():
         path, _, name = key.rpartition(".")
         twin.get_submodule(path)._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-    vars(twin)["mark"] = object()  # as after every change of weights
     return twin
 
 
