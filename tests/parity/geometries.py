@@ -29,6 +29,14 @@ SD1 = {
     "norm_num_groups": 4,
     "layers_per_block": 1,
 }
+SHORT = {
+    **SD2,
+    "block_out_channels": (16, 24, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": (2, 3, 4),
+    "layers_per_block": 1,
+}
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
@@ -65,7 +73,7 @@ GEOMETRIES = {
             "norm_num_groups": 6,
             "norm_eps": 1e-3,
         },
-        "lean": {**SD2, "layers_per_block": 1},
+        "short": SHORT,
         "plain middle": {**SD1, "mid_block_type": "UNetMidBlock2D", "upcast_attention": True},
         "no middle": {**SD1, "mid_block_type": None},
         "angles": {**SD1, "flip_sin_to_cos": False, "freq_shift": 1},
