@@ -124,7 +124,7 @@ class DeepCache:
         """Keep what the last residual block reads of the deep part."""
         skip = self.unet.conv_in.out_channels
         self.features = input_tensor[:, :-skip]
-        return self.read(input_tensor, *args, **kwargs)  # type: ignore[no-any-return]
+        return self.read(input_tensor, *args, **kwargs)
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Predict the noise; arguments and result are those of the UNet's `forward`."""
@@ -157,22 +157,22 @@ class TokenGroups(NamedTuple):
     """Which tokens are treated as one.
 
     Attributes:
-        index: (B, N), the number of each token's group.
+        group: (B, N), the number of each token's group.
         total: M.
     """
 
-    index: Tensor
+    group: Tensor
     total: int
 
     def merge(self, tokens: Tensor) -> Tensor:
         """Average each group: (B, N, C) -> (B, M, C)."""
         sums = tokens.new_zeros(len(tokens), self.total, tokens.shape[2])
-        index = self.index[..., None].expand_as(tokens)
+        index = self.group[..., None].expand_as(tokens)
         return sums.scatter_reduce(1, index, tokens, "mean", include_self=False)
 
     def unmerge(self, merged: Tensor) -> Tensor:
         """Give every token what its group has: (B, M, C) -> (B, N, C)."""
-        return merged.gather(1, self.index[..., None].expand(-1, -1, merged.shape[2]))
+        return merged.gather(1, self.group[..., None].expand(-1, -1, merged.shape[2]))
 
 
 class TokenMerger:
@@ -221,7 +221,7 @@ class TokenMerger:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             groups = self.group(hidden_states, self.size)
             if groups is None:
-                return plain(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+                return plain(hidden_states, *args, **kwargs)
             return groups.unmerge(plain(groups.merge(hidden_states), *args, **kwargs))
 
         attention.forward = forward

@@ -49,13 +49,17 @@ from depthdiff.process import (
     keep_freed_buffers,
     lenient_streams,
 )
-from depthdiff.schedulers.base import Scheduler
+from depthdiff.schedulers.base import SchedulerMixin
 from depthdiff.schedulers.ddim import DDIMScheduler
 from depthdiff.schedulers.lms import LMSDiscreteScheduler
 from depthdiff.schedulers.pndm import PNDMScheduler
 
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
-SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "lms": LMSDiscreteScheduler}
+SCHEDULERS: dict[str, type[SchedulerMixin]] = {
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "lms": LMSDiscreteScheduler,
+}
 DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "float16", "bfloat16")}
 MAX_STEPS, MAX_IMAGES, MAX_SIZE = 100_000, 1000, 2**14
 """What no run needs; schedulers have limits of their own below."""

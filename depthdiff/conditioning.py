@@ -41,10 +41,10 @@ def encode_texts(
             logger.warning("%r has %d tokens; its end is not read: %r", text[:40], len(all_ids) - 2, lost)
     tokens = torch.tensor(ids, device=device)
     if clip_skip is None:
-        return encoder(tokens, attention_mask=None)[0]  # type: ignore[no-any-return]
+        return encoder(tokens, attention_mask=None)[0]
     states = encoder(tokens, attention_mask=None, output_hidden_states=True).hidden_states
     text_model = getattr(encoder, "text_model", encoder)  # transformers 5 has no such level
-    return text_model.final_layer_norm(states[-(clip_skip + 1)])  # type: ignore[no-any-return]
+    return text_model.final_layer_norm(states[-(clip_skip + 1)])
 
 
 def draw_latents(encoded: Any, generator: Generator | Sequence[Generator] | None, copies: int) -> Tensor:
@@ -61,11 +61,11 @@ def draw_latents(encoded: Any, generator: Generator | Sequence[Generator] | None
         (B * copies, 4, h, w), not yet multiplied by the scaling factor.
     """
     if not hasattr(encoded, "latent_dist"):
-        return encoded.latents.repeat_interleave(copies, dim=0)  # type: ignore[no-any-return]
+        return encoded.latents.repeat_interleave(copies, dim=0)
     distribution = encoded.latent_dist
     if not isinstance(generator, Sequence) or len(generator) == 1:
         generator = generator[0] if isinstance(generator, Sequence) else generator
-        return distribution.sample(generator).repeat_interleave(copies, dim=0)  # type: ignore[no-any-return]
+        return distribution.sample(generator).repeat_interleave(copies, dim=0)
     mean, std = (part.repeat_interleave(copies, dim=0) for part in (distribution.mean, distribution.std))
     return mean + std * randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
 

@@ -206,7 +206,7 @@ def constructor_fields(cls: type) -> dict[str, Any]:
 def _arguments(init: Callable[..., None]) -> dict[str, Any]:
     """List the arguments of a constructor with their types."""
     hints = get_type_hints(init)
-    return {name: hints[name] for name in list(inspect.signature(init).parameters)[1:]}
+    return {name: hints.get(name, Any) for name in list(inspect.signature(init).parameters)[1:]}
 
 
 def check_values(owner: type, fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def register_to_config(init: Callable[P, None]) -> Callable[P, None]:
         defaulted = [name for name in kept if name not in given]
         config = FrozenDict(kept | {"_use_default_values": defaulted} | private)
         object.__setattr__(self, "_internal_dict", config)
-        init(self, **values)  # type: ignore[call-arg, arg-type]
+        init(self, **values)
 
     return registering
 
@@ -277,7 +277,7 @@ def _written(annotation: Any) -> str:
 def _fields(cls: type[Config]) -> dict[str, Any]:
     """List the fields of a config with their types."""
     hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
 def check_choice(name: str, given: Any, choices: tuple[Any, ...]) -> None:

@@ -158,7 +158,7 @@ def _inspect_file(report: Report) -> None:
     for component in (name for name in CLASSES if name in file.parts):
         part = file.parts[component]
         needs_config = part.layout != LDM
-        found = Component(component, part.cls.__name__)
+        found = Component(component, CLASSES[component].__name__)
         report.components.append(found)
         _count(found, part.sources)
         if needs_config:

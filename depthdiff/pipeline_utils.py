@@ -63,6 +63,13 @@ class DiffusionPipeline:
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components: ClassVar[list[str]] = []
     _exclude_from_cpu_offload: ClassVar[list[str]] = []
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    unet: Any
+    scheduler: Any
+    depth_estimator: Any
+    feature_extractor: Any
     vae_scale_factor = 8
     image_processor: VaeImageProcessor
 
@@ -119,7 +126,7 @@ class DiffusionPipeline:
                           | {"_name_or_path": self.name_or_path})  # fmt: skip
 
     @property
-    def networks(self) -> dict[str, torch.nn.Module]:
+    def networks(self) -> dict[str, Any]:
         """Those components that have weights."""
         return {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
 
@@ -388,6 +395,12 @@ class DiffusionPipeline:
 
     # Memory and speed
 
+    def set_attention(self, name: str, slice_size: int | Literal["auto", "max"] = "auto") -> None:
+        """Choose the attention of all networks; see `depthdiff.models.attention.AttentionMixin.set_attention`."""
+        for network in self.networks.values():
+            if hasattr(network, "set_attention"):
+                network.set_attention(name, slice_size)
+
     def enable_attention_slicing(self, slice_size: int | Literal["auto", "max"] | None = "auto") -> None:
         """Compute the UNet's attention in several steps to save memory.
 
@@ -420,7 +433,7 @@ class DiffusionPipeline:
 
     def disable_vae_slicing(self) -> None:
         """Encode and decode the whole batch at once."""
-        self.vae.disable_slicing()  # type: ignore[attr-defined]
+        self.vae.disable_slicing()
 
     def enable_vae_tiling(self) -> None:
         """Encode and decode large images in overlapping tiles."""
@@ -428,7 +441,7 @@ class DiffusionPipeline:
 
     def disable_vae_tiling(self) -> None:
         """Encode and decode images whole."""
-        self.vae.disable_tiling()  # type: ignore[attr-defined]
+        self.vae.disable_tiling()
 
     # The progress bar
 

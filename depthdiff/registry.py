@@ -160,7 +160,7 @@ def component_class(name: str, index: Mapping[str, Any], source: object) -> Any:
         )
     if entry[1] not in COMPONENT_CLASSES[name]:
         raise CheckpointError(
-            f"{source}: {name} is a {entry[1]}; implemented here: {', '.join(COMPONENT_CLASSES[name])}. Pass another as "
-            f"{name}=..."
+            f"{source}: {name} is a {entry[1]}; implemented here: {', '.join(COMPONENT_CLASSES[name])}. Pass another "
+            f"as {name}=..."
         )
     return COMPONENT_CLASSES[name][entry[1]]

@@ -140,7 +140,7 @@ class Run:
         if check_number("index", index, 0, len(self), whole=True) == len(self):
             return clean
         timestep = self.timesteps[index : index + 1].repeat(len(clean))
-        return self.scheduler.add_noise(clean, noise, timestep)  # type: ignore[no-any-return]
+        return self.scheduler.add_noise(clean, noise, timestep)
 
 
 @dataclass

@@ -269,7 +269,9 @@ def make_scheduler(prediction_type: str | None) -> PNDMScheduler:
     Raises:
         ValueError: nothing that a UNet predicts.
     """
-    return PNDMScheduler(**SCHEDULER, prediction_type="epsilon" if prediction_type is None else prediction_type)
+    return PNDMScheduler(
+        **dict[str, Any](SCHEDULER), prediction_type="epsilon" if prediction_type is None else prediction_type
+    )
 
 
 def _bundled_tokenizer(file: SingleFile, text_encoder: Any) -> Any:

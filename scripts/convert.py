@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from depthdiff.checkpoint.convert import to_folder, to_single_file
 from depthdiff.checkpoint.single_file import lost_settings, open_single_file
+from depthdiff.convert import to_folder, to_single_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -23,7 +23,7 @@ from random_checkpoint import GEOMETRIES, build_pipeline, randomize, vae
 from depthdiff import AutoencoderKL, StableDiffusionDepth2ImgPipeline, UNet2DConditionModel, cli
 from depthdiff.__main__ import leave
 from depthdiff.__main__ import main as entry
-from depthdiff.checkpoint.convert import to_folder, to_single_file
+from depthdiff.convert import to_folder, to_single_file
 from depthdiff.image import contact_sheet, depth_image
 from depthdiff.picture_files import save_image
 

@@ -9,6 +9,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from depthdiff.capture import StepGraph
 from PIL import Image
 from random_checkpoint import GEOMETRIES, build_pipeline, randomize, vae
 
@@ -20,7 +21,6 @@ from depthdiff import (
     StableDiffusionDepth2ImgPipeline,
     UNet2DConditionModel,
 )
-from depthdiff.capture import StepGraph
 from depthdiff.cli import main
 from depthdiff.image import depth_image
 from tests import second_device

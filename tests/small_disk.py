@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from depthdiff import PNDMScheduler, StableDiffusionDepth2ImgPipeline, cli
-from depthdiff.checkpoint.convert import to_folder, to_single_file
+from depthdiff.convert import to_folder, to_single_file
 from depthdiff.image import contact_sheet, depth_image
 from depthdiff.picture_files import save_image
 from tests.killed import loaded, noise, small_pipeline

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from bench import meters, peak, warm
-
 from depthdiff.models.convolution import Conv3x3, packed_conv
 from depthdiff.models.layers import FeedForward, Upsample2D
 from depthdiff.models.plain import fuses_bfloat16, fuses_linear

@@ -7,11 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from depthdiff.capture import CudaGraphs, StepGraph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthdiff import PNDMScheduler
-from depthdiff.capture import CudaGraphs, StepGraph
 from depthdiff.models.attention import KeysValues
 from tests.adapters import pairs, spell
 

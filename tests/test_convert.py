@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from depthdiff import CheckpointError, StableDiffusionDepth2ImgPipeline
-from depthdiff.checkpoint.convert import to_folder, to_single_file
 from depthdiff.checkpoint.stream import Entry, write_safetensors
+from depthdiff.convert import to_folder, to_single_file
 from tests.ldm import SMALL, random_twins
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}

@@ -5,12 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
-
-from depthdiff import AutoencoderKL, UNet2DConditionModel
-from depthdiff.models import convolution, layers, winograd
 from depthdiff.models.convolution import (
     Conv3x3,
     doubled_conv3x3,
@@ -30,6 +24,12 @@ from depthdiff.models.winograd import (
     transform_axis,
     winograd_conv3x3,
 )
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from depthdiff import AutoencoderKL, UNet2DConditionModel
+from depthdiff.models import convolution, layers, winograd
 
 
 @pytest.fixture

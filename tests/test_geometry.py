@@ -5,8 +5,8 @@ import pytest
 from depthdiff.checkpoint.geometry import INFER, Shapes
 from depthdiff.checkpoint.loading import build
 from depthdiff.checkpoint.remap import split_part
-from depthdiff.checkpoint.single_file import CLASSES
 from depthdiff.checkpoint.tables_ldm import PREFIXES, TABLES_LDM
+from depthdiff.registry import CLASSES
 from tests.ldm import FULL, SMALL, key_lists
 
 UNET = {

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from depthdiff.capture import CudaGraphs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from depthdiff.capture import CudaGraphs
 from depthdiff.models.attention import math_attention, sdpa_attention
 
 pytestmark = pytest.mark.gpu

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from depthdiff import StableDiffusionDepth2ImgPipeline
-from depthdiff.checkpoint.inspect import inspect
 from depthdiff.cli import main
+from depthdiff.inspect_checkpoint import inspect
 from tests.ldm import SCHEDULE, SMALL, random_twins
 
 
@@ -134,7 +134,7 @@ def test_inspect_may_also_be_a_prompt(tmp_path, capsys):
 
 SIZE = """
 import sys
-from depthdiff.checkpoint.inspect import inspect
+from depthdiff.inspect_checkpoint import inspect
 def now():
     [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024

@@ -3,13 +3,13 @@
 import copy
 import io
 
+import depthdiff.models.layers
 import pytest
 import torch
 from random_checkpoint import build_pipeline
 from torch import nn
 
-import depthdiff.models.layers
-from depthdiff.models.visits import Visit
+from depthdiff.hooks import Visit
 
 FLOAT8 = torch.float8_e4m3fn
 CALL = {"num_inference_steps": 3, "strength": 0.8, "output_type": "pt"}

@@ -20,7 +20,7 @@ from depthdiff import (
     StableDiffusionDepth2ImgPipeline,
     UNet2DConditionModel,
 )
-from depthdiff.checkpoint.loading import computing_dtype
+from depthdiff.registry import computing_dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, "auto", None])

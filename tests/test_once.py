@@ -4,11 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
-
 from depthdiff.cache import Cache, fingerprint, state_of
 from depthdiff.models.layers import TransformerBlock
 from depthdiff.predictor import UNetInput
+from torch import nn
 
 
 def counted(monkeypatch, network, name):
@@ -176,7 +175,7 @@ def test_another_prompt_image_or_weight_is_encoded(pipe, call, small_photo):
     first = call()
     assert not torch.equal(call("a house"), first)
     assert not torch.equal(call(image=small_photo.transpose(0)), first)
-    weight = pipe.text_encoder.token_embedding.weight
+    weight = pipe.text_encoder.get_input_embeddings().weight
     with torch.no_grad():
         weight.mul_(-2)
     changed = call()

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from depthdiff.models.pages import OF_FILE, PAGEMAP, PRESENT, ask_for_large_pages, give_back_unwritten, whole_pages
 from random_checkpoint import build_pipeline
 
 from depthdiff import UNet2DConditionModel
 from depthdiff.models import pages
-from depthdiff.models.pages import OF_FILE, PAGEMAP, PRESENT, ask_for_large_pages, give_back_unwritten, whole_pages
 
 pytestmark = pytest.mark.skipif(not PAGEMAP.exists(), reason="the system does not tell which pages are written")
 COUNT = 16 * mmap.PAGESIZE

@@ -210,7 +210,7 @@ def test_the_loop_is_the_callers(pipe, small_photo):
     run = pipe.prepare("two tigers", small_photo, **arguments)
     steps = list(pipe.denoise(run))
     assert [step.index for step in steps] == list(range(len(run)))
-    assert [int(step.timestep) for step in steps] == run.plan.timesteps.tolist()
+    assert [int(step.timestep) for step in steps] == run.timesteps.tolist()
     assert np.array_equal(pipe.decode(run.latents, "np"), paint(pipe, small_photo))
     assert all(step.denoised.shape == step.latents.shape == (1, 4, 11, 15) for step in steps)
 
@@ -238,9 +238,9 @@ def test_guidance_of_one_is_the_prompt_alone(pipe, small_photo):
     """guidance_scale 1 skips the negative half; just above it the picture is nearly the same. Observed: 1e-5."""
     close(paint(pipe, small_photo, guidance_scale=1.0), paint(pipe, small_photo, guidance_scale=1.000001), 1e-3)
     run = pipe.prepare("x", small_photo, guidance_scale=1.0)
-    assert (len(run.context), len(run.depth)) == (1, 1)
+    assert (len(run.prompt_embeds), len(run.depth)) == (1, 1)
     run = pipe.prepare("x", small_photo, guidance_scale=2.0)
-    assert (len(run.context), len(run.depth)) == (2, 1)
+    assert (len(run.prompt_embeds), len(run.depth)) == (2, 1)
 
 
 def test_guidance_and_context_have_to_fit(pipe, small_photo):

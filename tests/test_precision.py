@@ -30,7 +30,7 @@ def blow_up(layer, factor=1e5):
 STAGES = {
     "vae, encoder": lambda p: p.vae.encoder.conv_in,
     "vae, decoder": lambda p: p.vae.decoder.conv_in,
-    "text_encoder": lambda p: p.text_encoder.layers[0].fc2,
+    "text_encoder": lambda p: p.text_encoder.encoder.layers[0].mlp.fc2,
     "depth_estimator": lambda p: p.depth_estimator.fusion[1].residual_layer2.convolution1,
 }
 
@@ -105,7 +105,7 @@ def test_damaged_weights_are_named(pipe, small_photo, caplog, name, value, dtype
 
 def test_inputs_are_named_instead_of_the_stage(pipe, small_photo):
     run = pipe.prepare("a cat", small_photo, num_inference_steps=3)
-    run.context[0, 0, 0] = torch.nan
+    run.prompt_embeds[0, 0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="the context that the unet is given"):
         next(pipe.denoise(run))
     with pytest.raises(FloatingPointError, match="what the vae is given holds NaN"):

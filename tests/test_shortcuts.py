@@ -5,14 +5,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
+from depthdiff.shortcuts import PRESETS, Shortcuts, choose
 from evaluate import Evaluation
 from PIL import Image
 
 from depthdiff import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from depthdiff.checkpoint.hub import bundled
 from depthdiff.cli import main
-from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
-from depthdiff.shortcuts import PRESETS, Shortcuts, choose
 
 STEPS = 6
 
@@ -104,7 +104,7 @@ def test_a_replaced_prompt_is_read_again(ddim, small_photo):
     with counted(ddim.unet) as calls:
         for step in ddim.denoise(run):
             if step.index == 2:
-                run.context = run.context.clone()
+                run.prompt_embeds = run.prompt_embeds.clone()
     assert calls == [(2, True), (2, False), (1, False), (1, True)]
     run = ddim.prepare("a", small_photo, strength=1.0, num_inference_steps=4, guidance_interval=(0.4, 1), deep_cache=9)
     with counted(ddim.unet) as calls:

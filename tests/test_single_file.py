@@ -18,11 +18,12 @@ from depthdiff import (
     UNet2DConditionModel,
 )
 from depthdiff.checkpoint.geometry import INFER, Shapes
-from depthdiff.checkpoint.inspect import inspect
 from depthdiff.checkpoint.loading import build
-from depthdiff.checkpoint.single_file import CLASSES, find_single_file, open_single_file
+from depthdiff.checkpoint.single_file import find_single_file, open_single_file
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, KEPT, PREFIXES, TABLES_LDM
+from depthdiff.inspect_checkpoint import inspect
+from depthdiff.registry import CLASSES
 from tests.ldm import FULL, SMALL, key_lists, random_twins
 from tests.weights import realigned
 
@@ -183,8 +184,8 @@ def test_a_pickled_file_is_the_same(twins, tmp_path):
 def test_dtypes(twins, dtype):
     text_encoder = CLIPTextModel.from_single_file(twins[0], torch_dtype=dtype)
     assert text_encoder.dtype == {None: torch.float32, "auto": torch.float32}.get(dtype, dtype)
-    wide = CLIPTextModel.from_single_file(twins[0]).layers[1].self_attn.to_k.weight
-    assert torch.equal(text_encoder.layers[1].self_attn.to_k.weight, wide.to(text_encoder.dtype))
+    wide = CLIPTextModel.from_single_file(twins[0]).encoder.layers[1].self_attn.k_proj.weight
+    assert torch.equal(text_encoder.encoder.layers[1].self_attn.k_proj.weight, wide.to(text_encoder.dtype))
 
 
 @pytest.mark.parametrize("start", [b"\x80", b"\x80\x02"])

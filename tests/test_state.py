@@ -47,7 +47,7 @@ def state(pipe):
         for key, tensor in network.state_dict().items()
     }
     words = [pipe.tokenizer(text).input_ids for text in PROMPTS]
-    tables = pipe.text_encoder.token_embedding.num_embeddings, pipe.text_encoder.config.vocab_size
+    tables = pipe.text_encoder.get_input_embeddings().num_embeddings, pipe.text_encoder.config.vocab_size
     adapters = pipe.get_list_adapters(), pipe.get_active_adapters(), sorted(pipe.fused_loras)
     return weights, (len(pipe.tokenizer), pipe.tokenizer.learnt_words, words, tables, adapters)
 

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from depthdiff.models.convolution import Conv3x3
+from depthdiff.models.strips import Moments, striped_conv3x3, strips_are_faster
 from torch import nn
 
 from depthdiff import AutoencoderKL
 from depthdiff.models import layers, pages, strips, winograd
-from depthdiff.models.convolution import Conv3x3
-from depthdiff.models.strips import Moments, striped_conv3x3, strips_are_faster
 
 bf16, f32 = torch.bfloat16, torch.float32
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from depthdiff.models.plain import fuses_bfloat16
 from torch import nn
 
 from depthdiff.models import clip_text
-from depthdiff.models.clip_text import CLIPTextConfig, EncoderLayer
-from depthdiff.models.plain import fuses_bfloat16
+from depthdiff.models.clip import CLIPTextConfig, EncoderLayer
 
 bf16, f32 = torch.bfloat16, torch.float32
 

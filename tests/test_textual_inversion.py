@@ -24,11 +24,11 @@ def read(pipe, text):
 
 def test_a_word_is_its_vectors(pipe, width):
     """The encoder's table grows by them, the rest of it stays the same tensor's numbers, the prompt reads them."""
-    table = pipe.text_encoder.token_embedding.weight.detach().clone()
+    table = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
     others = {id(p) for n, p in pipe.text_encoder.named_parameters() if "token_embedding" not in n}
     value = vectors(width, 3)
     pipe.load_textual_inversion({"<toy>": value})
-    grown = pipe.text_encoder.token_embedding.weight.detach()
+    grown = pipe.text_encoder.get_input_embeddings().weight.detach()
     assert torch.equal(grown[: len(table)], table)
     assert torch.equal(grown[len(table) :], value)
     assert others <= {id(p) for p in pipe.text_encoder.parameters()}  # nothing else was copied
@@ -39,7 +39,7 @@ def test_a_word_is_its_vectors(pipe, width):
     assert read(pipe, "A <TOY> backpack") == read(pipe, "a <toy> backpack")
     assert read(pipe, "<toy><toy>") == 2 * read(pipe, "<toy>")
     pipe.unload_textual_inversion("<toy>")
-    assert torch.equal(pipe.text_encoder.token_embedding.weight, table)
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight, table)
     assert pipe.text_encoder.config.vocab_size == len(table) == len(pipe.tokenizer)
     assert read(pipe, "a <toy> backpack") != [plain[0], first, first + 1, first + 2, *plain[1:]]
 
@@ -72,16 +72,16 @@ def test_words_that_contain_others(pipe, width):
 def test_unloading_closes_up(pipe, width):
     """Words that stay keep their vectors under new ids."""
     values = {f"<w{n}>": vectors(width, n, n) for n in (1, 2, 3)}
-    before = pipe.text_encoder.token_embedding.weight.detach().clone()
+    before = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
     pipe.load_textual_inversion(values)
     pipe.unload_textual_inversion("<w2>")
-    table = pipe.text_encoder.token_embedding.weight.detach()
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
     for word in ("<w1>", "<w3>"):
         assert torch.equal(table[read(pipe, word)], values[word])
     pipe.load_textual_inversion({"<w2>": values["<w2>"]})
-    assert torch.equal(pipe.text_encoder.token_embedding.weight.detach()[read(pipe, "<w2>")], values["<w2>"])
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight.detach()[read(pipe, "<w2>")], values["<w2>"])
     pipe.unload_textual_inversion()
-    assert torch.equal(pipe.text_encoder.token_embedding.weight, before)
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight, before)
     assert pipe.tokenizer.learnt_words == {}
 
 
@@ -107,7 +107,7 @@ def test_sources(pipe, width, tmp_path):
 def test_negative_prompt_and_half_precision(pipe, width):
     pipe.to(torch.bfloat16)
     pipe.load_textual_inversion({"<bad>": vectors(width, 2)})
-    assert pipe.text_encoder.token_embedding.weight.dtype == torch.bfloat16
+    assert pipe.text_encoder.get_input_embeddings().weight.dtype == torch.bfloat16
     with_word = pipe.encode_prompt("a cat", negative_prompt="<bad>")[1]
     assert not torch.equal(with_word, pipe.encode_prompt("a cat", negative_prompt="bad")[1])
 
@@ -152,10 +152,10 @@ REFUSED = {
 def test_refused_and_unchanged(pipe, width, case):
     make, more, message = REFUSED[case]
     pipe.load_textual_inversion({"<old>": vectors(width)})
-    before = pipe.text_encoder.token_embedding.weight, dict(pipe.tokenizer.learnt_words), len(pipe.tokenizer)
+    before = pipe.text_encoder.get_input_embeddings().weight, dict(pipe.tokenizer.learnt_words), len(pipe.tokenizer)
     with pytest.raises((CheckpointError, ValueError), match=message):
         pipe.load_textual_inversion(make(width), **more)
-    assert pipe.text_encoder.token_embedding.weight is before[0]
+    assert pipe.text_encoder.get_input_embeddings().weight is before[0]
     assert (dict(pipe.tokenizer.learnt_words), len(pipe.tokenizer)) == before[1:]
 
 

@@ -159,14 +159,14 @@ class Merging(DiffusionPipeline):
 
 def _original(merge: Merge, key: str) -> Tensor:
     """Return a network's own weight, on its present device and in its present dtype."""
-    parameter = merge.network.get_parameter(key)  # type: ignore[union-attr]
+    parameter = merge.network.get_parameter(key)
     original = merge.originals.get(key)
     return parameter.data if original is None else original.to(parameter.device, parameter.dtype)
 
 
 def _put_back(merge: Merge) -> Iterator[tuple[nn.Module, str, Tensor]]:
     for key in merge.originals:
-        yield merge.network, key, _original(merge, key)  # type: ignore[misc]
+        yield merge.network, key, _original(merge, key)
 
 
 def _exchange(changes: list[tuple[Any, str, Tensor]], then: Any, undo: Any) -> None:

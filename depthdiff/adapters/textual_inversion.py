@@ -27,7 +27,7 @@ FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 Source = str | os.PathLike[str] | Mapping[str, Any] | Tensor
 
 
-class TextualInversion:
+class TextualInversionLoaderMixin:
     """Adds learnt words to a pipeline. Names and arguments are those of diffusers' mixin."""
 
     tokenizer: CLIPTokenizer

@@ -1,24 +1,13 @@
 """Speed and memory from outside: the same result, sooner.
 
-`enable` gives modules a faster computation, `disable` takes it away, `report` says what applies. A module stays what it
-is: its class, name, weights, hooks and `forward` do not change.
+`enable` puts fast computations on the modules of a network, `disable` takes them off, `report` lists where they are and
+where they do not apply. A module stays what it is: class, name, weights, hooks and `forward` do not change. Each call
+decides whether the fast computation is the plain one to rounding; where it may not be, the plain one runs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from depthdiff.fast.calls import disable, enable, report
+from depthdiff.fast.layouts import lay_out
 
-import torch
-from torch import nn
-
-
-def enable(target: Any) -> None:
-    """Put the fast computations on a network, or on all networks of a pipeline."""
-
-
-def disable(target: Any) -> None:
-    """Take the fast computations off a network, or off all networks of a pipeline."""
-
-
-def lay_out(network: nn.Module, device: torch.device) -> None:
-    """Lay the weights of convolutions out as they are fastest on a device."""
+__all__ = ["enable", "disable", "report", "lay_out"]

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.fast import winograd
-from depthdiff.fast.plain import fuses_bfloat16, has_tiles, is_bare, only_computes, products_are_exact, uses_onednn
+from depthdiff.fast.eligible import fuses_bfloat16, has_tiles, is_plain, only_computes, products_are_exact, uses_onednn
+from depthdiff.models.resnet import Upsample2D
 
 MOST_PIXELS, FEWEST_WEIGHTS = 256, 2**20
 """Largest map of a result, and fewest pairs of channels, for which a matrix product is faster. The batch does not
@@ -28,43 +29,41 @@ COVERED_BYTES = 2**25
 DOUBLED = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 """Which of a filter's weights along one axis fall on the copies of a pixel, by where the filter lies."""
 
+CONV_FORWARD = nn.Conv2d._conv_forward
+
 FEWEST_DOUBLED = 64 * 64
 """Pixels of a map from which on `doubled_conv3x3` is faster: its filters are summed anew at every call."""
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution.
-
-    Args:
-        in_channels: C.
-        out_channels: K.
-        stride: of the filters; 1 keeps height and width.
-        padding: rows and columns of zeros at each border.
-        bias: whether to add one.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, padding: int = 1, bias: bool = True):
-        super().__init__(in_channels, out_channels, 3, stride=stride, padding=padding, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K, H', W')."""
-        stride, padding = self.stride[0], int(self.padding[0])
-        if not is_plain(self):
-            return super().forward(x)
-        if (stride, padding) == (1, 1) and winograd.is_faster(x, self.weight):
-            return winograd.winograd_conv3x3(x, self.weight, self.bias)
-        if product_is_faster(x, self.weight, stride, padding):
-            return im2col_conv3x3(x, self.weight, self.bias, stride, padding)
-        return super().forward(x)
+def fast_conv3x3(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Convolve a map (B, C, H, W) with 3x3 filters; NotImplemented where torch's way is faster, or is asked for."""
+    if conv.kernel_size != (3, 3) or not is_usual(conv):
+        return NotImplemented
+    stride, padding = conv.stride[0], int(conv.padding[0])
+    if (stride, padding) == (1, 1) and winograd.is_faster(x, conv.weight):
+        return winograd.winograd_conv3x3(x, conv.weight, conv.bias)
+    if product_is_faster(x, conv.weight, stride, padding):
+        return im2col_conv3x3(x, conv.weight, conv.bias, stride, padding)
+    return NotImplemented
 
 
-def is_plain(conv: nn.Conv2d) -> bool:
-    """Tell whether a convolution has zeros beyond its borders, filters in one piece, and its class's way to work.
+def fast_upsample(layer: Upsample2D, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    """Double a map and convolve it, in one convolution; NotImplemented where the plain way is to be taken."""
+    if not isinstance(layer.conv, nn.Conv2d) or not layer.interpolate:
+        return NotImplemented
+    if doubling_is_faster(x, layer.conv, output_size):
+        return doubled_conv3x3(x, layer.conv.weight, layer.conv.bias)
+    return NotImplemented
+
+
+def is_usual(conv: nn.Conv2d) -> bool:
+    """Return whether a convolution has zeros beyond its borders, filters in one piece, and its class's way to work.
 
     Those who make tiles set another padding, or put another `_conv_forward` in its place.
     """
     usual = (conv.padding_mode, conv.dilation, conv.groups) == ("zeros", (1, 1), 1)
-    return usual and "_conv_forward" not in vars(conv)
+    square = len({*conv.stride}) == 1 and len({*conv.padding}) == 1 and not isinstance(conv.padding, str)
+    return usual and square and "_conv_forward" not in vars(conv) and type(conv)._conv_forward is CONV_FORWARD
 
 
 def packed_conv(conv: nn.Conv2d, padding: tuple[int, int], shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -86,7 +85,7 @@ def packed_conv(conv: nn.Conv2d, padding: tuple[int, int], shape: Sequence[int])
 
 
 def product_is_faster(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> bool:
-    """Tell whether to prefer `im2col_conv3x3`: for small maps of many channels, where nothing is trained.
+    """Return whether to prefer `im2col_conv3x3`: for small maps of many channels, where nothing is trained.
 
     In float32 on any processor, in bfloat16 on those that multiply it in tiles (AMX).
     """
@@ -123,18 +122,24 @@ def im2col_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
     return torch.cat([F.linear(some.flatten(3), matrix, bias) for some in covered.split(few)]).movedim(3, 1)
 
 
-def doubling_is_faster(x: Tensor, conv: nn.Module, size: Sequence[int] | None) -> bool:
-    """Tell whether to prefer `doubled_conv3x3`: for all but small maps on a processor, where nothing is trained.
+def doubling_is_faster(x: Tensor, conv: nn.Conv2d, size: Sequence[int] | None) -> bool:
+    """Return whether to prefer `doubled_conv3x3`: for all but small maps on a processor, where nothing is trained.
 
     Args:
         x: (B, C, H, W), before its pixels are repeated.
-        conv: what reads them then. One of another kind than `Conv3x3`, hooked, or with a `forward` put in its place is
+        conv: what reads them then. One of another class, hooked, or with a `forward` put in its place is
             called as it is.
         size: height and width that are wanted; None for twice those of `x`.
     """
-    if type(conv) is not Conv3x3 or not only_computes(x, *conv.parameters()) or not is_bare(conv):
+    if not is_plain(conv, nn.Conv2d) or not only_computes(x, *conv.parameters()):
         return False
-    if not (is_plain(conv) and conv.stride == conv.padding == (1, 1) and uses_onednn() and products_are_exact()):
+    if not (
+        is_usual(conv)
+        and conv.kernel_size == (3, 3)
+        and conv.stride == conv.padding == (1, 1)
+        and uses_onednn()
+        and products_are_exact()
+    ):
         return False
     if x.dtype != conv.weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
         return False

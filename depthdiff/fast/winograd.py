@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthdiff.fast.eligible import only_computes, products_are_exact
 from depthdiff.fast.memory import empty_map
-from depthdiff.fast.plain import only_computes, products_are_exact
 
 TILE = 4
 """Height and width of a tile of the result; one of the input has two more."""

@@ -343,6 +343,15 @@ STANDARD = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, SlicedAttnPr
 """Processors that the switches of a network may replace."""
 
 
+FORMS: dict[str, type[AttnProcessor]] = {
+    "sdpa": AttnProcessor2_0,
+    "efficient": XFormersAttnProcessor,
+    "sliced": SlicedAttnProcessor,
+    "math": AttnProcessor,
+}
+"""Short names of the processors."""
+
+
 class AttentionMixin:
     """Base of the networks whose attention can be chosen layer by layer."""
 
@@ -387,6 +396,24 @@ class AttentionMixin:
         if foreign:
             raise ValueError(f"set_default_attn_processor would drop a {type(foreign[0]).__name__}; set another first")
         self.set_attn_processor(AttnProcessor())
+
+    def set_attention(self, name: str, slice_size: SliceSize = "auto") -> None:
+        """Choose the processor of all layers but those that have one of the user's own.
+
+        Args:
+            name: "sdpa" (torch's fused kernel), "efficient" (never holds the matrix), "sliced" or "math".
+            slice_size: for "sliced": heads at a time; "auto" takes half of a layer's heads, "max" one.
+
+        Raises:
+            ValueError: unknown name, or a slice size beyond a layer's heads.
+        """
+        if not isinstance(name, str) or name not in FORMS:
+            raise ValueError(f"attention must be one of {', '.join(FORMS)}, got {brief(name)}")
+        if name == "sliced":
+            return self.set_attention_slice(slice_size)
+        for layer in self._attention_layers().values():
+            if isinstance(layer.processor, STANDARD):
+                layer.set_processor(FORMS[name]())
 
     def set_attention_slice(self, slice_size: SliceSize | list[int] | None = "auto") -> None:
         """Compute attention for some heads at a time.

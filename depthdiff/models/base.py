@@ -249,7 +249,8 @@ class ModelMixin(ConfigMixin, Network):
             ValueError: `attention_op` is given: torch chooses the operator.
         """
         check_flag("valid", valid)
-        for module in self.modules():
+        modules: list[Any] = list(self.modules())
+        for module in modules:
             if module is not self and hasattr(module, "set_use_memory_efficient_attention_xformers"):
                 module.set_use_memory_efficient_attention_xformers(valid, attention_op)
 
@@ -344,4 +345,4 @@ def call_layer(layer: Callable[..., Result], *args: Any, **kwargs: Any) -> Resul
 
 def checkpoint_layer(layer: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
     """Call a layer, and let its gradients compute it again."""
-    return checkpoint(layer, *args, use_reentrant=False, **kwargs)  # type: ignore[no-any-return]
+    return checkpoint(layer, *args, use_reentrant=False, **kwargs)

@@ -300,7 +300,8 @@ class CLIPTextModel(PreTrainedModel, PeftAdapterMixin):
             for table in (model.embeddings.token_embedding, model.embeddings.position_embedding):
                 nn.init.normal_(table.weight, std=std)
         inner, outer = width**-0.5 * (2 * depth) ** -0.5 * factor, width**-0.5 * factor
-        for layer in model.encoder.layers:
+        layers: Any = model.encoder.layers
+        for layer in layers:
             attention, mlp = layer.self_attn, layer.mlp
             linears = [attention.k_proj, attention.v_proj, attention.q_proj, attention.out_proj]
             drawn = [(attention.q_proj, inner), (attention.k_proj, inner), (attention.v_proj, inner)]
@@ -336,7 +337,7 @@ class CLIPTextModel(PreTrainedModel, PeftAdapterMixin):
         else:
             super().__setattr__(name, value)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """Return the table of the tokens' vectors."""
         return self.text_model.embeddings.token_embedding
 

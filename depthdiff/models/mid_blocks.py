@@ -156,7 +156,7 @@ class UNetMidBlock2D(nn.Module):
                 else None
             )
             resnets.append(ResnetBlock2D(**resnet))
-        self.attentions = nn.ModuleList(attentions)  # type: ignore[arg-type]  (None is kept, as published)
+        self.attentions = nn.ModuleList(attentions)  # type: ignore[arg-type]
         self.resnets = nn.ModuleList(resnets)
 
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ class PeftAdapterMixin:
     """Base of the networks that host PEFT's layers."""
 
     _hf_peft_config_loaded = False
+    peft_config: dict[str, Any]
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """Inject an adapter with random weights, and train and use it alone.

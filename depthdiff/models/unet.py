@@ -170,7 +170,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
         temb_channels = 4 * widths[0]
         depths, layers = self._per_level("transformer_layers_per_block"), self._per_level("layers_per_block")
         heads, context = self._per_level("attention_head_dim"), self._per_level("cross_attention_dim")
-        common = {
+        common: dict[str, Any] = {
             "temb_channels": temb_channels,
             "dropout": dropout,
             "resnet_eps": norm_eps,
@@ -290,6 +290,9 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
         self._check_residuals(down_residuals, mid_residual, within)
         sample = repeat_batch(sample, len(encoder_hidden_states))
         bias = None if encoder_attention_mask is None else mask_to_bias(encoder_attention_mask, sample.dtype)
+        down_blocks: list[Any] = list(self.down_blocks)
+        up_blocks: list[Any] = list(self.up_blocks)
+        no_residuals: list[Any] = [None] * len(down_blocks)
         told: dict[str, Any] = {
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": None,
@@ -300,7 +303,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
             temb = self.time_embedding(self.get_time_embed(sample, timestep), timestep_cond)
             hidden_states = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
             skips: tuple[Tensor, ...] = (hidden_states,)
-            for block, residual in zip(self.down_blocks, within or [None] * len(self.down_blocks), strict=True):
+            for block, residual in zip(down_blocks, within or no_residuals, strict=True):
                 hidden_states, more = go_down(block, hidden_states, temb, told, residual)
                 skips = (*skips, *more)
             if down_residuals is not None:
@@ -311,10 +314,10 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
             if mid_residual is not None:
                 hidden_states = hidden_states + mid_residual
             uneven = any(side % 2**self.num_upsamplers for side in sample.shape[2:])
-            for i, block in enumerate(self.up_blocks):
+            for i, block in enumerate(up_blocks):
                 count = len(block.resnets)
                 skips, read = skips[:-count], skips[-count:]
-                is_last = i == len(self.up_blocks) - 1
+                is_last = i == len(up_blocks) - 1
                 size = skips[-1].shape[2:] if uneven and not is_last else None
                 hidden_states = go_up(block, hidden_states, read, temb, told, size)
             hidden_states = self.conv_norm_out(hidden_states)
@@ -368,7 +371,8 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
                 "down_block_additional_residuals and mid_block_additional_residual must be given together; for a "
                 "T2I-Adapter pass down_intrablock_additional_residuals"
             )
-        skips = 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in self.down_blocks)  # type: ignore[arg-type, misc]
+        blocks: list[Any] = list(self.down_blocks)
+        skips = 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in blocks)
         for name, given, wanted in (
             ("down_block_additional_residuals", down, skips),
             ("down_intrablock_additional_residuals", within, len(self.down_blocks)),
@@ -383,7 +387,7 @@ def go_down(
     """Run a level on the way down; `residual` is a T2I-Adapter's."""
     if getattr(block, "has_cross_attention", False):
         more = {} if residual is None else {"additional_residuals": residual}
-        return block(hidden_states=hidden_states, temb=temb, **told, **more)  # type: ignore[no-any-return]
+        return block(hidden_states=hidden_states, temb=temb, **told, **more)
     hidden_states, skips = block(hidden_states=hidden_states, temb=temb)
     if residual is not None:
         hidden_states = hidden_states + residual
@@ -401,9 +405,7 @@ def go_up(
 ) -> Tensor:
     """Run a level on the way up; `size` is that of its result where it is not twice the input's."""
     more = told if getattr(block, "has_cross_attention", False) else {}
-    return block(  # type: ignore[no-any-return]
-        hidden_states=hidden_states, temb=temb, res_hidden_states_tuple=skips, upsample_size=size, **more
-    )
+    return block(hidden_states=hidden_states, temb=temb, res_hidden_states_tuple=skips, upsample_size=size, **more)
 
 
 def repeat_batch(x: Tensor, rows: int, name: str = "sample") -> Tensor:

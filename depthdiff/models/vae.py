@@ -141,7 +141,11 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            options = {"num_layers": layers_per_block, "add_downsample": i < last, "downsample_padding": 0}
+            options: dict[str, Any] = {
+                "num_layers": layers_per_block,
+                "add_downsample": i < last,
+                "downsample_padding": 0,
+            }
             self.down_blocks.append(DownEncoderBlock2D(widths[max(i - 1, 0)], width, **options, **common))
         self.mid_block = UNetMidBlock2D(
             widths[-1], None, **common, attention_head_dim=widths[-1], add_attention=mid_block_add_attention
@@ -187,7 +191,7 @@ class Decoder(nn.Module):
             widths[0], None, **common, attention_head_dim=widths[0], add_attention=mid_block_add_attention
         )
         for i, width in enumerate(widths):
-            options = {"num_layers": layers_per_block + 1, "add_upsample": i < last}
+            options: dict[str, Any] = {"num_layers": layers_per_block + 1, "add_upsample": i < last}
             block = UpDecoderBlock2D(
                 widths[max(i - 1, 0)], width, resnet_time_scale_shift=norm_type, **options, **common
             )
@@ -388,12 +392,12 @@ class AutoencoderKL(ModelMixin, AttentionMixin):
 
     def _encode(self, x: Tensor) -> Tensor:
         if self.use_tiling and max(x.shape[-2:]) > self.tile_sample_min_size:
-            return self.tiled_encode(x)[0].parameters  # type: ignore[no-any-return]
+            return self.tiled_encode(x)[0].parameters
         return self._encode_tile(x)
 
     def _decode(self, z: Tensor) -> Tensor:
         if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
-            return self.tiled_decode(z)[0]  # type: ignore[no-any-return]
+            return self.tiled_decode(z)[0]
         return self._decode_tile(z)
 
     def _encode_tile(self, x: Tensor) -> Tensor:

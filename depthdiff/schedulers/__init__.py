@@ -1,4 +1,9 @@
-"""Noise schedules and solvers, one family a file; the classes are imported when they are asked for."""
+"""Noise schedules and solvers, one family a file; the classes are imported when they are asked for.
+
+A solver is three things: its formula, a pure function; a `Plan`, whose `step` calls it at an index of a run; and a
+scheduler with the published constructor, whose `step` calls it with its attributes. Methods that go by timesteps build
+on `base.SchedulerMixin`, methods that go by noise levels on `sigmas.SigmaSchedulerMixin`.
+"""
 
 from __future__ import annotations
 

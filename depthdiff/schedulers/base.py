@@ -154,8 +154,8 @@ class Plan(ABC):
 class SchedulerMixin(ConfigMixin, ABC):
     """Base of the schedulers: noise schedule, plans, and diffusers' stateful contract.
 
-    A subclass has a constructor with the published arguments that calls `_make_noise_schedule`, `_make_plan`,
-    `_start_run` where a run has state, and the published `step`.
+    A subclass has a constructor with the published arguments, which calls `_make_noise_schedule`; `_make_plan`;
+    `_start_run`, where a run has state; and the published `step`, which reads the attributes as they are.
 
     Attributes:
         betas: (T,), float32, the variance that each training timestep adds.
@@ -182,7 +182,7 @@ class SchedulerMixin(ConfigMixin, ABC):
         "timestep_spacing": ("leading", "trailing", "linspace"),
     }
     final_alpha_cumprod: Any
-    """ᾱ behind the last step, in the methods that go by timesteps."""
+    """ᾱ after the last step, in the methods that go by timesteps."""
     fractional_timesteps: ClassVar[bool] = False
     """Whether timesteps may lie between those of the training."""
 
@@ -349,7 +349,7 @@ class SchedulerMixin(ConfigMixin, ABC):
     def _levels_of(self, step_ratio: int, run: Sequence[float]) -> Levels:
         """Return noise levels whose steps are `step_ratio` long, or end at the next timestep of `run`."""
         end = torch.as_tensor(self.final_alpha_cumprod, device="cpu")
-        return Levels(self.alphas_cumprod.cpu(), end, step_ratio, tuple(run))
+        return Levels(self.alphas_cumprod.cpu().clone(), end.clone(), step_ratio, tuple(run))
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """Scale latents (B, C, h, w) to what the network was trained on: as they are."""

@@ -216,8 +216,8 @@ class DDIMScheduler(SchedulerMixin):
             )
         levels = self._levels_of(step_ratio or 0, numbers if step_ratio is None else ())
         numbers = numbers[t_start:]
-        alpha_prod_t = tuple(levels.alpha_prod(one).clone() for one in numbers)
-        alpha_prod_t_prev = tuple(levels.alpha_prod(levels.after(one)).clone() for one in numbers)
+        alpha_prod_t = tuple(levels.alpha_prod(one) for one in numbers)
+        alpha_prod_t_prev = tuple(levels.alpha_prod(levels.after(one)) for one in numbers)
         timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
         return DDIMPlan(timesteps, tuple(numbers), FrozenDict(self.config), alpha_prod_t, alpha_prod_t_prev, eta)
 

@@ -231,6 +231,7 @@ class LMSDiscreteScheduler(SigmaSchedulerMixin):
         )
         self._warn_if_unscaled()
         index, sigmas = self._find_step(timestep), self.sigmas.cpu()
+        self._check_left(index)
         past, kind = tuple(self.derivatives), self.config.prediction_type
         result = lms_step(sample, model_output, sigmas, index, past, kind, order=order, fix_start=self.fix_start)
         self._step_index, self.derivatives = index + 1, list(result.state)

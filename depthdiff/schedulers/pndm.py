@@ -9,7 +9,6 @@ one; the run is then one stride out of step. `fix_start` cuts first: with true p
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from depthdiff.config import FrozenDict, register_to_config
 from depthdiff.schedulers.base import Plan, SchedulerMixin, SchedulerOutput, StepOutput
 from depthdiff.schedulers.schedule import Levels, check_pair, check_past, predict_epsilon, predict_x0, read_timestep
 
-ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (  # newest prediction first; every row sums to 1
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+ADAMS_BASHFORTH: tuple[tuple[int, ...], ...] = (  # newest prediction first; to be divided by the sum of the row
+    (1,),
+    (3, -1),
+    (23, -16, 5),
+    (55, -59, 37, -9),
 )
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 CALLS = 4
@@ -89,7 +88,8 @@ def plms_step(
     else:
         ets = (*state.ets, noise_pred)[-4:]
         weights = ADAMS_BASHFORTH[len(ets) - 1]
-        slope = sum((w * past for w, past in zip(weights, reversed(ets), strict=True)), torch.zeros_like(latents))
+        total = sum((w * past for w, past in zip(weights, reversed(ets), strict=True)), torch.zeros_like(latents))
+        slope = total / sum(weights)
         start = latents
     prev_sample = pndm_transfer(start, slope, levels.alpha_prod(here), levels.alpha_prod(below), prediction_type)
     pred_original_sample = predict_x0(prediction_type, latents, noise_pred, levels.alpha_prod(timestep))
@@ -243,7 +243,7 @@ class PNDMScheduler(SchedulerMixin):
                 prk += [here, half, half, below]
             plms = steps[CALLS - 1 :]
         numbers = (prk + plms)[t_start:]
-        levels = copy.deepcopy(self._levels_of(step_ratio or 0, steps if step_ratio is None else ()))
+        levels = self._levels_of(step_ratio or 0, steps if step_ratio is None else ())
         timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
         return PNDMPlan(timesteps, tuple(numbers), FrozenDict(self.config), levels, tuple(prk))
 

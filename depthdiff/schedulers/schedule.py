@@ -124,7 +124,7 @@ class Levels:
 
     Attributes:
         alphas_cumprod: (T,), on the CPU.
-        final_alpha_cumprod: 0-d, ᾱ behind the last step, where timesteps are below 0.
+        final_alpha_cumprod: 0-d, ᾱ after the last step, where timesteps are below 0.
         step_ratio: distance between timesteps.
         run: the caller's own timesteps, falling; empty where they are `step_ratio` apart.
     """
@@ -135,13 +135,13 @@ class Levels:
     run: tuple[float, ...] = ()
 
     def alpha_prod(self, timestep: float) -> Tensor:
-        """Return ᾱ of a timestep; one behind the noisiest counts as that."""
+        """Return ᾱ of a timestep; one beyond the last of the training has the ᾱ of that."""
         if timestep < 0:
             return self.final_alpha_cumprod
         return self.alphas_cumprod[min(int(timestep), len(self.alphas_cumprod) - 1)]
 
     def after(self, timestep: float) -> float:
-        """Return the timestep at which the step from this one ends; below 0 behind the last."""
+        """Return the timestep at which the step from this one ends; below 0 after the last."""
         return max((t for t in self.run if t < timestep), default=-1) if self.run else timestep - self.step_ratio
 
     def before(self, timestep: float) -> float:
@@ -212,10 +212,13 @@ def check_past(past: Sequence[Tensor], latents: Tensor) -> None:
         )
 
 
-def read_timestep(timestep: object, last: float) -> Any:
-    """Return a timestep, a number or a tensor of one, as a number from 0 to `last`."""
+def read_timestep(timestep: object, last: float, *, whole: bool = True) -> Any:
+    """Return a timestep, a number or a tensor of one, as a number from 0 to `last`; 20.0 counts as whole."""
     one = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
-    return check_number("timestep", one, 0, last)
+    number = check_number("timestep", one, 0, last)
+    if whole and number != int(number):
+        raise ValueError(f"timestep must be a whole number, got {number}; take it from `timesteps`")
+    return number
 
 
 def read_steps(num_inference_steps: object, most: int) -> int:

@@ -185,7 +185,7 @@ class SigmaSchedulerMixin(SchedulerMixin):
             IndexError: it is not there.
         """
         timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        number = read_timestep(timestep, math.inf)
+        number = read_timestep(timestep, math.inf, whole=False)
         places = [i for i, one in enumerate(timesteps.tolist()) if one == number]
         if not places:
             raise IndexError(f"timestep must be one of `timesteps`, got {number}; take them from there, unrounded")
@@ -199,11 +199,14 @@ class SigmaSchedulerMixin(SchedulerMixin):
         if self._step_index is None:
             self._init_step_index(timestep)
         index: Any = self._step_index
+        return index
+
+    def _check_left(self, index: int) -> None:
+        """Refuse a step after the last."""
         if index >= len(self.sigmas) - 1:
             raise ValueError(
                 f"step must be called for {len(self.sigmas) - 1} timesteps alone; call set_timesteps for another run"
             )
-        return index
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:  # type: ignore[override]
         """Scale latents to unit variance: arXiv:2206.00364, table 1, c_in."""

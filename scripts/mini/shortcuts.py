@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from depthdiff.predictor import noise_predictor
+from depthdiff.shortcuts import choose
 from evaluate import BATCH, GUIDANCE, STEPS, Evaluation
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthdiff import DDIMScheduler, UNet2DConditionModel
-from depthdiff.predictor import noise_predictor
 from depthdiff.run import Run
-from depthdiff.shortcuts import choose
 
 sys.path.append(str(Path(__file__).parents[1]))
 from random_checkpoint import GEOMETRIES

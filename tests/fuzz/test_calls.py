@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from random_checkpoint import build_pipeline
 
-from depthdiff.checkpoint.convert import to_single_file
+from depthdiff.convert import to_single_file
 from tests.fuzz.cases import call_case, method_case, scheduler_case
 from tests.fuzz.judge import judge
 

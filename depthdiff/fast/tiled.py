@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.fast import winograd
-from depthdiff.fast.convolution import is_plain, packed_conv
-from depthdiff.fast.memory import LARGE_BYTES, empty_map
-from depthdiff.fast.plain import is_bare, only_computes
+from depthdiff.fast.convolution import is_usual, packed_conv
+from depthdiff.fast.eligible import is_bare, is_plain, only_computes
+from depthdiff.fast.memory import LARGE_BYTES, ask_for_large_pages, empty_map
+from depthdiff.models.resnet import Downsample2D, ResnetBlock2D
+from depthdiff.models.vae import Decoder, Encoder
 
-MOST_WEIGHTS = 2**17
+MAX_WEIGHTS = 2**17
 """Pairs of channels up to which strips are faster; wider convolutions spend little on what lies between them."""
 
-STRIP_BYTES = 2**22
+TILE_BYTES = 2**22
 """Of the larger map that is worked on at a time."""
 
 ELEMENTWISE = (nn.SiLU, nn.GELU, nn.ReLU, nn.Mish)
@@ -31,7 +33,7 @@ KEEPING, HALVING, PIXELWISE = ((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (0, 0))
 column of zeros at the end; of a short cut."""
 
 
-def strips_are_faster(
+def tiles_are_faster(
     x: Tensor,
     conv: nn.Module,
     *,
@@ -40,7 +42,7 @@ def strips_are_faster(
     shortcut: nn.Module | None = None,
     halving: bool = False,
 ) -> bool:
-    """Tell whether to prefer `striped_conv3x3`: for large maps on a processor, where nothing is trained.
+    """Return whether to prefer `tiled_norm_act_conv`: for large maps on a processor, where nothing is trained.
 
     Layers of another kind, hooked, or with a `forward` put in their place are called as they are.
 
@@ -62,7 +64,7 @@ def strips_are_faster(
         return False
     if act is not None and (type(act) not in ELEMENTWISE or getattr(act, "inplace", False)):
         return False
-    if shortcut is not None and type(shortcut) is not nn.Identity and not is_conv(shortcut, PIXELWISE):
+    if shortcut is not None and not is_conv(shortcut, PIXELWISE):
         return False
     layers = [layer for layer in (conv, norm, act, shortcut) if layer is not None]
     weights = [weight for layer in layers for weight in layer.parameters()]
@@ -70,14 +72,14 @@ def strips_are_faster(
 
 
 def is_conv(layer: nn.Module, geometry: tuple[tuple[int, int], ...]) -> TypeGuard[nn.Conv2d]:
-    """Tell whether a layer is a plain convolution with these filters, stride and padding, and not too wide."""
-    if not isinstance(layer, nn.Conv2d) or type(layer) not in (nn.Conv2d, Conv3x3) or not is_plain(layer):
+    """Return whether a layer is a plain convolution with these filters, stride and padding, and not too wide."""
+    if type(layer) is not nn.Conv2d or not is_usual(layer):
         return False
-    narrow = layer.in_channels * layer.out_channels <= MOST_WEIGHTS
+    narrow = layer.in_channels * layer.out_channels <= MAX_WEIGHTS
     return narrow and (layer.kernel_size, layer.stride, layer.padding) == geometry
 
 
-def striped_conv3x3(
+def tiled_norm_act_conv(
     x: Tensor,
     conv: nn.Conv2d,
     *,
@@ -86,8 +88,8 @@ def striped_conv3x3(
     plus: Tensor | None = None,
     shortcut: nn.Module | None = None,
     out: Tensor | None = None,
-    known: Sequence[Moments] = (),
-    found: Sequence[Moments] = (),
+    known: Sequence[GroupNormStats] = (),
+    found: Sequence[GroupNormStats] = (),
 ) -> Tensor:
     """Norm, activate, convolve, and add: shortcut(plus) + conv(act(norm(x))), of which all but `conv` may be missing.
 
@@ -111,8 +113,8 @@ def striped_conv3x3(
     """
     if x.shape[1] != conv.in_channels:
         raise ValueError(f"x must have {conv.in_channels} channels, got {x.shape[1]}, shape {tuple(x.shape)}")
-    read = Part(x, norm, act, known)
-    add = None if plus is None else Part(plus, None, shortcut)
+    read = RowTile(x, norm, act, known)
+    add = None if plus is None else RowTile(plus, None, shortcut)
     stride, above = conv.stride[0], int(conv.padding[0])  # so many rows of zeros above, and one below where it is read
     if stride == 1 and winograd.is_faster(x, conv.weight):
         out = winograd.winograd_conv3x3(x, conv.weight, conv.bias, read=read, add=add, out=out)
@@ -122,7 +124,7 @@ def striped_conv3x3(
     height, width = x.shape[2:]
     down, across = ((side + above - 2) // stride + 1 for side in (height, width))
     out = empty_map(x, conv.out_channels, down, across) if out is None else out
-    rows = max(1, STRIP_BYTES // (x.itemsize * stride * width * max(x.shape[1], conv.out_channels)))
+    rows = max(1, TILE_BYTES // (x.itemsize * stride * width * max(x.shape[1], conv.out_channels)))
     convolve = packed_conv(conv, (0, above), (1, x.shape[1], stride * rows + 2, width))
     for picture in range(len(x)):
         for top in range(0, down, rows):
@@ -142,7 +144,68 @@ def striped_conv3x3(
     return out
 
 
-class Part:
+def fast_resnet(block: ResnetBlock2D, x: Tensor, temb: Tensor | None = None) -> Tensor:
+    """Compute a residual block without time embedding in tiles; NotImplemented where the plain way is to be taken."""
+    if (
+        block.time_emb_proj is not None
+        or not is_plain(block.dropout, nn.Dropout)
+        or (block.dropout.p and block.training)
+    ):
+        return NotImplemented
+    act, shortcut = block.nonlinearity, block.conv_shortcut
+    if not tiles_are_faster(x, block.conv1, norm=block.norm1, act=act):
+        return NotImplemented
+    if not tiles_are_faster(x, block.conv2, norm=block.norm2, act=act, shortcut=shortcut):
+        return NotImplemented
+    batch, _, height, width = x.shape  # the result is written over what lies between the convolutions, a row above it
+    room = ask_for_large_pages(x.new_empty(batch * height + 1, width, block.conv1.out_channels))
+    h, result = (rows.unflatten(0, (batch, height)).movedim(3, 1) for rows in (room[1:], room[:-1]))
+    moments = [GroupNormStats() for _ in range(batch)]
+    tiled_norm_act_conv(x, block.conv1, norm=block.norm1, act=act, out=h, found=moments)
+    return tiled_norm_act_conv(
+        h, block.conv2, norm=block.norm2, act=act, plus=x, shortcut=shortcut, out=result, known=moments
+    )
+
+
+def fast_downsample(layer: Downsample2D, x: Tensor) -> Tensor:
+    """Halve a map in tiles; NotImplemented where the plain way is to be taken."""
+    if layer.use_conv and layer.padding == 0 and tiles_are_faster(x, layer.conv, halving=True):
+        return tiled_norm_act_conv(x, layer.conv)  # type: ignore[arg-type]
+    return NotImplemented
+
+
+def fast_encoder(encoder: Encoder, x: Tensor) -> Tensor:
+    """Compute an encoder with its first and last convolution in tiles; NotImplemented where neither gains by that."""
+    if not tiles_are_faster(x, encoder.conv_in):
+        return NotImplemented
+    x = tiled_norm_act_conv(x, encoder.conv_in)
+    for block in encoder.down_blocks:
+        x = block(x)
+    return norm_act_conv(encoder.mid_block(x), encoder)
+
+
+def fast_decoder(decoder: Decoder, z: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+    """Compute a decoder with its last convolution in tiles; NotImplemented where that gains nothing."""
+    scale = 2 ** (len(decoder.up_blocks) - 1)
+    last = z.new_empty(1, decoder.conv_out.in_channels, 1, 1).expand(-1, -1, scale * z.shape[2], scale * z.shape[3])
+    norm, act = decoder.conv_norm_out, decoder.conv_act
+    if not only_computes(z) or not tiles_are_faster(last, decoder.conv_out, norm=norm, act=act):
+        return NotImplemented
+    x = decoder.mid_block(decoder.conv_in(z), latent_embeds)
+    for block in decoder.up_blocks:
+        x = block(x, latent_embeds)
+    return norm_act_conv(x, decoder)
+
+
+def norm_act_conv(x: Tensor, coder: Encoder | Decoder) -> Tensor:
+    """Compute the last layers of an encoder or decoder, in tiles where that is faster."""
+    norm, act, conv = coder.conv_norm_out, coder.conv_act, coder.conv_out
+    if tiles_are_faster(x, conv, norm=norm, act=act):
+        return tiled_norm_act_conv(x, conv, norm=norm, act=act)
+    return conv(act(norm(x)))
+
+
+class RowTile:
     """Some rows of a picture, normed and then passed through a layer.
 
     Args:
@@ -153,13 +216,13 @@ class Part:
     """
 
     def __init__(
-        self, x: Tensor, norm: nn.GroupNorm | None, layer: nn.Module | None, known: Sequence[Moments] = ()
+        self, x: Tensor, norm: nn.GroupNorm | None, layer: nn.Module | None, known: Sequence[GroupNormStats] = ()
     ) -> None:
         self.x, self.norm, self.layer = x, norm, layer
         self.statistics: list[tuple[Tensor, Tensor]] = []
         if norm is not None:
             self.weights = norm.weight.float(), norm.bias.float()
-            every = known or [Moments().take_in(picture) for picture in x.split(1)]
+            every = known or [GroupNormStats().take_in(picture) for picture in x.split(1)]
             self.statistics = [moments.of_groups(norm.num_groups) for moments in every]
 
     def __call__(self, picture: int, first: int, last: int) -> Tensor:
@@ -172,16 +235,16 @@ class Part:
         return part if self.layer is None else self.layer(part)
 
 
-class Moments:
+class GroupNormStats:
     """Mean and variance of a picture's channels, put together from those of its parts."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[int, Tensor, Tensor]] = []
 
-    def take_in(self, x: Tensor) -> Moments:
+    def take_in(self, x: Tensor) -> GroupNormStats:
         """Take in some rows of the picture, (1, C, rows, W); return these moments."""
         kept = x.new_zeros(2, x.shape[1], dtype=torch.float32)  # so that what is found is float32
-        for part in x.split(max(1, STRIP_BYTES // x[:, :, :1].nbytes), 2):
+        for part in x.split(max(1, TILE_BYTES // x[:, :, :1].nbytes), 2):
             mean, variance = torch.batch_norm_update_stats(part, kept[0], kept[1], 1.0)
             self.parts.append((part.shape[2], mean, variance))
         return self

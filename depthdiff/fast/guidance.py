@@ -1,0 +1,104 @@
+"""Guidance on a CPU: what both halves of the batch have in common is computed once.
+
+With guidance the latents and the depth are given to the UNet twice, once for the negative prompts and once for the
+prompts. Up to the first attention to a prompt, the halves are equal.
+
+Letters: B pictures, C channels, H and W height and width of a feature map, L tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthdiff.fast.attention import uses_default_processor
+from depthdiff.fast.eligible import LAYERS, is_plain, only_computes
+from depthdiff.models.attention import Attention
+from depthdiff.models.unet import UNet2DConditionModel, go_down, go_up
+from depthdiff.models.unet_blocks import CrossAttnDownBlock2D
+
+
+def fast_unet(
+    unet: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor | float,
+    encoder_hidden_states: Tensor,
+    *,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    return_dict: bool = True,
+) -> Any:
+    """Predict the noise, (2B, ...); NotImplemented where the halves differ, or may be told apart."""
+    block: Any = unet.down_blocks[0]
+    if cross_attention_kwargs or return_dict or type(block) is not CrossAttnDownBlock2D or not only_computes(sample):
+        return NotImplemented
+    if len(sample) % 2 or len(encoder_hidden_states) != len(sample) or torch.as_tensor(timestep).numel() != 1:
+        return NotImplemented
+    if any(side % 2**unet.num_upsamplers for side in sample.shape[2:]):
+        return NotImplemented
+    half = sample[: len(sample) // 2]
+    if not torch.equal(half, sample[len(half) :]) or not _is_shared(unet):
+        return NotImplemented
+    told = {
+        "encoder_hidden_states": encoder_hidden_states,
+        "attention_mask": None,
+        "cross_attention_kwargs": None,
+        "encoder_attention_mask": None,
+    }
+    temb = unet.time_embedding(unet.get_time_embed(half, timestep))
+    x = unet.conv_in(2 * half - 1 if unet.config.center_input_sample else half)
+    skips: tuple[Tensor, ...] = (twice(x),)
+    x = share_transformer(block.attentions[0], block.resnets[0](x, temb), encoder_hidden_states)
+    skips, temb = (*skips, x), twice(temb)
+    for resnet, attention in zip(block.resnets[1:], block.attentions[1:], strict=True):
+        x = attention(resnet(x, temb), encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+        skips = (*skips, x)
+    for downsampler in block.downsamplers or ():
+        x = downsampler(x)
+        skips = (*skips, x)
+    for block in list(unet.down_blocks)[1:]:
+        x, more = go_down(block, x, temb, told, None)
+        skips = (*skips, *more)
+    if unet.mid_block is not None:
+        x = unet.mid_block(x, temb, **(told if getattr(unet.mid_block, "has_cross_attention", False) else {}))
+    for block in list(unet.up_blocks):
+        count = len(block.resnets)
+        skips, read = skips[:-count], skips[-count:]
+        x = go_up(block, x, read, temb, told, None)
+    return (unet.conv_out(unet.conv_act(unet.conv_norm_out(x))),)
+
+
+def share_transformer(transformer: Any, x: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    """Compute a transformer of (B, C, H, W) for two prompts each: (2B, C, H, W)."""
+    size, block = x.shape[2:], transformer.transformer_blocks[0]
+    if transformer.use_linear_projection:
+        tokens = transformer.proj_in(transformer.norm(x).flatten(2).transpose(1, 2))
+    else:
+        tokens = transformer.proj_in(transformer.norm(x)).flatten(2).transpose(1, 2)
+    tokens = twice(block.attn1(block.norm1(tokens), encoder_hidden_states=None, attention_mask=None) + tokens)
+    tokens = block.attn2(block.norm2(tokens), encoder_hidden_states=encoder_hidden_states, attention_mask=None) + tokens
+    tokens = block.ff(block.norm3(tokens)) + tokens
+    for other in transformer.transformer_blocks[1:]:
+        tokens = other(tokens, encoder_hidden_states=encoder_hidden_states)
+    if transformer.use_linear_projection:
+        return transformer.proj_out(tokens).transpose(1, 2).unflatten(2, size) + twice(x)
+    return transformer.proj_out(tokens.transpose(1, 2).unflatten(2, size)) + twice(x)
+
+
+def twice(x: Tensor) -> Tensor:
+    """Repeat a batch: (B, ...) -> (2B, ...)."""
+    return torch.cat([x, x])
+
+
+def _is_shared(unet: UNet2DConditionModel) -> bool:
+    """Return whether nothing looks at the rows of what is computed once, or replaces it."""
+    block: Any = unet.down_blocks[0]
+    parts = [unet.conv_in, unet.time_proj, unet.time_embedding, block.resnets[0], block.attentions[0]]
+    layers = [block, *(layer for part in parts for layer in part.modules() if type(layer) is not nn.ModuleList)]
+    if unet.training or not all(is_plain(layer, *LAYERS) for layer in layers):
+        return False
+    attentions = [layer for layer in layers if type(layer) is Attention]
+    return all(uses_default_processor(one) for one in attentions) and not any(
+        getattr(layer, "_chunk_size", None) for layer in layers
+    )

@@ -1,0 +1,82 @@
+"""Feed-forwards on a CPU: some tokens or some of the width at a time, and the gate fused into its linear layer.
+
+Letters: B batch, L tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from depthdiff.fast.eligible import fuses_linear, is_linear, is_plain, only_computes
+from depthdiff.models.clip import CLIPMLP
+from depthdiff.models.embeddings import ACTIVATIONS
+from depthdiff.models.transformer import GEGLU, FeedForward
+
+TOKEN_CHUNK = 2048
+"""Tokens that a feed-forward widens at a time: all of them, eight times as wide, are memory that is handed out page by
+page."""
+
+PARTS, MIN_WEIGHTS = 4, 2**20
+"""Parts of its width that a text encoder's feed-forward is cut into, each added to those before it; from so many
+weights of a layer on, since the products copy what they read."""
+
+
+def fast_feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
+    """Compute a gated feed-forward, (B, L, C) -> (B, L, C'); NotImplemented where the plain way is to be taken."""
+    layers: list[Any] = list(layer.net)
+    kinds = (GEGLU, nn.Dropout, nn.Linear)
+    if len(layers) != 3 or not all(map(is_plain, layers, kinds)) or not is_plain(layers[0].proj, nn.Linear):
+        return NotImplemented
+    gate, dropout, out = layers
+    if dropout.p and dropout.training:
+        return NotImplemented
+    if x.ndim != 3 or not only_computes(x, *layer.parameters()):
+        return NotImplemented
+    fuses = fuses_linear(x, gate.proj)
+    if x.shape[:2].numel() <= TOKEN_CHUNK:
+        return out(geglu_linear(x, gate.proj)) if fuses else NotImplemented
+    chunks = x.flatten(0, 1).split(TOKEN_CHUNK)
+    return torch.cat([out(geglu_linear(one, gate.proj) if fuses else gate(one)) for one in chunks]).unflatten(
+        0, x.shape[:2]
+    )
+
+
+def geglu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Multiply the first half of what a layer gives by the GELU of the second: (..., C) -> (..., C').
+
+    oneDNN adds, gates and multiplies while the products of each half are at hand, and rounds once a half. Its operators
+    are those that torch.compile uses; torch has no public name for them.
+    """
+    (value, gate), (value_bias, gate_bias) = layer.weight.chunk(2), layer.bias.chunk(2)
+    linear = torch.ops.mkldnn._linear_pointwise
+    return linear.binary(x, linear(x, gate, gate_bias, "gelu", [], "none"), value, value_bias, "mul")
+
+
+def fast_clip_mlp(mlp: CLIPMLP, x: Tensor) -> Tensor:
+    """Compute a text encoder's feed-forward, (B, L, C) -> (B, L, C); NotImplemented where it is to go the plain way."""
+    if not goes_by_parts(mlp, x):
+        return NotImplemented
+    tokens = x.flatten(0, 1)
+    out: Tensor = mlp.fc2.bias
+    weights = mlp.fc1.weight.chunk(PARTS), mlp.fc1.bias.chunk(PARTS), mlp.fc2.weight.chunk(PARTS, dim=1)
+    act = mlp.activation_fn
+    fused = type(act) is nn.GELU and act.approximate == "none" and fuses_linear(x, mlp.fc1)
+    for weight, bias, back in zip(*weights, strict=True):
+        if fused:
+            part = torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "gelu", [], "none")
+        else:
+            part = act(F.linear(tokens, weight, bias))
+        out = torch.addmm(out, part, back.t())
+    return out.view_as(x)
+
+
+def goes_by_parts(mlp: CLIPMLP, x: Tensor) -> bool:
+    """Return whether a text encoder's feed-forward gains by being cut into parts of its width."""
+    act = mlp.activation_fn
+    if not is_plain(act, *ACTIVATIONS.values()):
+        return False
+    return is_linear(x, mlp.fc1) and is_linear(x, mlp.fc2) and mlp.fc2.weight.numel() >= MIN_WEIGHTS

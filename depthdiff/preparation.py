@@ -1,0 +1,238 @@
+"""The steps before the loop: check, read the prompt, find the depth, choose the timesteps, make the first latents.
+
+Each is a method with the name and signature of diffusers' pipeline; a subclass may override any of them.
+
+Letters: B pictures, N images, L tokens, C channels, H, W pixels, h, w latents.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from depthdiff.adapters.loaders import LoraLoaderMixin
+from depthdiff.checks import check_device, check_flag
+from depthdiff.conditioning import draw_latents, encode_texts, fit_depth
+from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
+from depthdiff.inputs import check_callbacks, check_prompt, check_prompts, read_numbers, repeat, repeat_rows
+from depthdiff.noise import randn
+from depthdiff.pipeline_utils import dtype_of, uses_weights
+from depthdiff.precision import finite
+from depthdiff.single_files import FromSingleFileMixin
+
+
+class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
+    """Adds to the components what a call does before its first step."""
+
+    FOR_TEXT, FOR_DEPTH = ("tokenizer", "text_encoder"), ("feature_extractor", "depth_estimator")
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        strength: float,
+        callback_steps: int | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+    ) -> None:
+        """Refuse arguments of a call that cannot be right whatever the components are. Errors as in `__call__`."""
+        read_numbers(strength)
+        check_callbacks(None, callback_steps, None, callback_on_step_end_tensor_inputs)
+        check_prompt(prompt, prompt_embeds)
+        check_prompt(negative_prompt, negative_prompt_embeds, "negative_prompt")
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("Provide either `prompt` or `prompt_embeds`; both are None")
+
+    @torch.no_grad()
+    @uses_weights
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read the prompts.
+
+        Args:
+            prompt: one or several.
+            device: of the result.
+            num_images_per_prompt: each prompt's embeddings are repeated so often, neighbours staying neighbours.
+            do_classifier_free_guidance: read the negative prompts as well.
+            negative_prompt: one for all, or one a prompt; the empty text if None.
+            prompt_embeds: (B, L, C), instead of `prompt`.
+            negative_prompt_embeds: (B, L, C), instead of `negative_prompt`.
+            lora_scale: multiplies all active adapters.
+            clip_skip: how many of the last layers to leave out for the prompt; as in diffusers the negative one is
+                always read with all.
+
+        Returns:
+            Two tensors (B * num_images_per_prompt, L, C): for the prompts, and for the negative ones or None.
+
+        Raises:
+            ValueError: numbers of prompts that do not pair, or a `clip_skip` beyond the encoder's layers.
+        """
+        guided = check_flag("do_classifier_free_guidance", do_classifier_free_guidance)
+        given = prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
+        clip_skip = check_prompts(self, *given, clip_skip, guided)
+        _, _, times, *_ = read_numbers(num_images_per_prompt=num_images_per_prompt)
+        device = self._execution_device if device is None else check_device("device", device)
+        if prompt_embeds is None:
+            prompt_embeds = self._read([prompt] if isinstance(prompt, str) else prompt or [], lora_scale, clip_skip)
+        kind: dict[str, Any] = {"device": device, "dtype": dtype_of(self.unet)}
+        positive = prompt_embeds.to(**kind).repeat_interleave(times, dim=0)
+        if not guided:
+            return positive, None
+        count = len(prompt_embeds)
+        if negative_prompt_embeds is None:
+            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
+            if count % len(negatives):
+                found = f"`negative_prompt` has batch size {len(negatives)}, but `prompt` {count}"
+                raise ValueError(f"{found}; they must pair")
+            negative_prompt_embeds = self._read(repeat(negatives, count), lora_scale)
+        negative = repeat_rows("negative_prompt_embeds", negative_prompt_embeds, count)
+        return positive, negative.to(**kind).repeat_interleave(times, dim=0)  # type: ignore[union-attr]
+
+    def _read(self, texts: list[str], lora_scale: float | None, clip_skip: int | None = None) -> Tensor:
+        """Encode texts, (B, L, C), with the adapters at a scale."""
+        encoder = self._at_scale("text_encoder", self._at_work("text_encoder"), lora_scale)
+        device, tokenizer = self._execution_device, self.tokenizer
+        texts = [str(self.maybe_convert_prompt(text, tokenizer)) for text in texts]
+        return finite("text_encoder", encoder, lambda net: encode_texts(texts, tokenizer, net, device, clip_skip))
+
+    @torch.no_grad()
+    @uses_weights
+    def prepare_depth_map(
+        self,
+        image: ImageInput,
+        depth_map: ImageInput | None,
+        batch_size: int,
+        do_classifier_free_guidance: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Estimate the depth where it is not given, and resize it to the latents' size.
+
+        Args:
+            image: see `__call__`.
+            depth_map: see `__call__`.
+            batch_size: B.
+            do_classifier_free_guidance: whether each map is needed twice.
+            dtype: of the result.
+            device: of the result.
+
+        Returns:
+            (B, 1, h, w), or (2B, 1, h, w) with guidance, in [-1, 1], near is large.
+        """
+        if is_latents(image):
+            height, width = image[0].shape[-2:]  # type: ignore[index, union-attr]
+        else:
+            height, width = (side // self.vae_scale_factor for side in image_size(read_images(image)))
+        disparity = self.estimate_depth(image) if depth_map is None else read_depth(depth_map)
+        depth = fit_depth(disparity.to(device, torch.float32), height, width).to(dtype)
+        depth = depth.repeat_interleave(batch_size // len(depth), dim=0)
+        return torch.cat([depth] * 2) if do_classifier_free_guidance else depth
+
+    @torch.no_grad()
+    @uses_weights
+    def estimate_depth(self, image: ImageInput) -> Tensor:
+        """Estimate the disparity (N, H', W') of images, near is large; H' and W' are the depth net's own."""
+        self._need(*self.FOR_DEPTH)
+        net, device = self._at_work("depth_estimator"), self._execution_device
+        pixels = self.feature_extractor(images=read_images(image), return_tensors="pt").pixel_values
+        return finite("depth_estimator", net, lambda net: net(pixels.to(device, dtype_of(net))).predicted_depth)
+
+    def get_timesteps(
+        self, num_inference_steps: int, strength: float, device: torch.device | str
+    ) -> tuple[Tensor, int]:
+        """Cut the scheduler's timesteps by the strength: the timesteps that are run, and the number of steps."""
+        steps = min(int(num_inference_steps * strength), num_inference_steps)
+        start = (num_inference_steps - steps) * self.scheduler.order
+        if hasattr(self.scheduler, "set_begin_index") and start < len(self.scheduler.timesteps):
+            self.scheduler.set_begin_index(start)
+        return self.scheduler.timesteps[start:], steps
+
+    @torch.no_grad()
+    @uses_weights
+    def prepare_latents(
+        self,
+        image: Tensor,
+        timestep: Tensor,
+        batch_size: int,
+        num_images_per_prompt: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Generator | Sequence[Generator] | None = None,
+    ) -> Tensor:
+        """Encode images, and add the noise of the first step.
+
+        Args:
+            image: (N, 3, H, W), pixels in [-1, 1], or (N, 4, h, w), latents.
+            timestep: (B * num_images_per_prompt,), of the first step; empty where no step is run, which adds no noise.
+            batch_size: B, a multiple of N.
+            num_images_per_prompt: pictures of each prompt.
+            dtype: of the latents.
+            device: of the latents.
+            generator: one, or one a picture; one draws for every image encoded and then the noise.
+
+        Returns:
+            (B * num_images_per_prompt, 4, h, w).
+
+        Raises:
+            ValueError: `batch_size` is not a multiple of N.
+        """
+        if batch_size % len(image):
+            raise ValueError(f"Cannot duplicate `image` of batch size {len(image)} to {batch_size} text prompts.")
+        copies = batch_size // len(image) * num_images_per_prompt
+        if image.shape[1] == 4:
+            latents = image.to(device, dtype).repeat_interleave(copies, dim=0)
+        else:
+            vae = self._at_work("vae")
+
+            def encode(net: Any) -> Tensor:
+                encoded = net.encode(image.to(device, dtype_of(net)))
+                return draw_latents(encoded, generator, copies).to(dtype)
+
+            latents = self.vae.config.scaling_factor * finite("vae", vae, encode)
+        if not len(timestep):
+            return latents
+        noise = randn(latents.shape, generator, device=device, dtype=dtype)
+        return self.scheduler.add_noise(latents, noise, timestep)
+
+    def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
+        """Return those of `eta` and `generator` that the scheduler's `step` takes."""
+        known = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+
+    # What else diffusers' class has
+
+    def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
+        """Return the prompt as it is: the tokenizer itself spells out words of several vectors."""
+        return prompt
+
+    def _encode_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Read the prompts, the negative ones first, in one tensor; arguments as those of `encode_prompt`."""
+        positive, negative = self.encode_prompt(*args, **kwargs)
+        return positive if negative is None else torch.cat([negative, positive])
+
+    def run_safety_checker(self, image: Any, device: Any, dtype: Any) -> tuple[Any, None]:
+        """Return the images as they are, and None: no safety check runs."""
+        return image, None
+
+    @staticmethod
+    def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+        """Turn an array (B, H, W, 3) or (H, W, 3) in [0, 1] into PIL images."""
+        batch = torch.from_numpy(np.asarray(images, np.float32).reshape(-1, *images.shape[-3:]))
+        return from_pixels(2 * batch.movedim(3, 1) - 1)  # type: ignore[return-value]
