@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.parity.geometries import call, distance, draw, pair, plain, unet_inputs
 
-TOLERANCE = 1e-5  # relative L2 of each weight's gradient; observed: at most 3e-6
+TOLERANCE = 1e-5  # relative L2 of each weight's gradient; observed: at most 5.2e-6 (UNet), 0 (others)
 FLOOR = 1e-3  # gradients below this share of the largest are compared on its scale: a bias of keys has none but noise
 MAIN = [("unet", "short"), ("unet", "sd1"), ("vae", "sd"), ("text", "sd2")]
 UNET_FLAGS = "CrossAttnDownBlock2D DownBlock2D UNetMidBlock2DCrossAttn UpBlock2D CrossAttnUpBlock2D Transformer2DModel"
@@ -148,7 +148,10 @@ def kept(case, network: nn.Module) -> int:
 
 @pytest.mark.parametrize("case", [("unet", "sd2"), *MAIN], ids=" ".join)
 def test_memory(pairs, case):
-    """Checkpointing keeps less than half of the bytes, the text encoder's in train mode as in transformers."""
+    """Checkpointing keeps less than half of the bytes, the text encoder's in train mode as in transformers.
+
+    Observed: 0.12 to 0.19 of them.
+    """
     ours = pairs[case][0].train(case[0] == "text")
     plainly = kept(case, ours)
     with checkpointing(case[0], ours):
