@@ -78,11 +78,9 @@ def test_checkpointing_changes_nothing(pairs, case):
     assert all(torch.equal(results[key], again[key]) for key in results)
 
 
-@pytest.mark.parametrize("case", MAIN, ids=" ".join)
+@pytest.mark.parametrize("case", MAIN[:3], ids=" ".join)
 def test_inputs_gradients(pairs, case):
     """The gradient of the first argument, with checkpointing."""
-    if case[0] == "text":
-        pytest.skip("token numbers have no gradient")
     found = []
     for network in pairs[case]:
         for on in (False, True):
