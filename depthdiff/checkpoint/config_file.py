@@ -100,7 +100,7 @@ class ConfigMixin:
             raise CheckpointError(f"{cls.__name__}: {error}") from error
         made.register_to_config(**foreign)
         unknown = {key: value for key, value in foreign.items() if not key.startswith("_")}
-        if unknown and "_class_name" in config and config["_class_name"] == cls.__name__:
+        if unknown and config.get("_class_name", cls.__name__) == cls.__name__:
             logger.warning("%s ignores %s of its config, and keeps them", cls.__name__, ", ".join(map(repr, unknown)))
         return (made, unused) if return_unused_kwargs else made
 

@@ -40,14 +40,14 @@ def uses_default_processor(layer: Attention) -> bool:
 class PaddedAttnProcessor(AttnProcessor2_0):
     """The default processor with the kernels of this file."""
 
-    def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend: q (B, H, Lq, D), k and v (B, H, Lk, D) -> (B, H, Lq, D)."""
         computes = mask is None and only_computes(q, k, v)
         if computes and q.dtype == torch.bfloat16 and not has_tiles():
-            return chunked_attention(q, k, v, scale)
+            return chunked_attention(q, k, v)
         if computes and k.shape[2] % KEY_ALIGN and k.shape[2] <= MAX_PADDED_KEYS:
             k, v, mask = pad_keys(k, v)
-        return super().kernel(q, k, v, mask, scale)
+        return super().kernel(q, k, v, mask)
 
 
 KERNEL = PaddedAttnProcessor()
@@ -60,14 +60,14 @@ def pad_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more)), mask
 
 
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend by the definition, for so many queries and heads at a time that their scores stay in a processor's cache.
 
     Shapes as in `PaddedAttnProcessor.kernel`; no gradients. All chunks share one buffer: new memory for each
     would cost more than it saves.
     """
     shape, rows = q.shape, max(1, min(q.shape[2], CHUNK // k.shape[2]))
-    q, k, v = (q * scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (BH, L, D)
+    q, k, v = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (BH, L, D)
     heads = max(1, min(q.shape[0], CHUNK // (rows * k.shape[1])))
     buffer, out = q.new_empty(heads * rows * k.shape[1]), torch.empty_like(q)
     for head in range(0, q.shape[0], heads):

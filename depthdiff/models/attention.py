@@ -48,7 +48,7 @@ class Attention(nn.Module):
         scale_qk: divide scores by sqrt(D).
         only_cross_attention: not implemented.
         eps: of the norm.
-        rescale_output_factor: must be 1.
+        rescale_output_factor: divides the result.
         residual_connection: add the input to the result.
         processor: computes the attention; `AttnProcessor2_0` if None.
         out_dim: must be None or `query_dim`.
@@ -100,7 +100,6 @@ class Attention(nn.Module):
         refuse_values("Attention", spatial_norm_dim=(spatial_norm_dim, None), is_causal=(is_causal, False))
         refuse_values("Attention", added_kv_proj_dim=(added_kv_proj_dim, None), out_dim=(out_dim, None, query_dim))
         refuse_values("Attention", cross_attention_norm=(cross_attention_norm, None))
-        refuse_values("Attention", rescale_output_factor=(rescale_output_factor, 1))
         refuse_values("Attention", only_cross_attention=(only_cross_attention, False))
         self.query_dim, self.out_dim, self.heads, self.inner_dim = query_dim, query_dim, heads, heads * dim_head
         self.inner_kv_dim = self.inner_dim
@@ -276,7 +275,9 @@ class AttnProcessor:
         hidden_states = attn.to_out[1](hidden_states)
         if residual.ndim == 4:
             hidden_states = hidden_states.transpose(1, 2).unflatten(2, residual.shape[2:])
-        return hidden_states + residual if attn.residual_connection else hidden_states
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
 
     def attend(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Compute softmax(q kᵀ / sqrt(D)) v of (B, L, C) and (B, Lk, C): (B, L, C)."""
@@ -294,11 +295,11 @@ class AttnProcessor2_0(AttnProcessor):  # noqa: N801  (the published name)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         q, k, v = (attn.head_to_batch_dim(x, out_dim=4) for x in (q, k, v))
-        return self.kernel(q, k, v, mask, attn.scale).transpose(1, 2).flatten(2)
+        return self.kernel(q, k, v, mask).transpose(1, 2).flatten(2)
 
-    def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Attend: q (B, H, L, D), k and v (B, H, Lk, D) -> (B, H, L, D)."""
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend: q (B, H, L, D), k and v (B, H, Lk, D) -> (B, H, L, D). As published, `attn.scale` is not read."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class XFormersAttnProcessor(AttnProcessor2_0):
@@ -310,11 +311,11 @@ class XFormersAttnProcessor(AttnProcessor2_0):
     def __init__(self, attention_op: None = None) -> None:
         self.attention_op = attention_op
 
-    def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend: q (B, H, L, D), k and v (B, H, Lk, D) -> (B, H, L, D)."""
         order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         with sdpa_kernel(order, set_priority=True):
-            return super().kernel(q, k, v, mask, scale)
+            return super().kernel(q, k, v, mask)
 
 
 class SlicedAttnProcessor(AttnProcessor):
@@ -410,35 +411,37 @@ class AttentionMixin:
         if not isinstance(name, str) or name not in FORMS:
             raise ValueError(f"attention must be one of {', '.join(FORMS)}, got {brief(name)}")
         if name == "sliced":
-            return self.set_attention_slice(slice_size)
+            return slice_attention(self, slice_size)
         for layer in self._attention_layers().values():
             if isinstance(layer.processor, STANDARD):
                 layer.set_processor(FORMS[name]())
 
-    def set_attention_slice(self, slice_size: SliceSize | list[int] | None = "auto") -> None:
-        """Compute attention for some heads at a time.
 
-        Args:
-            slice_size: heads at a time, "auto" for half of a layer's, "max" for one, a list with one number a layer,
-                or None for all at once.
+def slice_attention(network: AttentionMixin, slice_size: SliceSize | list[int] | None) -> None:
+    """Compute attention for some heads at a time.
 
-        Raises:
-            ValueError: an unknown word, a number out of range, or a list of another length.
-        """
-        layers = list(self._attention_layers().values())
-        heads = [layer.sliceable_head_dim for layer in layers]
-        sizes: Any = plain(slice_size)
-        if isinstance(sizes, str) and sizes in ("auto", "max"):
-            sizes = [max(count // 2, 1) if sizes == "auto" else 1 for count in heads]
-        elif not isinstance(sizes, list):
-            sizes = [sizes] * len(layers)
-        if len(sizes) != len(layers):
-            raise ValueError(f"slice_size must hold {len(layers)} numbers, one a layer, got {len(sizes)}")
-        for size, count in zip(sizes, heads, strict=True):
-            valid = isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= count
-            if size is not None and not valid:
-                raise ValueError(
-                    f'slice_size must be "auto", "max", None or heads from 1 to {min(heads)}, got {brief(slice_size)}'
-                )
-        for layer, size in zip(layers, sizes, strict=True):
-            layer.set_attention_slice(size)
+    Args:
+        network: whose attention layers.
+        slice_size: heads at a time, "auto" for half of a layer's, "max" for one, a list with one number a layer,
+            or None for all at once.
+
+    Raises:
+        ValueError: an unknown word, a number out of range, or a list of another length.
+    """
+    layers = list(network._attention_layers().values())
+    heads = [layer.sliceable_head_dim for layer in layers]
+    sizes: Any = plain(slice_size)
+    if isinstance(sizes, str) and sizes in ("auto", "max"):
+        sizes = [max(count // 2, 1) if sizes == "auto" else 1 for count in heads]
+    elif not isinstance(sizes, list):
+        sizes = [sizes] * len(layers)
+    if len(sizes) != len(layers):
+        raise ValueError(f"slice_size must hold {len(layers)} numbers, one a layer, got {len(sizes)}")
+    for size, count in zip(sizes, heads, strict=True):
+        valid = isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= count
+        if size is not None and not valid:
+            raise ValueError(
+                f'slice_size must be "auto", "max", None or heads from 1 to {min(heads)}, got {brief(slice_size)}'
+            )
+    for layer, size in zip(layers, sizes, strict=True):
+        layer.set_attention_slice(size)

@@ -32,7 +32,7 @@ class ResnetBlock2D(nn.Module):
         skip_time_act: must be False.
         time_embedding_norm: "default", or "group" in a decoder's block, which has no time.
         kernel: must be None.
-        output_scale_factor: must be 1.
+        output_scale_factor: divides the result.
         use_in_shortcut: project the residual; where the channels change, if None.
         up: must be False.
         down: must be False.
@@ -70,7 +70,7 @@ class ResnetBlock2D(nn.Module):
         out_channels = in_channels if out_channels is None else out_channels
         kind = "ResnetBlock2D"
         refuse_values(kind, pre_norm=(pre_norm, True), skip_time_act=(skip_time_act, False), kernel=(kernel, None))
-        refuse_values(kind, up=(up, False), down=(down, False), output_scale_factor=(output_scale_factor, 1))
+        refuse_values(kind, up=(up, False), down=(down, False))
         refuse_values(kind, time_embedding_norm=(time_embedding_norm, "default", "group"))
         refuse_values(kind, conv_2d_out_channels=(conv_2d_out_channels, None, out_channels))
         self.in_channels, self.out_channels, self.pre_norm = in_channels, out_channels, True
@@ -113,7 +113,7 @@ class ResnetBlock2D(nn.Module):
         h = self.conv2(h)
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        return input_tensor + h
+        return (input_tensor + h) / self.output_scale_factor
 
 
 class Downsample2D(nn.Module):

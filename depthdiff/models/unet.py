@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from depthdiff.checks import show
 from depthdiff.config import BaseOutput, register_to_config
-from depthdiff.models.attention import AttentionMixin
+from depthdiff.models.attention import AttentionMixin, SliceSize, slice_attention
 from depthdiff.models.base import ModelMixin
 from depthdiff.models.embeddings import ACTIVATIONS, TimestepEmbedding, Timesteps, get_activation
 from depthdiff.models.mid_blocks import UNetMidBlock2D, UNetMidBlock2DCrossAttn
@@ -314,11 +314,12 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
             if mid_residual is not None:
                 hidden_states = hidden_states + mid_residual
             uneven = any(side % 2**self.num_upsamplers for side in sample.shape[2:])
-            for i, block in enumerate(up_blocks):
+            size = None  # of a level's result; where sides are uneven, that of the next skip
+            for block in up_blocks:
                 count = len(block.resnets)
                 skips, read = skips[:-count], skips[-count:]
-                is_last = i == len(up_blocks) - 1
-                size = skips[-1].shape[2:] if uneven and not is_last else None
+                if uneven and skips:
+                    size = skips[-1].shape[2:]
                 hidden_states = go_up(block, hidden_states, read, temb, told, size)
             hidden_states = self.conv_norm_out(hidden_states)
             hidden_states = self.conv_act(hidden_states)
@@ -337,6 +338,10 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
     def get_class_embed(self, sample: Tensor, class_labels: None) -> None:
         """Return None: a depth-to-image UNet knows no classes."""
         return None
+
+    def set_attention_slice(self, slice_size: SliceSize | list[int] | None = "auto") -> None:
+        """Compute attention for some heads at a time; see `depthdiff.models.attention.slice_attention`."""
+        slice_attention(self, slice_size)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Weaken the skips and strengthen the backbone of the two coarsest levels on the way up (arXiv:2309.11497).
