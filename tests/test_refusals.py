@@ -60,14 +60,15 @@ def test_settings_of_a_scheduler_are_looked_at_when_it_is_made(settings):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_first_beta_of_zero_leads_to_the_clean_latents(eta):
     """The noise of the first timestep is 0 there, and 0 / 0 is not what is left to add."""
-    plan = DDIMScheduler(beta_start=0.0, clip_sample=False).plan(10, eta=eta)
+    scheduler = DDIMScheduler(beta_start=0.0, clip_sample=False)
+    plan = scheduler.plan(10, eta=eta)
     clean, noise = torch.randn(1, 4, 2, 3), torch.randn(1, 4, 2, 3)
     latents, state = plan.add_noise(clean, noise), plan.init_state()
     for index in range(len(plan)):
-        alpha_bar = plan.alpha_bar(plan.numbers[index])
+        alpha_bar = scheduler.alphas_cumprod[int(plan.timesteps[index])]
         true = (latents - alpha_bar**0.5 * clean) / (1 - alpha_bar).clamp(min=1e-9) ** 0.5
         result = plan.step(true, index, latents, state, torch.Generator().manual_seed(index))
-        latents, state = result.latents, result.state
+        latents, state = result.prev_sample, result.state
     assert torch.allclose(latents, clean, atol=1e-4)
 
 

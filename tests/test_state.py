@@ -174,7 +174,8 @@ def test_runs_that_interleave_and_loops_that_are_left(small_photo):
 
     def run(scale):
         generator = torch.Generator().manual_seed(3)
-        return pipe.prepare(PROMPTS[0], small_photo, num_inference_steps=4, generator=generator, lora_scale=scale)
+        return pipe.prepare(PROMPTS[0], small_photo, num_inference_steps=4, generator=generator,
+                            cross_attention_kwargs={"scale": scale})
 
     alone = []
     for scale in (0.5, 0.0, 1.0):
@@ -246,7 +247,6 @@ def test_threads_without_adapters_get_the_same_bits(pipe, small_photo):
         return pipe(f"prompt {i % 5}", photos[i % 2], generator=generator, output_type="np", **options).images
 
     alone = [make(i) for i in range(12)]
-    pipe.cache.clear()
     together = in_threads([lambda i=i: make(i % 12) for i in range(48)])
     for i, made in enumerate(together):
         assert np.array_equal(made, alone[i % 12]), i

@@ -147,7 +147,8 @@ def tiled_norm_act_conv(
 def fast_resnet(block: ResnetBlock2D, x: Tensor, temb: Tensor | None = None) -> Tensor:
     """Compute a residual block without time embedding in tiles; NotImplemented where the plain way is to be taken."""
     if (
-        block.time_emb_proj is not None
+        block.output_scale_factor != 1
+        or block.time_emb_proj is not None
         or not is_plain(block.dropout, nn.Dropout)
         or (block.dropout.p and block.training)
     ):

@@ -85,7 +85,7 @@ class CLIPTextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        positions = torch.arange(config.max_position_embeddings).expand(1, -1)
+        positions = torch.arange(config.max_position_embeddings, device="cpu").expand(1, -1)  # no weight: never meta
         self.register_buffer("position_ids", positions, persistent=False)
 
     def forward(
@@ -105,7 +105,7 @@ class CLIPTextEmbeddings(nn.Module):
         if length > limit:
             raise ValueError(f"input_ids must hold at most {limit} tokens, got {length}; truncate them")
         if position_ids is None:
-            position_ids = torch.arange(length, device=inputs_embeds.device)[None]
+            position_ids = self.position_ids[:, :length]
         return inputs_embeds + self.position_embedding(position_ids)
 
 

@@ -368,7 +368,7 @@ class Transformer2DModel(ModelMixin):
         if self.use_linear_projection:
             tokens = self.proj_out(tokens).transpose(1, 2).unflatten(2, size)  # (B, L, C) -> (B, C, H, W)
         else:
-            tokens = self.proj_out(tokens.transpose(1, 2).unflatten(2, size))
+            tokens = self.proj_out(tokens.transpose(1, 2).unflatten(2, size).contiguous())
         output = hidden_states + tokens  # in the memory format of the first
         return Transformer2DModelOutput(output) if return_dict else (output,)
 
