@@ -249,12 +249,13 @@ def guessed_wrongly(component: str, own: Mapping[str, Any], guess: Mapping[str, 
     Args:
         component: which.
         own: the network's config.
-        guess: the config that shapes give.
+        guess: the settings that shapes give; the others are the defaults of the network.
     """
     wrong = [name for name in UNTOLD[component] if _levels(own, name) != _levels(guess, name)]
-    if component == "depth_estimator" and getattr(own, "is_hybrid", False):
-        backbones = own.backbone, guess.backbone  # type: ignore[attr-defined]
-        wrong += [f"backbone's {name}" for name in BACKBONE_UNTOLD if backbones[0][name] != backbones[1][name]]
+    backbone = own.get("backbone_config") if component == "depth_estimator" else None
+    if backbone:
+        known = {"num_groups": 32, "hidden_act": "relu"} | dict(guess["backbone_config"])
+        wrong += [f"backbone's {name}" for name in BACKBONE_UNTOLD if backbone.get(name, known[name]) != known[name]]
     return wrong
 
 

@@ -7,6 +7,7 @@ as `diffusion_pytorch_model.safetensors`, is known as well where its config is.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -204,9 +205,15 @@ def lost_settings(file: SingleFile, folder: Path, classes: Mapping[str, type[Any
     for component, part in file.parts.items():
         source = folder / component / "config.json"
         own = build(classes[component], read_json(source), source).config
-        guess = build(classes[component], part.infer(str(file.path)), file.path).config
+        guess = defaults(classes[component]) | part.infer(str(file.path))
         lost += [f"{component}: {name}" for name in guessed_wrongly(component, own, guess)]
     return lost
+
+
+def defaults(cls: type[Any]) -> dict[str, Any]:
+    """Return the settings that a network has unless it is told otherwise."""
+    make = getattr(cls, "config_class", cls).__init__
+    return {name: one.default for name, one in inspect.signature(make).parameters.items()}
 
 
 def _has_prefix(sources: Mapping[str, Source]) -> bool:
