@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.hub import fetch
+from depthdiff.checkpoint.transaction import check_folder
+from depthdiff.checkpoint.write import write_text
 from depthdiff.checks import brief, check_dense, check_number, check_tensor, plain, show
 from depthdiff.config import BaseOutput, Config
 from depthdiff.image import ImageInput, read_images
@@ -153,9 +157,6 @@ class DPTImageProcessor:
         Raises:
             CheckpointError: the file is missing or damaged, or belongs to another kind of processor.
         """
-        from depthdiff.checkpoint.files import read_json  # deferred: the checkpoint package knows all components
-        from depthdiff.checkpoint.hub import fetch
-
         folder = fetch(
             pretrained_model_name_or_path,
             (FILE,),
@@ -174,9 +175,6 @@ class DPTImageProcessor:
         Args:
             save_directory: the folder; made where it does not exist.
         """
-        from depthdiff.checkpoint.transaction import check_folder  # deferred, as above
-        from depthdiff.checkpoint.write import write_text
-
         folder = check_folder("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         values = {**self.config.to_dict(), "image_processor_type": "DPTImageProcessor"}

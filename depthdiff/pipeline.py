@@ -26,6 +26,7 @@ from torch import Generator, Tensor
 import depthdiff.fast as speed
 from depthdiff.approximations import approximated, resolve_preset
 from depthdiff.checks import check_flag, nearest, plain
+from depthdiff.devices import dtype_of, uses_weights
 from depthdiff.image import ImageInput, read_depth
 from depthdiff.inputs import (
     CALLBACK_TENSORS,
@@ -43,7 +44,6 @@ from depthdiff.inputs import (
     repeat,
     repeat_rows,
 )
-from depthdiff.pipeline_utils import dtype_of, uses_weights
 from depthdiff.precision import check_finite, check_first_step, finite
 from depthdiff.preparation import PreparationMixin
 from depthdiff.run import (

@@ -6,27 +6,22 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from functools import wraps
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, TypeVar
 
 import torch
-from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 import depthdiff.fast as fast
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.saving import model_index, save_components
-from depthdiff.checks import FLOATS, check_device, check_flag, check_number, nearest, show
+from depthdiff.checks import check_flag, check_number, nearest, show
 from depthdiff.config import FrozenDict
-from depthdiff.forks import Workers
-from depthdiff.hooks import WeightHook
+from depthdiff.devices import DeviceMixin, device_of
 from depthdiff.image import VaeImageProcessor
-from depthdiff.parts import MEMORY_FORMATS, check_part, parse_move
+from depthdiff.parts import check_part
 from depthdiff.progress import check_bar
 from depthdiff.registry import COMPONENT_CLASSES, load_components
-from depthdiff.turns import Turns
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,18 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def uses_weights(method: Callable[P, R]) -> Callable[P, R]:
-    """Let no other thread change the weights while a method of a pipeline works."""
-
-    @wraps(method)
-    def using(*args: P.args, **kwargs: P.kwargs) -> R:
-        with args[0]._in_use():  # type: ignore[attr-defined]
-            return method(*args, **kwargs)
-
-    return using
-
-
-class DiffusionPipeline:
+class DiffusionPipeline(DeviceMixin):
     """Base of the pipeline: a set of named components, each an attribute.
 
     Attributes:
@@ -76,13 +60,9 @@ class DiffusionPipeline:
     def __init__(self, *, fast: bool = True, **components: Any) -> None:
         self._fast = check_flag("fast", fast)
         self.name_or_path: str | None = None
-        self._turns = Turns()
         self._planning = threading.RLock()
         self._progress_bar_config: dict[str, Any] = {}
-        self._offload_device: torch.device | None = None
-        self._offload_whole = False
-        self._hooks: list[RemovableHandle] = []
-        self._workers = Workers()
+        super().__init__()
         self.image_processor = VaeImageProcessor(self.vae_scale_factor)
         self.register_modules(**components)
 
@@ -210,8 +190,11 @@ class DiffusionPipeline:
 
     @classmethod
     def _from_components(cls, components: dict[str, Any], fast: bool) -> Self:
-        """Build the pipeline; the base class builds one that goes from depth to image."""
-        return cls(**components, fast=fast)
+        """Build the pipeline; from the base class, one of the class that goes from depth to image."""
+        kind: Any = cls
+        while kind.__init__ is DiffusionPipeline.__init__ and kind.__subclasses__():
+            kind = kind.__subclasses__()[0]
+        return kind(**components, fast=fast)
 
     def save_pretrained(
         self,
@@ -247,134 +230,6 @@ class DiffusionPipeline:
     def _saved(self) -> dict[str, Any]:
         """Return the components as they are saved."""
         return self.components
-
-    # Devices
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return next((device_of(network) for network in self.networks.values()), torch.device("cpu"))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the networks' weights while they work."""
-        return next((dtype_of(network) for network in self.networks.values()), torch.float32)
-
-    @property
-    def _execution_device(self) -> torch.device:
-        return self.execution_device
-
-    @property
-    def execution_device(self) -> torch.device:
-        """Where the work is done: the offloading device where that is on, else where the networks are."""
-        return self._offload_device or self.device
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast all networks, as `torch.nn.Module.to` does: a device, a dtype, or both.
-
-        Raises:
-            TypeError: neither a device nor a dtype.
-            ValueError: a device that is not here, or on which nothing is computed ("meta" would drop the weights); a
-                dtype in which nothing is; or the networks are being offloaded, which a plain move would undo.
-        """
-        kwargs.pop("silence_dtype_warnings", None)
-        device, dtype, _, memory_format = parse_move(args, kwargs)
-        if dtype not in (None, *FLOATS):
-            raise ValueError(f"dtype must be a floating-point torch dtype, got {dtype}")
-        if memory_format not in MEMORY_FORMATS:
-            raise ValueError(f"memory_format must be one of {MEMORY_FORMATS[1:]}, got {memory_format}")
-        if self._offload_device is not None and device is not None and device.type != "cpu":
-            raise ValueError(f"device {device} clashes with CPU offloading, which is on; call remove_all_hooks() first")
-        if device is not None:
-            check_device("device", device)
-        with self._turns.change("to"):
-            for network in self.networks.values():
-                network.to(*args, **kwargs)
-        return self
-
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
-        """Keep the networks on the CPU and bring each to `device` only while it works: the memory of the largest one.
-
-        Args:
-            gpu_id: which of several devices of that type.
-            device: where to work.
-
-        Raises:
-            ValueError: a device that does not exist, or two different ones.
-        """
-        with self._turns.change("enable_model_cpu_offload"):
-            self._start_offloading(gpu_id, device)
-            self._offload_whole = True
-
-    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
-        """Keep the weights on the CPU and bring each layer's to `device` only while it works: least memory, slow.
-
-        Args:
-            gpu_id: which of several devices of that type.
-            device: where to work.
-
-        Raises:
-            ValueError: a device that does not exist, or two different ones.
-        """
-        with self._turns.change("enable_sequential_cpu_offload"):
-            self._start_offloading(gpu_id, device)
-            target = self.execution_device
-            for network in self.networks.values():
-                for layer in network.modules():
-                    if next(layer.parameters(recurse=False), None) is not None:
-                        self._hooks += WeightHook(device=target).attach(layer)
-
-    def remove_all_hooks(self) -> None:
-        """End offloading; the networks stay on the CPU until `to` moves them."""
-        with self._turns.change("remove_all_hooks"):
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
-            self.maybe_free_model_hooks()
-            self._offload_device, self._offload_whole = None, False
-
-    def maybe_free_model_hooks(self) -> None:
-        """Bring a network that is still on the offloading device back to the CPU."""
-        if self._offload_whole:
-            for network in self.networks.values():
-                network.to("cpu")
-
-    def _start_offloading(self, gpu_id: int | None, device: torch.device | str) -> None:
-        if not isinstance(device, (str, torch.device)):
-            raise TypeError(f"device must be a device such as 'cuda', got {show(device)}")
-        if gpu_id is not None:
-            kind, _, index = str(device).partition(":")
-            gpu_id = check_number("gpu_id", gpu_id, 0, 127, whole=True)
-            if index not in ("", str(gpu_id)):
-                raise ValueError(f"gpu_id {gpu_id} and device {device} name different devices; give one of them")
-            device = f"{kind}:{gpu_id}"
-        device = check_device("device", device)
-        self.remove_all_hooks()
-        for network in self.networks.values():
-            network.to("cpu")
-        self._offload_device = device
-
-    def _in_use(self, ends_by_itself: bool = True) -> AbstractContextManager[None]:
-        """Within, no other thread changes the weights; where layers move or cast theirs at work, calls take turns."""
-        moving = self._offload_device is not None
-        moving = moving or any(getattr(part, "storage_dtype", None) is not None for part in self.networks.values())
-        if moving and ends_by_itself:
-            return self._turns.change("a call with offloading or layerwise casting")
-        return self._turns.use(ends_by_itself)
-
-    def _at_work(self, name: str) -> Any:
-        """Return a network, brought to the device where it is to work; with whole offloading the others leave it."""
-        self._need(name)
-        self._workers.enter()
-        network = getattr(self, name)
-        if self._offload_whole:
-            for other in self.networks.values():
-                if other is not network:
-                    other.to("cpu")
-            network.to(self.execution_device)
-        if self._fast:
-            fast.lay_out(network, self.execution_device)
-        return network
 
     def _need(self, *names: str) -> None:
         """Refuse to begin work without these components, or with one whose weights are not there.
@@ -460,15 +315,3 @@ class DiffusionPipeline:
         """
         check_bar(kwargs)
         self._progress_bar_config = kwargs
-
-
-def device_of(network: torch.nn.Module) -> torch.device:
-    """Return the device of a network's weights."""
-    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-
-
-def dtype_of(network: torch.nn.Module) -> torch.dtype:
-    """Return the dtype in which a network computes: its own word for it, or that of its first weight."""
-    dtype = getattr(network, "dtype", None)
-    weights = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    return dtype if isinstance(dtype, torch.dtype) else next(weights, torch.float32)

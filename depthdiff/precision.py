@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from depthdiff.pipeline_utils import dtype_of
+from depthdiff.devices import dtype_of
 from depthdiff.sharing import with_weights
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from torch import Generator, Tensor
 from depthdiff.adapters.loaders import LoraLoaderMixin
 from depthdiff.checks import check_device, check_flag
 from depthdiff.conditioning import draw_latents, encode_images, encode_texts, fit_depth
+from depthdiff.devices import dtype_of, uses_weights
 from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
 from depthdiff.inputs import check_callbacks, check_prompt, check_prompts, read_numbers, repeat, repeat_rows
 from depthdiff.noise import randn
-from depthdiff.pipeline_utils import dtype_of, uses_weights
 from depthdiff.precision import finite
 from depthdiff.single_files import FromSingleFileMixin
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from depthdiff.checkpoint import tokenizer_files
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.hub import commit_of, fetch, naming_the_cache
 from depthdiff.checkpoint.kinds import describe_folder, refuse_other_kinds
@@ -26,6 +25,7 @@ from depthdiff.schedulers.ddim import DDIMScheduler
 from depthdiff.schedulers.lms import LMSDiscreteScheduler
 from depthdiff.schedulers.pndm import PNDMScheduler
 from depthdiff.tokenizer import CLIPTokenizer
+from depthdiff.tokenizer import files as tokenizer_files
 
 COMPONENT_CLASSES: dict[str, dict[str, Any]] = {
     "vae": {"AutoencoderKL": AutoencoderKL},

@@ -18,8 +18,8 @@ from torch import Generator, Tensor
 from depthdiff.approximations import Approximations
 from depthdiff.checks import check_generators, check_number, check_tensor, show
 from depthdiff.config import BaseOutput
+from depthdiff.devices import dtype_of
 from depthdiff.inputs import LARGEST_SCALE
-from depthdiff.pipeline_utils import dtype_of
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from depthdiff.checkpoint.clip_vocabulary import clip_tokenizer
 from depthdiff.checkpoint.geometry import SCHEDULER
 from depthdiff.checkpoint.hub import fetch_config
 from depthdiff.checkpoint.kinds import CHANNELS, DEPTH_MODEL, name_kind
@@ -29,6 +28,7 @@ from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.pipeline_utils import DiffusionPipeline
 from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class, computing_dtype
 from depthdiff.schedulers.pndm import PNDMScheduler
+from depthdiff.tokenizer.vocabulary import clip_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -174,8 +174,9 @@ def test_runs_that_interleave_and_loops_that_are_left(small_photo):
 
     def run(scale):
         generator = torch.Generator().manual_seed(3)
-        return pipe.prepare(PROMPTS[0], small_photo, num_inference_steps=4, generator=generator,
-                            cross_attention_kwargs={"scale": scale})
+        return pipe.prepare(
+            PROMPTS[0], small_photo, num_inference_steps=4, generator=generator, cross_attention_kwargs={"scale": scale}
+        )
 
     alone = []
     for scale in (0.5, 0.0, 1.0):

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from tokenizers import AddedToken
 
-from depthdiff.bpe import END_OF_WORD, as_special, build_bpe, group_words, read_merges, text_of
+from depthdiff.checkpoint.hub import fetch
 from depthdiff.checks import check_flag, check_names, check_number, check_path
 from depthdiff.config import BaseOutput
-from depthdiff.token_inputs import check_token, list_added, one_of, read_ids, read_texts, read_words
+from depthdiff.tokenizer.bpe import END_OF_WORD, ROLES, as_special, build_bpe, group_words, read_merges, text_of
+from depthdiff.tokenizer.files import FILES, read_tokenizer, write_tokenizer
+from depthdiff.tokenizer.inputs import check_token, list_added, one_of, read_ids, read_texts, read_words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,7 +28,6 @@ MOST_TOKENS = 2**20
 UNLIMITED = int(1e30)
 """`model_max_length` of a tokenizer whose files name none, as in transformers."""
 
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 PADDING: dict[Any, str] = {False: "", "do_not_pad": "", True: "longest", "longest": "longest", "max_length": "limit"}
 TRUNCATION: dict[Any, bool] = {None: False, False: False, "do_not_truncate": False, True: True, "longest_first": True}
 
@@ -130,9 +131,6 @@ class CLIPTokenizer:
         Raises:
             CheckpointError: a file is missing or damaged.
         """
-        from depthdiff.checkpoint.hub import fetch  # deferred: the checkpoint package knows all components
-        from depthdiff.checkpoint.tokenizer_files import FILES, read_tokenizer
-
         folder = fetch(
             pretrained_model_name_or_path,
             (),
@@ -152,8 +150,6 @@ class CLIPTokenizer:
         Args:
             save_directory: the folder; made where it does not exist.
         """
-        from depthdiff.checkpoint.tokenizer_files import write_tokenizer  # deferred, as above
-
         check_path("save_directory", save_directory)
         write_tokenizer(self, save_directory)
 

@@ -15,6 +15,9 @@ from tokenizers.models import BPE
 
 from depthdiff.checks import show
 
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+"""The special tokens, as config files call them."""
+
 END_OF_WORD = "</w>"
 WORDS = "|".join(
     (r"<\|startoftext\|>", r"<\|endoftext\|>", "'s|'t|'re|'ve|'m|'ll|'d", r"[\p{L}]+", r"[\p{N}]", r"[^\s\p{L}\p{N}]+")

@@ -7,26 +7,23 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenizers import AddedToken
 
-from depthdiff.bpe import END_OF_WORD, as_special, flags, text_of
 from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.transaction import check_folder
 from depthdiff.checkpoint.write import write_text
 from depthdiff.config import CheckpointError
-from depthdiff.tokenizer import ROLES, CLIPTokenizer
+from depthdiff.tokenizer.bpe import END_OF_WORD, ROLES, as_special, flags, text_of
 
 logger = logging.getLogger(__name__)
-
-AnyTokenizer = TypeVar("AnyTokenizer", bound=CLIPTokenizer)
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", *SETTINGS)
 
 
-def read_tokenizer(cls: type[AnyTokenizer], folder: Path) -> AnyTokenizer:
+def read_tokenizer(cls: type[Any], folder: Path) -> Any:
     """Build a tokenizer from the files in `folder`.
 
     Raises:
@@ -55,7 +52,7 @@ def read_tokenizer(cls: type[AnyTokenizer], folder: Path) -> AnyTokenizer:
     return built
 
 
-def write_tokenizer(tokenizer: CLIPTokenizer, save_directory: str | os.PathLike[str]) -> None:
+def write_tokenizer(tokenizer: Any, save_directory: str | os.PathLike[str]) -> None:
     """Write `tokenizer` into the folder, in files that transformers and `read_tokenizer` load with equal ids."""
     folder = check_folder("save_directory", save_directory)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
-from depthdiff.bpe import END_OF_WORD
 from depthdiff.tokenizer import CLIPTokenizer
+from depthdiff.tokenizer.bpe import END_OF_WORD
 
 MERGES = Path(__file__).parent.parent / "data" / "clip_merges.txt.gz"
 PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
