@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,13 +66,16 @@ def tensor_entry(key: str, tensor: Tensor) -> Entry:
     return Entry(key, NAMES[tensor.dtype], tuple(tensor.shape), tensor.detach, lambda: None)
 
 
-def write_safetensors(path: Path, entries: Iterable[Entry], *, follow: bool = False) -> None:
+def write_safetensors(
+    path: Path, entries: Iterable[Entry], *, follow: bool = False, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a file whole or not at all.
 
     Args:
         path: of the file; one that exists is replaced.
         entries: its tensors; they are read one after another.
         follow: see `depthdiff.checkpoint.write.check_target`.
+        metadata: texts by name for the file's header.
 
     Raises:
         CheckpointError: two tensors of one name, or one of another shape than was said.
@@ -80,7 +83,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry], *, follow: bool = Fa
     """
     ordered = sorted(entries, key=lambda entry: (-ITEM_SIZES[entry.dtype], entry.key))
     with writing(path, follow=follow) as file:
-        file.write(_header(path, ordered))
+        file.write(_header(path, ordered, metadata or {}))
         for entry in ordered:
             tensor = entry.read().to("cpu", TORCH_DTYPES[entry.dtype])
             if tuple(tensor.shape) != entry.shape:
@@ -89,8 +92,8 @@ def write_safetensors(path: Path, entries: Iterable[Entry], *, follow: bool = Fa
             entry.done()
 
 
-def _header(path: Path, entries: list[Entry]) -> bytes:
-    values: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(path: Path, entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
+    values: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata)}
     place = 0
     for entry in entries:
         if entry.key in values:

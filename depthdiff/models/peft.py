@@ -5,13 +5,27 @@ They need `pip install peft`. Files of adapters, which are merged into the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from depthdiff.checks import check_number, show
+from depthdiff.checkpoint.header import read_header
+from depthdiff.checkpoint.hub import fetch
+from depthdiff.checkpoint.stream import tensor_entry, write_safetensors
+from depthdiff.checkpoint.transaction import check_folder, making
+from depthdiff.checkpoint.weights import open_safetensors
+from depthdiff.checks import check_number, refuse_values, show
+from depthdiff.config import CheckpointError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+SETTINGS = "lora_adapter_metadata"
+"""Key of a file's header under which diffusers writes PEFT's settings."""
+LOWER = ".lora_A.weight"
 
 
 class PeftAdapterMixin:
@@ -138,6 +152,103 @@ class PeftAdapterMixin:
         del self.peft_config
         self._hf_peft_config_loaded = False
 
+    def save_lora_adapter(
+        self,
+        save_directory: str | os.PathLike[str],
+        adapter_name: str = "default",
+        upcast_before_saving: bool = False,
+        safe_serialization: bool = True,
+        weight_name: str | None = None,
+    ) -> None:
+        """Write an adapter's weights and settings into a folder, as diffusers does.
+
+        Args:
+            save_directory: the folder; made where it does not exist.
+            adapter_name: of the adapter.
+            upcast_before_saving: write float32.
+            safe_serialization: must be True: pickles are not written.
+            weight_name: of the file; "pytorch_lora_weights.safetensors" if None.
+
+        Raises:
+            ValueError: there is no such adapter, or `safe_serialization` is False.
+        """
+        refuse_values("save_lora_adapter", safe_serialization=(safe_serialization, True))
+        self._need([adapter_name])
+        state = _peft().get_peft_model_state_dict(self, adapter_name=adapter_name)
+        settings = self.peft_config[adapter_name].to_dict()
+        text = json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+        entries = [tensor_entry(key, one.float() if upcast_before_saving else one) for key, one in state.items()]
+        folder = check_folder("save_directory", save_directory)
+        with making(folder):
+            write_safetensors(folder / (weight_name or LORA_FILE), entries, metadata={SETTINGS: text})
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+        prefix: str | None = "unet",
+        hotswap: bool = False,
+        *,
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Inject an adapter with the weights of a file or of a dict, such as `save_lora_adapter` wrote.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a folder, a Hub id, a file, or tensors by name.
+            prefix: of the keys that are meant; None for keys without one.
+            hotswap: must be False.
+            adapter_name: a name that is not in use; "default_0" and so on if None.
+            weight_name: of the file; "pytorch_lora_weights.safetensors" if None.
+            subfolder: of the folder or repository.
+            **hub: see `depthdiff.checkpoint.hub.fetch`.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or fits no layer.
+            ValueError: the name is in use.
+        """
+        refuse_values("load_lora_adapter", hotswap=(hotswap, False))
+        given, settings, source = pretrained_model_name_or_path_or_dict, {}, "the dict given"
+        if not isinstance(given, Mapping):
+            path = Path(given)
+            if not path.is_file():
+                name = weight_name or LORA_FILE
+                path = fetch(given, [name], subfolder=subfolder, **hub) / name
+            settings, source = json.loads(read_header(path)[1].get(SETTINGS, "{}")), str(path)
+            given = {key: tensor.get() for key, tensor in open_safetensors(path).items()}
+        start = "" if prefix is None else f"{prefix}."
+        state = {key.removeprefix(start): tensor for key, tensor in given.items() if key.startswith(start)}
+        state = {_to_peft(key): tensor for key, tensor in state.items()}
+        ranks = {key.removesuffix(LOWER): len(tensor) for key, tensor in state.items() if key.endswith(LOWER)}
+        if not ranks:
+            raise CheckpointError(f"{source} has no key such as '{start}...{LOWER}'; pass another prefix")
+        used = getattr(self, "peft_config", {})
+        name = adapter_name or next(f"default_{i}" for i in range(len(used) + 1) if f"default_{i}" not in used)
+        alpha = settings.get("lora_alpha", next(iter(ranks.values())))
+        chosen = {"rank_pattern": ranks, "target_modules": list(ranks), "lora_alpha": alpha}
+        chosen |= {key: settings[key] for key in ("use_rslora", "use_dora", "alpha_pattern") if key in settings}
+        if "lora_alpha" not in settings:
+            chosen["alpha_pattern"] = ranks
+        self.add_adapter(_peft().LoraConfig(r=next(iter(ranks.values())), **chosen), name)
+        wrong = _peft().set_peft_model_state_dict(self, state, name).unexpected_keys
+        if wrong:
+            self.delete_adapters(name)
+            raise CheckpointError(f"{source}: {len(wrong)} keys fit no layer, first: {sorted(wrong)[0]!r}")
+
+    def save_attn_procs(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, weight_name: str | None = None
+    ) -> None:
+        """Write the active adapter; the name that older training scripts use for `save_lora_adapter`."""
+        if is_main_process:
+            self.save_lora_adapter(save_directory, self.active_adapters()[0], weight_name=weight_name)
+
+    def load_attn_procs(
+        self, pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor], **kwargs: Any
+    ) -> None:
+        """Inject an adapter whose keys have no prefix; the name that older scripts use for `load_lora_adapter`."""
+        self.load_lora_adapter(pretrained_model_name_or_path_or_dict, **{"prefix": None, **kwargs})
+
     def _switch(self, on: bool) -> None:
         self._need([])
         for layer in self._tuner_layers():
@@ -171,6 +282,13 @@ class PeftAdapterMixin:
         finally:
             for layer, scaling in zip(layers, before, strict=True):
                 layer.scaling.update(scaling)
+
+
+def _to_peft(key: str) -> str:
+    """Spell a key of diffusers' older files as PEFT does."""
+    for old, new in ((".lora.down.", ".lora_A."), (".lora.up.", ".lora_B.")):
+        key = key.replace(old, new)
+    return key
 
 
 def _peft() -> Any:
