@@ -32,7 +32,7 @@ PADDING: dict[Any, str] = {False: "", "do_not_pad": "", True: "longest", "longes
 TRUNCATION: dict[Any, bool] = {None: False, False: False, "do_not_truncate": False, True: True, "longest_first": True}
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchEncoding(BaseOutput):
     """What the tokenizer hands back.
 
@@ -71,6 +71,8 @@ class CLIPTokenizer:
     Raises:
         ValueError: `vocab` and `merges` do not fit together.
     """
+
+    padding_side = truncation_side = "right"
 
     def __init__(
         self,
@@ -196,10 +198,17 @@ class CLIPTokenizer:
         if add_special_tokens:
             rows = [[self.bos_token_id, *row, self.eos_token_id] for row in rows]
         length = max(map(len, rows)) if pad == "longest" else limit if pad and limit < UNLIMITED else 0
+        batch = self._batch(rows, length, return_tensors)
+        if return_tensors is None and isinstance(text, str):
+            return BatchEncoding(batch.input_ids[0], batch.attention_mask[0])
+        return batch
+
+    def _batch(self, rows: list[list[int]], length: int, return_tensors: Literal["pt", "np"] | None) -> BatchEncoding:
+        """Pad rows of ids to a length, and return them as lists, tensors or arrays."""
         masks = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
         rows = [row + [self.pad_token_id] * (length - len(row)) for row in rows]
         if return_tensors is None:
-            return BatchEncoding(rows[0], masks[0]) if isinstance(text, str) else BatchEncoding(rows, masks)
+            return BatchEncoding(rows, masks)
         if len({len(row) for row in rows}) > 1:
             lengths = ", ".join(str(len(row)) for row in rows[:8])
             raise ValueError(f"text makes rows of {lengths} ids, no tensor; pass padding=True and truncation=True")
@@ -298,6 +307,53 @@ class CLIPTokenizer:
         new = [AddedToken(name, single_word=alone[name], normalized=True) for name in names]
         self._replace([*self._added(), *new])
 
+    def add_tokens(
+        self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
+    ) -> int:
+        """Add tokens that stand for one vector each, as training scripts do before they resize the embeddings.
+
+        Args:
+            new_tokens: one or several; those that are tokens already are left out.
+            special_tokens: not used: an added token is cut out of a text either way.
+
+        Returns:
+            How many were added; `len(tokenizer)` grows by that.
+
+        Raises:
+            ValueError: a token that no text can hold.
+        """
+        given = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else list(new_tokens)
+        names = check_names("new_tokens", [one.content if isinstance(one, AddedToken) else one for one in given])
+        known = self.get_vocab()
+        new = {name: 1 for name in names if name not in known}
+        if new:
+            self.add_words(new)
+        return len(new)
+
+    def pad(
+        self,
+        encoded_inputs: Mapping[str, Any],
+        padding: bool | Literal["longest", "max_length", "do_not_pad"] = True,
+        max_length: int | None = None,
+        return_tensors: Literal["pt", "np"] | None = None,
+    ) -> BatchEncoding:
+        """Fill the short ones of texts that are ids already.
+
+        Args:
+            encoded_inputs: a dict with "input_ids", B lists of ids.
+            padding: as in `__call__`.
+            max_length: as in `__call__`.
+            return_tensors: as in `__call__`.
+
+        Raises:
+            ValueError: an unknown option, or texts of different lengths for one tensor.
+        """
+        rows = [[int(index) for index in row] for row in encoded_inputs["input_ids"]]
+        pad = one_of("padding", padding, PADDING)
+        limit = self.model_max_length if max_length is None else check_number("max_length", max_length, 0, whole=True)
+        length = max(map(len, rows)) if pad == "longest" else limit if pad and limit < UNLIMITED else 0
+        return self._batch(rows, length, return_tensors)
+
     def remove_words(self, words: Iterable[str]) -> None:
         """Forget learnt words; the ids of those that stay close up."""
         words = check_names("words", words)
@@ -333,6 +389,11 @@ class CLIPTokenizer:
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         """The tokens that are cut out before the byte pairs, by id."""
         return self._backend.get_added_tokens_decoder()
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """The ids of the tokens that are cut out before the byte pairs, by text."""
+        return {token.content: index for index, token in self.added_tokens_decoder.items()}
 
     @property
     def special_tokens_map(self) -> dict[str, str]:

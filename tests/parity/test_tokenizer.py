@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPTokenizer as Reference
 
 from depthdiff.tokenizer import CLIPTokenizer
+from depthdiff.tokenizer.vocabulary import clip_tokenizer
 
 DATA = Path(__file__).parents[1] / "data" / "tokenizer"
 
@@ -224,3 +225,20 @@ def test_exclamation_marks_of_stable_diffusion_2(tmp_path):
     ids = ours("wow!!! cat", padding="max_length", max_length=20).input_ids
     assert ids == reference("wow!!! cat", padding="max_length", max_length=20).input_ids
     assert ids.count(0) == 20 - sum(ours("wow cat").attention_mask)
+
+
+def test_tokens_added_and_ids_padded_as_in_transformers(tmp_path):
+    """As a training script does: a new token, a longer table, batches of ids."""
+    ours = clip_tokenizer()
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    for tokenizer in (ours, theirs):
+        assert tokenizer.add_tokens(["<toy>"]) == 1
+        assert tokenizer.add_tokens("<toy>") == 0
+    assert len(ours) == len(theirs)
+    assert ours.added_tokens_encoder["<toy>"] == theirs.added_tokens_encoder["<toy>"]
+    assert ours("a <toy> here").input_ids == theirs("a <toy> here").input_ids
+    batch = {"input_ids": [ours("a").input_ids, ours("a <toy> and more").input_ids]}
+    for options in ({"padding": True}, {"padding": "max_length", "max_length": 20}):
+        one, two = (tokenizer.pad(batch, return_tensors="pt", **options) for tokenizer in (ours, theirs))
+        assert one.input_ids.equal(two.input_ids) and one.attention_mask.equal(two.attention_mask)
