@@ -1,0 +1,179 @@
+"""Write docs/compatibility.md: what diffusers and transformers publish about these classes, and what is here.
+
+python scripts/compatibility.py [--check]
+
+Names, keys and arguments are read from the installed packages by introspection; nothing is listed by hand but the
+reasons for what is absent. With --check nothing is written, and the status is 1 where the page would change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+import depthdiff
+
+PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+UNET = {
+    "in_channels": 5,
+    "block_out_channels": (32, 64, 96, 96),
+    "norm_num_groups": 8,
+    "cross_attention_dim": 40,
+    "attention_head_dim": (2, 4, 6, 6),
+    "use_linear_projection": True,
+}
+VAE = {
+    "block_out_channels": (16, 32, 48, 48),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+}
+TEXT = {"vocab_size": 99, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"bos_token_id": 1, "eos_token_id": 2}
+ABSENT = {
+    "push_to_hub": "nothing is uploaded; use huggingface_hub with a saved folder",
+    "fuse_qkv_projections": "a layout of weights that no checkpoint here has",
+    "unfuse_qkv_projections": "as above",
+    "set_attn_processor_ip_adapter": "IP-Adapter needs an image encoder that this pipeline lacks",
+    "load_ip_adapter": "IP-Adapter needs an image encoder that this pipeline lacks",
+}
+NOTE = "of other models, quantization, parallelism or the Hub's custom code"
+
+
+def networks() -> dict[str, tuple[Any, Any]]:
+    """Build ours and the published one of each network, from the same seed."""
+    made = {}
+    for name, ours, theirs in (
+        ("UNet2DConditionModel", depthdiff.UNet2DConditionModel, diffusers.UNet2DConditionModel),
+        ("AutoencoderKL", depthdiff.AutoencoderKL, diffusers.AutoencoderKL),
+    ):
+        settings = UNET if name.startswith("UNet") else VAE
+        pair = []
+        for kind in (ours, theirs):
+            torch.manual_seed(0)
+            pair.append(kind(**settings))
+        made[name] = tuple(pair)
+    torch.manual_seed(0)
+    text = depthdiff.CLIPTextModel(depthdiff.CLIPTextConfig(**TEXT))
+    torch.manual_seed(0)
+    made["CLIPTextModel"] = text, transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT))
+    return made
+
+
+def without_level(key: str) -> str:
+    """Drop the level that transformers 5 has dropped."""
+    return key.removeprefix("text_model.")
+
+
+def network_row(name: str, ours: Any, theirs: Any) -> str:
+    """Compare the trees and the first weights of a network."""
+    mine = {without_level(key): value for key, value in ours.state_dict().items()}
+    published = theirs.state_dict()
+    equal = sum(key in mine and torch.equal(mine[key], value) for key, value in published.items())
+    modules = {without_level(key): type(module).__name__ for key, module in ours.named_modules() if key != "text_model"}
+    others = {key: type(module).__name__ for key, module in theirs.named_modules()}
+    same = sum(modules.get(key) == kind for key, kind in others.items())
+    forward = arguments(ours.forward), arguments(theirs.forward)
+    kept = [argument for argument in forward[1] if argument in forward[0]]
+    return (
+        f"| `{name}` | {same} of {len(others)} | {len(mine.keys() & published.keys())} of {len(published)} | {equal} of "
+        f"{len(published)} | {len(kept)} of {len(forward[1])} |"
+    )
+
+
+def arguments(function: Any) -> list[str]:
+    """List the arguments of a function by name."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [name for name, one in inspect.signature(function).parameters.items() if one.kind not in kinds]
+
+
+def public_names(thing: Any) -> set[str]:
+    """List the public names of a class that it does not have as a torch module or dict."""
+    plain = set(dir(torch.nn.Module)) | set(dir(dict)) | set(dir(object))
+    return {name for name in dir(thing) if not name.startswith("_")} - plain
+
+
+def name_row(name: str, ours: Any, theirs: Any) -> tuple[str, list[str]]:
+    """Compare the public names of two classes: a row, and what is absent here."""
+    published = public_names(theirs)
+    missing = sorted(published - public_names(ours))
+    return f"| `{name}` | {len(published)} | {len(published) - len(missing)} |", missing
+
+
+def page() -> str:
+    """Write the page."""
+    pairs = networks()
+    lines = [
+        "# Compatibility",
+        "",
+        f"Written by `scripts/compatibility.py` from diffusers {diffusers.__version__} and transformers "
+        f"{transformers.__version__}; `tests/parity` compares what these names do.",
+        "",
+        "## Networks",
+        "",
+        "Counted at a small geometry with the published structure; first weights are those of `torch.manual_seed(0)`.",
+        "",
+        "| network | modules of equal path and class | weights of equal key | equal first weights | `forward` arguments |",
+        "|---|---|---|---|---|",
+        *(network_row(name, *pair) for name, pair in pairs.items()),
+        "",
+        "The text encoder has the `text_model` level of transformers 4, under which adapters and research code look for its",
+        "layers; both spellings of keys load. `embeddings`, `encoder` and `final_layer_norm` are properties beside it.",
+        "The inside of the depth net has names of its own.",
+        "",
+        "## Public names",
+        "",
+        "| class | published | here |",
+        "|---|---|---|",
+    ]
+    classes = {name: (type(ours), type(theirs)) for name, (ours, theirs) in pairs.items() if name != "CLIPTextModel"}
+    for name in ("StableDiffusionDepth2ImgPipeline", "DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"):
+        classes[name] = getattr(depthdiff, name), getattr(diffusers, name)
+    absent = []
+    for name, pair in classes.items():
+        row, missing = name_row(name, *pair)
+        lines.append(row)
+        absent.append((name, missing))
+    lines += ["", "Absent:", ""]
+    for name, missing in absent:
+        reasons = [f"`{one}` ({ABSENT[one]})" for one in missing if one in ABSENT]
+        rest = [f"`{one}`" for one in missing if one not in ABSENT]
+        text = "; ".join([*reasons, f"{', '.join(rest)} ({NOTE})" if rest else ""]).strip("; ")
+        lines.append(f"- {name}: {text or 'nothing'}.")
+    lines += ["", "## Arguments", "", "| call | published | here | extra here |", "|---|---|---|---|"]
+    ours, theirs = (one.StableDiffusionDepth2ImgPipeline for one in (depthdiff, diffusers))
+    calls = [
+        ("__call__", ours.__call__, theirs.__call__),
+        *(
+            (method, getattr(ours, method), getattr(theirs, method))
+            for method in ("check_inputs", "encode_prompt", "prepare_depth_map", "get_timesteps", "prepare_latents")
+        ),
+    ]
+    for name, mine, other in calls:
+        published, here = arguments(other), arguments(mine)
+        extra = [f"`{one}`" for one in here if one not in published]
+        lines.append(f"| `{name}` | {len(published)} | {len(set(published) & set(here))} | {', '.join(extra)} |")
+    return "\n".join(lines) + "\n\n" + (PAGE.parent / "differences.md").read_text(encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where the page would change")
+    options = parser.parse_args()
+    text = page()
+    if options.check:
+        return int(PAGE.read_text(encoding="utf-8") != text)
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
