@@ -256,6 +256,12 @@ class DiffusionPipeline(DeviceMixin):
             if hasattr(network, "set_attention"):
                 network.set_attention(name, slice_size)
 
+    def set_attention_slice(self, slice_size: int | Literal["auto", "max"] | None) -> None:
+        """Compute attention for some heads at a time, in the networks that can; see `enable_attention_slicing`."""
+        for network in self.networks.values():
+            if hasattr(network, "set_attention_slice"):
+                network.set_attention_slice(slice_size)
+
     def enable_attention_slicing(self, slice_size: int | Literal["auto", "max"] | None = "auto") -> None:
         """Compute the UNet's attention in several steps to save memory.
 

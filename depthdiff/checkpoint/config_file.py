@@ -44,6 +44,8 @@ class ConfigMixin:
     ignore_for_config: ClassVar[Sequence[str]] = ()
     _internal_dict: FrozenDict
 
+    has_compatibles: ClassVar[bool] = False
+
     @property
     def config(self) -> FrozenDict:
         """The constructor's arguments, as a dict whose items are attributes."""

@@ -9,7 +9,7 @@ from torch.nn.modules import module
 
 from depthdiff.models.attention import Attention
 from depthdiff.models.clip import CLIPMLP
-from depthdiff.models.embeddings import QuickGELU, TimestepEmbedding, Timesteps
+from depthdiff.models.embeddings import QuickGELUActivation, TimestepEmbedding, Timesteps
 from depthdiff.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from depthdiff.models.transformer import GEGLU, BasicTransformerBlock, FeedForward, Transformer2DModel
 from depthdiff.models.unet import UNet2DConditionModel
@@ -19,7 +19,15 @@ from depthdiff.models.vae import Decoder, Encoder
 LAYERS: tuple[type[nn.Module], ...] = (
     *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.GELU, nn.ReLU, nn.Mish, nn.Dropout),
     *(Attention, BasicTransformerBlock, CLIPMLP, CrossAttnDownBlock2D, Decoder, Downsample2D, Encoder, FeedForward),
-    *(GEGLU, QuickGELU, ResnetBlock2D, TimestepEmbedding, Timesteps, Transformer2DModel, UNet2DConditionModel),
+    *(
+        GEGLU,
+        QuickGELUActivation,
+        ResnetBlock2D,
+        TimestepEmbedding,
+        Timesteps,
+        Transformer2DModel,
+        UNet2DConditionModel,
+    ),
     Upsample2D,
 )
 FORWARDS = {kind: kind.forward for kind in LAYERS}

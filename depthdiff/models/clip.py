@@ -151,13 +151,17 @@ class CLIPAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2)), weights
 
 
+class GELUActivation(nn.GELU):
+    """GELU, under the name that transformers gives it."""
+
+
 class CLIPMLP(nn.Module):
     """Two linear layers around an activation."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_fn = get_activation(config.hidden_act)
+        self.activation_fn = GELUActivation() if config.hidden_act == "gelu" else get_activation(config.hidden_act)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from depthdiff.checks import brief, refuse_values
 
 
-class QuickGELU(nn.Module):
+class QuickGELUActivation(nn.Module):
     """x sigmoid(1.702 x), OpenAI's approximation of GELU. Source: openai/CLIP, clip/model.py."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
     "gelu": nn.GELU,
-    "quick_gelu": QuickGELU,
+    "quick_gelu": QuickGELUActivation,
     "relu": nn.ReLU,
     "mish": nn.Mish,
 }

@@ -21,6 +21,7 @@ from depthdiff.models.embeddings import ACTIVATIONS
 from depthdiff.models.gaussian import DiagonalGaussianDistribution
 from depthdiff.models.levels import Level, make_downsamplers, make_upsamplers, resnet_options, widths_down
 from depthdiff.models.mid_blocks import UNetMidBlock2D
+from depthdiff.models.peft import PeftAdapterMixin
 from depthdiff.models.tiling import fade, run_in_tiles
 
 EPS = 1e-6
@@ -211,7 +212,7 @@ class Decoder(nn.Module):
         return self.conv_out(sample)
 
 
-class AutoencoderKL(ModelMixin, AttentionMixin):
+class AutoencoderKL(ModelMixin, AttentionMixin, PeftAdapterMixin):
     """The variational autoencoder of latent diffusion.
 
     Args:
