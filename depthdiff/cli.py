@@ -401,7 +401,7 @@ def lora_weight(text: str) -> float:
 
 
 def fit_photo(photo: Image.Image, size: int | None, pipe: StableDiffusionDepth2ImgPipeline) -> Image.Image:
-    """Bring the photo's shorter side to `size`; if absent and far too large for the bundled model, to what that knows.
+    """Resize the photo's shorter side to `size`; if absent and far too large for the bundled model, to what that knows.
 
     Other models are left alone: the published one's config says 256 pixels, and was trained on 512.
     """

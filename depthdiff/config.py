@@ -149,7 +149,7 @@ class Config(FrozenDict):
 
 
 IDENTITY = {"_class_name", "_diffusers_version", "_name_or_path", "architectures", "model_type", "transformers_version"}
-"""Keys of a config file that say whose it is, and are written anew."""
+"""Keys of a config file that say whose it is, and are rewritten."""
 
 
 def _rebuild(cls: type[Config], values: dict[str, Any]) -> Config:

@@ -44,7 +44,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Turn an image as its EXIF tag says, and bring it to RGB of 8 bits."""
+    """Turn an image as its EXIF tag says, and convert it to RGB of 8 bits."""
     image = _upright(image, name)
     if image.mode in DEEP:
         values = np.asarray(image, dtype=np.float64)

@@ -139,7 +139,7 @@ class DeviceMixin:
             self._offload_device, self._offload_whole = None, False
 
     def maybe_free_model_hooks(self) -> None:
-        """Bring a network that is still on the offloading device back to the CPU."""
+        """Move a network that is still on the offloading device back to the CPU."""
         if self._offload_whole:
             for network in self.networks.values():
                 network.to("cpu")

@@ -32,7 +32,7 @@ SLACK = 1e-3  # how far float images may leave their range, as resampling makes 
 
 
 def read_images(image: ImageInput, name: str = "image") -> list[Image.Image] | Tensor:
-    """Bring any accepted image to one of two forms; nothing is resized.
+    """Convert any accepted image to one of two forms; nothing is resized.
 
     PIL images of every mode become RGB, turned as their EXIF tag says; transparency is dropped, not blended; 16-bit
     values are scaled to 8 bits (modes I and F: from 0..1 for floats, 0..255 or 0..65535, whichever holds the maximum).
@@ -150,7 +150,7 @@ class VaeImageProcessor:
 
 
 def read_depth(depth_map: Any, name: str = "depth_map") -> Tensor:
-    """Bring any accepted depth map to one form; large is near, the unit is free.
+    """Convert any accepted depth map to one form; large is near, the unit is free.
 
     PIL images of 8 or 16 bits or floats keep their numbers; of colour images the luminance is taken, which is the value
     itself where they are grey. Arrays and tensors: (H, W), (N, H, W), (H, W, 1), (N, 1, H, W), (N, H, W, 1), or a list
@@ -284,7 +284,7 @@ def _check_one_device(items: list[Any], name: str) -> None:
 
 
 def _to_tensor(item: Array | Tensor, name: str) -> Tensor:
-    """Bring one array or tensor to float32, its numbers unchanged."""
+    """Convert one array or tensor to float32, its numbers unchanged."""
     known = item.dtype.kind in "buif" if isinstance(item, np.ndarray) else str(item.dtype)[6:].startswith(REAL)
     if not known:
         raise TypeError(f"{name} must hold real numbers, got dtype {item.dtype}")
@@ -292,7 +292,7 @@ def _to_tensor(item: Array | Tensor, name: str) -> Tensor:
 
 
 def _to_nchw(item: Array | Tensor, name: str) -> Tensor:
-    """Bring one array or tensor to (n, 3, H, W), float32, its numbers unchanged."""
+    """Convert one array or tensor to (n, 3, H, W), float32, its numbers unchanged."""
     pixels = _to_tensor(item, name)
     if pixels.ndim in (2, 3):
         pixels = pixels[(None,) * (4 - pixels.ndim)]
@@ -306,7 +306,7 @@ def _to_nchw(item: Array | Tensor, name: str) -> Tensor:
 
 
 def _to_nhw(item: Array | Tensor, name: str) -> Tensor:
-    """Bring one array or tensor to (n, H, W), float32, its numbers unchanged."""
+    """Convert one array or tensor to (n, H, W), float32, its numbers unchanged."""
     depth, shape = _to_tensor(item, name), tuple(item.shape)
     if depth.ndim == 4 and 1 in (shape[1], shape[3]):
         depth = depth.squeeze(1 if shape[1] == 1 else 3)

@@ -149,7 +149,7 @@ class DPTImageProcessor:
             pretrained_model_name_or_path: a folder that holds `preprocessor_config.json`, or a Hub id.
             subfolder: of the folder or repository, such as "feature_extractor".
             revision: branch, tag or commit on the Hub.
-            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
+            cache_dir: where downloads are stored; huggingface_hub's own cache if absent.
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.

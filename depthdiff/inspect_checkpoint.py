@@ -112,7 +112,7 @@ def _describe(part: Component) -> list[str]:
 
 
 def inspect(path: str | os.PathLike[str]) -> Report:
-    """Find out what a file or folder is and whether it will load, without reading tensors.
+    """Infer what a file or folder is and whether it will load, without reading tensors.
 
     A pickle's program is run by torch's interpreter, which knows nothing but tensors; those in files of torch before
     version 1.6 cannot be mapped and are read.

@@ -145,7 +145,7 @@ class DiffusionPipeline(DeviceMixin):
             dtype: another name of `torch_dtype`.
             variant: of the weight files, such as "fp16".
             revision: branch, tag or commit on the Hub.
-            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
+            cache_dir: where downloads are stored; huggingface_hub's own cache if absent.
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.

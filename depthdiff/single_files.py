@@ -70,7 +70,7 @@ class FromSingleFileMixin(DiffusionPipeline):
             dtype: another name of `torch_dtype`.
             prediction_type: what the UNet predicts, which no weight tells; "epsilon" if absent.
             revision: branch, tag or commit on the Hub, of the file.
-            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
+            cache_dir: where downloads are stored; huggingface_hub's own cache if absent.
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
@@ -118,7 +118,7 @@ class FromSingleFileMixin(DiffusionPipeline):
             pretrained_model_link_or_path: as in `from_single_file`; a whole checkpoint or one network, with or without
                 the prefix that it has in a whole one.
             revision: branch, tag or commit on the Hub.
-            cache_dir: where downloads lie; huggingface_hub's own cache if absent.
+            cache_dir: where downloads are stored; huggingface_hub's own cache if absent.
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.

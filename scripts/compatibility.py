@@ -78,15 +78,15 @@ def network_row(name: str, ours: Any, theirs: Any) -> str:
     mine = {without_level(key): value for key, value in ours.state_dict().items()}
     published = theirs.state_dict()
     equal = sum(key in mine and torch.equal(mine[key], value) for key, value in published.items())
-    modules = {without_level(key): type(module).__name__ for key, module in ours.named_modules() if key != "text_model"}
+    tree = [(key, module) for key, module in ours.named_modules() if key != "text_model"]
+    modules = {without_level(key): type(module).__name__ for key, module in tree}
     others = {key: type(module).__name__ for key, module in theirs.named_modules()}
     same = sum(modules.get(key) == kind for key, kind in others.items())
     forward = arguments(ours.forward), arguments(theirs.forward)
     kept = [argument for argument in forward[1] if argument in forward[0]]
-    return (
-        f"| `{name}` | {same} of {len(others)} | {len(mine.keys() & published.keys())} of {len(published)} | {equal} of "
-        f"{len(published)} | {len(kept)} of {len(forward[1])} |"
-    )
+    counts = [(same, others), (len(mine.keys() & published.keys()), published), (equal, published)]
+    counts.append((len(kept), forward[1]))
+    return f"| `{name}` | " + " | ".join(f"{found} of {len(every)}" for found, every in counts) + " |"
 
 
 def arguments(function: Any) -> list[str]:
@@ -115,18 +115,19 @@ def page() -> str:
         "# Compatibility",
         "",
         f"Written by `scripts/compatibility.py` from diffusers {diffusers.__version__} and transformers "
-        f"{transformers.__version__}; `tests/parity` compares what these names do.",
+        f"{transformers.__version__};",
+        "`tests/parity` compares what these names do.",
         "",
         "## Networks",
         "",
-        "Counted at a small geometry with the published structure; first weights are those of `torch.manual_seed(0)`.",
+        "Equal ones, at a small geometry of the published structure; first weights after `torch.manual_seed(0)`.",
         "",
-        "| network | modules of equal path and class | weights of equal key | equal first weights | `forward` arguments |",
+        "| network | modules, path and class | weights, key | first weights | `forward` arguments |",
         "|---|---|---|---|---|",
         *(network_row(name, *pair) for name, pair in pairs.items()),
         "",
-        "The text encoder has the `text_model` level of transformers 4, under which adapters and research code look for its",
-        "layers; both spellings of keys load. `embeddings`, `encoder` and `final_layer_norm` are properties beside it.",
+        "The text encoder has the `text_model` level of transformers 4, under which adapters and research code look for",
+        "its layers; both spellings of keys load. `embeddings`, `encoder` and `final_layer_norm` are properties beside it.",
         "The inside of the depth net has names of its own.",
         "",
         "## Public names",

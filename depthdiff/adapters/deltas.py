@@ -142,7 +142,7 @@ def kept_axis(magnitude: Tensor, weight: tuple[int, ...]) -> int:
 
 
 def fits(delta: Delta, weight: tuple[int, ...]) -> bool | None:
-    """Find out from the shapes alone whether a change can be added to a weight (O, I, *K).
+    """Infer from the shapes alone whether a change can be added to a weight (O, I, *K).
 
     Returns:
         True where it covers the weight, None where it leaves out the last channel in, False where it does not fit.
@@ -213,7 +213,7 @@ def rank(method: str, parts: Parts) -> int | None:
 
 
 def complete(method: str, parts: Parts) -> bool:
-    """Tell whether the parts are all that a method needs, and no others."""
+    """Return whether the parts are all that a method needs, and no others."""
     _, needed, optional = METHODS[method]
     names = parts.keys()
     if not (needed <= names <= needed | optional):

@@ -63,14 +63,14 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             weight_name: of the file in the folder or repository.
             subfolder: of the folder or repository.
             revision: branch, tag or commit on the Hub.
-            cache_dir: where downloads lie.
+            cache_dir: where downloads are stored.
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
             use_safetensors: refuse pickles if True.
             proxies: must be None: they are read from HTTPS_PROXY.
-            resume_download: of no effect: downloads always go on where they stopped.
-            low_cpu_mem_usage: of no effect.
+            resume_download: ignored: downloads always go on where they stopped.
+            low_cpu_mem_usage: ignored.
 
         Raises:
             CheckpointError: the file is missing or damaged, or made for another model; nothing has changed then.
@@ -204,7 +204,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         Args:
             components: "unet", "text_encoder" or both.
             lora_scale: times the weight of each adapter; one that is fused already keeps what it was fused with.
-            safe_fusing: of no effect: a result that is not finite is always refused.
+            safe_fusing: ignored: a result that is not finite is always refused.
             adapter_names: those to fuse; the active ones if absent.
 
         Raises:

@@ -59,7 +59,7 @@ class Lora:
 def read_lora(
     name: str, state: Mapping[str, Any], settings: Mapping[str, Any], networks: Mapping[str, nn.Module], source: str
 ) -> Lora:
-    """Find out what an adapter changes.
+    """Infer what an adapter changes.
 
     Args:
         name: of the adapter.
@@ -148,7 +148,7 @@ def has_numbers(tensor: Tensor) -> bool:
 
 
 def read_number(alpha: Any) -> Any:
-    """Bring an alpha that is a whole number, or no tensor, to a tensor of float; leave what is no number."""
+    """Convert an alpha that is a whole number, or no tensor, to a tensor of float; leave what is no number."""
     if isinstance(alpha, int) and abs(alpha) > 2**63:
         return torch.tensor(math.inf)  # refused where its name is known
     if isinstance(alpha, (int, float)) or (isinstance(alpha, Tensor) and alpha.dtype in WHOLE):

@@ -41,7 +41,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def is_kohya(key: str) -> bool:
-    """Tell whether a key is in kohya's form, with dots turned to underscores."""
+    """Return whether a key is in kohya's form, with dots turned to underscores."""
     return key.startswith(tuple(prefix for prefixes in KOHYA.values() for prefix in prefixes))
 
 

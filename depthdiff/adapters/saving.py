@@ -22,7 +22,7 @@ KOHYA_PARTS = {"up": "lora_up.weight", "down": "lora_down.weight", "mid": "lora_
 
 
 def prefixed(layers: nn.Module | Mapping[str, Tensor] | None, component: str) -> dict[str, Tensor]:
-    """Bring LoRA layers of one network, under published names, to diffusers' present keys.
+    """Convert LoRA layers of one network, under published names, to diffusers' present keys.
 
     Args:
         layers: a module or tensors by name: `X.lora_A.weight`, or an older spelling of it.
@@ -106,5 +106,5 @@ def lora_state(lora: Lora, networks: Mapping[str, nn.Module]) -> dict[str, Tenso
 
 
 def is_plain(delta: Delta) -> bool:
-    """Tell whether diffusers has a place for this change: LoRA without core and magnitude."""
+    """Return whether diffusers has a place for this change: LoRA without core and magnitude."""
     return delta.method == "LoRA" and "mid" not in delta.parts and delta.magnitude is None

@@ -67,14 +67,14 @@ class TextualInversionLoaderMixin:
             weight_name: of the file in a folder or repository.
             subfolder: of the folder or repository.
             revision: branch, tag or commit on the Hub.
-            cache_dir: where downloads lie.
+            cache_dir: where downloads are stored.
             hf_token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
             use_safetensors: refuse pickles if True.
             proxies: must be None: they are read from HTTPS_PROXY.
-            resume_download: of no effect: downloads always go on where they stopped.
-            mirror: of no effect, as in diffusers.
+            resume_download: ignored: downloads always go on where they stopped.
+            mirror: ignored, as in diffusers.
 
         Raises:
             CheckpointError: a file is missing or damaged, or made for another text encoder; nothing has changed then.
@@ -196,7 +196,7 @@ def read_words(content: Any, token: str | None, name: str, stem: str | None) -> 
 
 
 def check_vectors(word: str, vectors: Tensor, encoder: CLIPTextModel, name: str) -> Tensor:
-    """Bring the vectors of a word to (n, C), or refuse them.
+    """Reshape the vectors of a word to (n, C), or refuse them.
 
     Raises:
         CheckpointError: of a wrong shape, or not finite.

@@ -45,7 +45,7 @@ STATUS = {
 
 
 def download(repo_id: str, **options: Any) -> Path:
-    """Bring files of a repository into the cache; `options` are those of huggingface_hub's `snapshot_download`.
+    """Download files of a repository into the cache; `options` are those of huggingface_hub's `snapshot_download`.
 
     With `force_download` a damaged entry of the cache is made again.
 

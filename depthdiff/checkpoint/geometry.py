@@ -56,7 +56,7 @@ class Shapes:
         return self.shapes[key][axis]
 
     def has(self, stem: str) -> bool:
-        """Tell whether there is a tensor of that name, or one whose name begins with it and a dot."""
+        """Return whether there is a tensor of that name, or one whose name begins with it and a dot."""
         return stem in self.stems or stem in self.shapes
 
     def count(self, template: str) -> int:

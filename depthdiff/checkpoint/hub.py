@@ -31,7 +31,7 @@ def bundled() -> Path:
     for place in places:
         if place.is_dir():
             return place
-    raise CheckpointError(f"this installation lacks the bundled model, expected at {places[0]}; install depthdiff anew")
+    raise CheckpointError(f"this installation lacks the bundled model, expected at {places[0]}; reinstall depthdiff")
 
 
 def fetch(
@@ -54,7 +54,7 @@ def fetch(
         subfolder: of the folder or repository in which they are.
         optional: files, or patterns with `*`, that may be there.
         revision: branch, tag or commit on the Hub.
-        cache_dir: where downloads lie; huggingface_hub's own cache if absent.
+        cache_dir: where downloads are stored; huggingface_hub's own cache if absent.
         token: for gated repositories.
         local_files_only: never ask the network.
         force_download: ignore the cache.

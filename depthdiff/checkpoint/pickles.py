@@ -99,7 +99,7 @@ def _load(path: Path, mapped: bool) -> tuple[Any, bool]:
 
 
 def is_weight(value: object) -> bool:
-    """Tell whether a value of a pickle is an ordinary tensor on the CPU."""
+    """Return whether a value of a pickle is an ordinary tensor on the CPU."""
     return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 

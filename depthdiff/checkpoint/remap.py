@@ -123,7 +123,7 @@ class Table:
         return _only(self._back.matches(key), key)  # type: ignore[attr-defined]
 
     def is_reshaped(self, key: str) -> bool:
-        """Tell whether the weights behind one of our keys may also come as a 1x1 convolution."""
+        """Return whether the weights behind one of our keys may also come as a 1x1 convolution."""
         return bool(self._reshaped.matches(key))  # type: ignore[attr-defined]
 
     def parts(self, key: str) -> int:

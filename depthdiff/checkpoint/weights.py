@@ -56,7 +56,7 @@ def weight_files(stem: str, variant: str | None, suffix: str = SAFETENSORS) -> t
 
 
 def has_weights(folder: Path, stem: str, variant: str | None, suffix: str) -> bool:
-    """Tell whether a folder holds weights in one form, in one file or split."""
+    """Return whether a folder holds weights in one form, in one file or split."""
     return any((folder / name).is_file() for name in weight_files(stem, variant, suffix)[:2])
 
 

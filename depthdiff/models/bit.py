@@ -136,7 +136,7 @@ class Shortcut(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Narrow, look around, widen; around a short cut. The middle convolution carries the stride."""
+    """Narrow, look around, widen; around a residual connection. The middle convolution carries the stride."""
 
     def __init__(
         self, config: BitConfig, in_channels: int, out_channels: int, *, stride: int, dilation: int, first: bool

@@ -2,7 +2,7 @@
 
 A `Plan` knows all of one run before it starts and remembers nothing: its `step` is a pure function of its arguments
 (and of the generator, where noise is drawn). A scheduler makes plans. For loops written for diffusers it also keeps one
-run in its attributes; every step reads them anew, so that what is assigned to them counts.
+run in its attributes; every step rereads them, so that what is assigned to them counts.
 
 Letters are as in `depthdiff.schedulers.schedule`.
 """
@@ -217,7 +217,7 @@ class SchedulerMixin(ConfigMixin, ABC):
         Args:
             num_inference_steps: N, of a whole run, 1..T.
             strength: in [0, 1], the share of the steps, the last ones, that is run.
-            timesteps: of the caller's own, in place of N: falling numbers in [0, T-1], each once.
+            timesteps: of the caller's own, instead of N: falling numbers in [0, T-1], each once.
             eta: in [0, 1], noise added on the way; only DDIM reads it.
             device: of the plan's timesteps.
 
@@ -319,7 +319,7 @@ class SchedulerMixin(ConfigMixin, ABC):
         Args:
             num_inference_steps: N, 1..T.
             device: of the timesteps; None is the CPU.
-            timesteps: of the caller's own, in place of N: falling numbers in [0, T-1], each once.
+            timesteps: of the caller's own, instead of N: falling numbers in [0, T-1], each once.
 
         Raises:
             TypeError: an argument of a wrong type.

@@ -241,7 +241,7 @@ class DDIMScheduler(SchedulerMixin):
             eta: in [0, 1], share of the noise that is added.
             use_clipped_model_output: compute the noise from the clipped clean latents.
             generator: for the noise that is added.
-            variance_noise: (B, C, h, w), that noise itself, in place of a generator.
+            variance_noise: (B, C, h, w), that noise itself, instead of a generator.
             return_dict: return a record, else the tuple of its fields.
 
         Raises:
