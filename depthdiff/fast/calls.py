@@ -135,7 +135,7 @@ def take_off(module: nn.Module, kind: type[ModuleCall]) -> None:
 
 def _link(module: nn.Module, calls: list[Any]) -> None:
     """Chain calls; nothing of the chain is left in the module where there are none."""
-    for call, inner in zip(calls, [*calls[1:], None], strict=True):
+    for call, inner in zip(calls, [*calls[1:], None], strict=False):
         if isinstance(call, ModuleCall):
             call.inner = inner
     if calls:

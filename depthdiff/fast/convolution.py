@@ -40,7 +40,7 @@ def fast_conv3x3(conv: nn.Conv2d, input: Tensor) -> Tensor:
     """Convolve a map (B, C, H, W) with 3x3 filters; NotImplemented where torch's way is faster, or is asked for."""
     x = input
     weights = (conv.weight,) if conv.bias is None else (conv.weight, conv.bias)
-    if not only_computes(x, *weights) or not is_usual(conv, (3, 3)) or not fits(x, conv):
+    if conv.kernel_size != (3, 3) or not only_computes(x, *weights) or not is_usual(conv, (3, 3)) or not fits(x, conv):
         return NotImplemented
     stride, padding = conv.stride[0], int(conv.padding[0])
     if (stride, padding) == (1, 1) and winograd.is_faster(x, conv.weight):

@@ -72,15 +72,13 @@ class CUDAGraphRunner(ModuleCall):
         **kwargs: Any,
     ) -> Any:
         """Do what the UNet does."""
-        more = (*args, *kwargs.values())
         if torch.compiler.is_compiling():
             return self.module._call_impl(
                 sample, timestep, encoder_hidden_states, *args, return_dict=return_dict, **kwargs
             )
-        reason = (
-            "arguments are given that no graph takes" if return_dict or any(one is not None for one in more) else None
-        )
-        reason = reason or self._reason_against(sample, encoder_hidden_states)
+        reason = self._reason_against(sample, encoder_hidden_states)
+        if return_dict or any(value is not None for value in (*args, *kwargs.values())):
+            reason = "arguments are given that no graph takes"
         with self._lock:  # graphs are captured, replayed and dropped by one thread at a time
             if reason is None:
                 inputs = [sample, torch.as_tensor(timestep, device=sample.device), encoder_hidden_states]

@@ -109,9 +109,7 @@ def _modules(target: Any) -> Iterator[nn.Module]:
     listed: set[nn.Module] = set()
     for network in networks_of(target):
         roots = [network] if network is target else []
-        roots += [
-            part for part in network.modules() if any(kind.__module__.startswith(OURS) for kind in type(part).__mro__)
-        ]
+        roots += [part for part in network.modules() if any(k.__module__.startswith(OURS) for k in type(part).__mro__)]
         for root in roots:
             if root not in listed:
                 parts = [part for part in root.modules() if part not in listed]
