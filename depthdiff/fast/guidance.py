@@ -100,7 +100,7 @@ def twice(x: Tensor) -> Tensor:
 def _is_shared(unet: UNet2DConditionModel) -> bool:
     """Return whether nothing looks at the rows of what is computed once, or replaces it, or draws numbers for each."""
     block: Any = unet.down_blocks[0]
-    if not is_plain(block, CrossAttnDownBlock2D) or "get_time_embed" in vars(unet):
+    if unet.training or not is_plain(block, CrossAttnDownBlock2D) or "get_time_embed" in vars(unet):
         return False
     if type(unet).get_time_embed is not GET_TIME_EMBED or len(block.resnets) != len(block.attentions):
         return False

@@ -91,7 +91,7 @@ def test_masks_autocast_and_other_arguments_are_left_to_torch(used, monkeypatch)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(a) or kernel(*a, **k))
     layer(x, context)
     assert len(seen) == 1 and seen[0][1].shape[2] == 77, (
-        "a function put in the place of torch's gets what torch's would"
+        "a replaced function gets what torch's would"
     )
     assert used() == [0, 0]
 

@@ -130,7 +130,7 @@ def test_only_plain_computing(dtype, spy):
         layer, x = make(dtype=dtype), torch.randn(3, 7, 48).to(dtype)
         with torch.autocast("cpu", bf16):
             assert layer(x).dtype == bf16
-        torch.testing.assert_close(torch.vmap(layer)(x[None])[0], plain(layer, x))
+        assert distance(torch.vmap(layer)(x[None])[0], plain(layer, x)) <= 1e-2
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert layer(mode.from_tensor(x)).shape == x.shape
         assert not any(ways)
