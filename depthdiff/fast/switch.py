@@ -78,7 +78,7 @@ def report(target: Any) -> dict[str, str]:
         target: as that of `enable`.
 
     Returns:
-        Class -> a line such as "32 on" or "31 on, 1 not: hooks, or another forward".
+        Class -> a line such as "32 on" or "31 on; 1 not: hooks or another forward".
 
     Raises:
         TypeError: something else.
@@ -87,7 +87,7 @@ def report(target: Any) -> dict[str, str]:
     for module in _modules(target):
         if isinstance(module, tuple(COMPUTATIONS)):
             counts.setdefault(type(module).__name__, Counter())[_state(module)] += 1
-    return {kind: ", ".join(f"{count} {state}" for state, count in found.items()) for kind, found in counts.items()}
+    return {kind: "; ".join(f"{count} {state}" for state, count in found.items()) for kind, found in counts.items()}
 
 
 def networks_of(target: Any) -> list[nn.Module]:
@@ -134,4 +134,4 @@ def _state(module: nn.Module) -> str:
         return "not: a subclass"
     if find(module, FastCall) is None:
         return "off" if _is_ours(chain(module)) else "not: compiled"
-    return "on" if is_bare(module) else "not: hooks, or another forward"
+    return "on" if is_bare(module) else "not: hooks or another forward"

@@ -90,9 +90,7 @@ def test_masks_autocast_and_other_arguments_are_left_to_torch(used, monkeypatch)
     kernel, seen = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(a) or kernel(*a, **k))
     layer(x, context)
-    assert len(seen) == 1 and seen[0][1].shape[2] == 77, (
-        "a replaced function gets what torch's would"
-    )
+    assert len(seen) == 1 and seen[0][1].shape[2] == 77, "a replaced function gets what torch's would"
     assert used() == [0, 0]
 
 
