@@ -144,7 +144,8 @@ def doubling_is_faster(x: Tensor, conv: nn.Module, size: Sequence[int] | None) -
         return False
     if not is_usual(conv, (3, 3)) or not conv.stride == conv.padding == (1, 1) or not fits(x, conv):
         return False
-    if not uses_onednn() or not products_are_exact() or x.dtype not in (torch.float32, torch.bfloat16):
+    ways = {torch.float32: uses_onednn, torch.bfloat16: fuses_bfloat16}  # without oneDNN's kernels it is slower
+    if x.dtype not in ways or not ways[x.dtype]() or not products_are_exact():
         return False
     if x.shape[2:].numel() < FEWEST_DOUBLED:
         return False

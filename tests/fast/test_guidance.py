@@ -43,7 +43,7 @@ def compare(unet, inputs, **options):
 
 @pytest.mark.parametrize(("rows", "dtype", "bound"), [(2, f32, 2e-6), (6, f32, 2e-6), (4, bf16, 2e-2)])
 def test_both_halves_at_once_equal_each(rows, dtype, bound, unet, shared):
-    """Observed: 4e-7 and 1e-2, of bfloat16's own error."""
+    """Observed: 1e-6 and 1.2e-2, of bfloat16's own error."""
     mine, plain = compare(unet.to(dtype), inputs_of(unet, rows, dtype=dtype))
     assert distance(mine, plain) <= bound
     assert [len(call[1]) for call in shared] == [rows // 2]
