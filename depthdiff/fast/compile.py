@@ -53,7 +53,7 @@ class CompiledCall(ModuleCall):
         if not self._warned:
             self._warned = True
             logger.warning(
-                "%s runs uncompiled: it has another forward, or hooks such as those of offloading or layerwise casting",
+                "%s runs uncompiled: it has hooks, or another forward; offloading and layerwise casting set hooks",
                 type(self.module).__name__,
             )
         return self.pass_on(*args, **kwargs)

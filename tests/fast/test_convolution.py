@@ -152,7 +152,7 @@ def test_a_layer_takes_the_way_of_its_size(channels, size, stride, dtype, bound,
     [(None, f32, 1e-6), ((48, 64), bf16, 4e-3), ((47, 64), f32, 1e-6), ((24, 32), f32, 1e-6)],
 )
 def test_a_map_is_doubled_and_convolved_at_once(size, dtype, bound, used, monkeypatch):
-    """Not where it is brought to another size. Observed: 3e-7, and 2.4e-3 where oneDNN has bfloat16; else 7e-7, 1.7e-3."""
+    """Not where it is brought to another size. Observed: 3e-7, 2.4e-3 where oneDNN has bfloat16; else 7e-7, 1.7e-3."""
     monkeypatch.setattr(convolution, "FEWEST_DOUBLED", 24 * 32)
     layer = enabled(Upsample2D(160, use_conv=True, out_channels=96).to(dtype))
     x = torch.randn(2, 160, 24, 32).to(dtype).contiguous(memory_format=torch.channels_last)
