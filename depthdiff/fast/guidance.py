@@ -45,7 +45,7 @@ def fast_unet(
     half = sample[: len(sample) // 2]
     if not _is_shared(unet) or not only_computes(*unet.parameters()) or not torch.equal(half, sample[len(half) :]):
         return NotImplemented
-    told = {
+    conditions = {
         "encoder_hidden_states": encoder_hidden_states,
         "attention_mask": None,
         "cross_attention_kwargs": None,
@@ -63,14 +63,14 @@ def fast_unet(
         x = downsampler(x)
         skips = (*skips, x)
     for block in list(unet.down_blocks)[1:]:
-        x, more = go_down(block, x, temb, told, None)
+        x, more = go_down(block, x, temb, conditions, None)
         skips = (*skips, *more)
     if unet.mid_block is not None:
-        x = unet.mid_block(x, temb, **(told if getattr(unet.mid_block, "has_cross_attention", False) else {}))
+        x = unet.mid_block(x, temb, **(conditions if getattr(unet.mid_block, "has_cross_attention", False) else {}))
     for block in list(unet.up_blocks):
         count = len(block.resnets)
         skips, read = skips[:-count], skips[-count:]
-        x = go_up(block, x, read, temb, told, None)
+        x = go_up(block, x, read, temb, conditions, None)
     x = unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
     return UNet2DConditionOutput(x) if return_dict else (x,)
 
