@@ -113,7 +113,7 @@ class DiffusionPipeline(DeviceMixin):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
         """Make a pipeline of this class with the components of another one, but for those that are given."""
-        return cls(**{**pipeline.components, **components})
+        return cls(**{**pipeline.components, **components}, fast=pipeline._fast)
 
     # Loading and saving
 

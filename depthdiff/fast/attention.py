@@ -5,8 +5,6 @@ Letters: B batch, H heads, Lq and Lk numbers of queries and keys, D channels of 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,20 +19,29 @@ CHUNK = 2**21
 """Scores that `chunked_attention` holds at a time."""
 
 PLAIN = (AttnProcessor2_0.__call__, AttnProcessor2_0.attend, AttnProcessor2_0.kernel)
+SDPA = F.scaled_dot_product_attention
+"""How the default processor computes; a program may replace these later."""
 
 
-def fast_attention(layer: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def fast_attention(
+    layer: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    temb: Tensor | None = None,
+) -> Tensor:
     """Attend as the default processor does, with a faster kernel; NotImplemented where the plain way is to be taken."""
-    if not uses_default_processor(layer) or not only_computes(hidden_states):
+    if not only_computes(hidden_states) or not uses_default_processor(layer):
         return NotImplemented
-    return KERNEL(layer, hidden_states, *args, **kwargs)
+    return KERNEL(layer, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
 def uses_default_processor(layer: Attention) -> bool:
     """Return whether a layer's processor is the default one, as it was defined."""
     kind = type(layer.processor)
-    defined = (kind.__call__, getattr(kind, "attend", None), getattr(kind, "kernel", None))
-    return kind is AttnProcessor2_0 and defined == PLAIN and not vars(layer.processor)
+    if kind is not AttnProcessor2_0 or vars(layer.processor) or F.scaled_dot_product_attention is not SDPA:
+        return False
+    return (kind.__call__, kind.attend, kind.kernel) == PLAIN
 
 
 class PaddedAttnProcessor(AttnProcessor2_0):

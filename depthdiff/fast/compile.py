@@ -1,151 +1,131 @@
-"""Compiled networks and recorded steps: switches of the pipeline that change how fast it is, and not what it does."""
+"""torch.compile on the networks of a pipeline, from outside."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from depthdiff.capture import StepGraph
-from depthdiff.components import Components
-from depthdiff.models.base import Body, Model, hooked
+from depthdiff.checks import brief, check_flag
+from depthdiff.fast.calls import ModuleCall, chain, put_on, take_off
+from depthdiff.fast.switch import networks_of
 
 logger = logging.getLogger(__name__)
 
-COMPILED = ("unet", "vae", "text_encoder")
-"""The depth net is left out: it works once a picture, and compiling it costs more than it will ever save."""
+COMPILED = ("unet", "text_encoder")
+"""Networks to compile, beside the autoencoder's two halves. The depth net runs once a picture: compiling it costs more
+than it saves."""
+
+MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")
-"""Modes in which torch's compiler records CUDA graphs itself."""
+"""Modes in which torch's compiler captures CUDA graphs itself, and reuses the memory of results."""
 
 
-class Compiled(Body):
-    """Stands in the place of a network's method: torch.compile's form of it, or the plain one where layers have hooks.
+class CompiledCall(ModuleCall):
+    """The call of a network through torch.compile; where layers have hooks, it is passed on.
 
     Args:
-        network: whose method it is.
-        body: the method.
+        network: whose call it is.
         options: of torch.compile.
     """
 
-    def __init__(self, network: Model, body: Callable[..., Any], options: dict[str, Any]) -> None:
-        self.network, self.body = network, body
-        self.compiled: Callable[..., Any] = torch.compile(body, **options)
-        self._reuses_memory = options["mode"] in OWN_GRAPHS
-        self._hooked = False
+    rank = 1
+
+    def __init__(self, network: nn.Module, options: dict[str, Any]) -> None:
+        super().__init__(network)
+        self.mode = options["mode"]
+        self.forward = network.forward
+        self.compiled: Callable[..., Any] = torch.compile(network.forward, **options)
+        self._warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the method does."""
+        """Do what the network does."""
         if torch.compiler.is_compiling():
-            return self.body(*args, **kwargs)
-        before, self._hooked = self._hooked, hooked(self.network)
-        if not self._hooked:
+            return self.module._call_impl(*args, **kwargs)
+        if not has_hooks(self.module) and self.module.forward == self.forward:
+            self._warned = False
             result = self.compiled(*args, **kwargs)
-            return result.clone() if self._reuses_memory and isinstance(result, torch.Tensor) else result
-        if not before:
+            return cloned(result) if self.mode in OWN_GRAPHS else result
+        if not self._warned:
+            self._warned = True
             logger.warning(
-                "%s runs uncompiled: it has hooks, as sequential offloading or layerwise casting sets",
-                type(self.network).__name__,
+                "%s runs uncompiled: it has hooks, or another forward; offloading and layerwise casting set hooks",
+                type(self.module).__name__,
             )
-        return self.body(*args, **kwargs)
+        return self.pass_on(*args, **kwargs)
 
 
-class Acceleration(Components):
-    """Adds what makes a pipeline faster to the components.
+def compile(
+    pipe: Any,
+    mode: str | None = None,
+    fullgraph: bool = True,
+    dynamic: bool | None = None,
+    backend: str | Callable[..., Any] = "inductor",
+) -> None:
+    """Run the UNet, the text encoder and the autoencoder's halves through torch.compile, each from its next call on.
 
-    The networks themselves stay what they are, and so do their weights' names: only methods of these very objects are
-    replaced, and a network that is put in the place of another gets them when it first works.
+    Adapters may be loaded and unloaded, and `to` may move the networks. A second image size compiles once more, for any
+    size if `dynamic` is None. A network with hooks (of sequential offloading or layerwise casting) runs uncompiled, and
+    a warning says so; so does a call with `cross_attention_kwargs={"scale": ...}`, which works on a copy of the UNet.
+    Copies of a pipeline, and components that it is assigned later, are not compiled.
+
+    Args:
+        pipe: a pipeline, or a network.
+        mode: of torch.compile, such as "reduce-overhead" or "max-autotune".
+        fullgraph: raise an error instead of compiling in parts.
+        dynamic: True for any size from the start, False for each size anew.
+        backend: of torch.compile.
+
+    Raises:
+        TypeError: `pipe` is neither, or an argument has another type.
+        ValueError: an unknown mode.
     """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {brief(mode)}")
+    options = {"fullgraph": check_flag("fullgraph", fullgraph), "mode": mode, "backend": backend}
+    options["dynamic"] = None if dynamic is None else check_flag("dynamic", dynamic)
+    for network in _compiled_networks(pipe):
+        if all(isinstance(call, ModuleCall) for call in chain(network)):
+            put_on(network, CompiledCall(network, options))
+        else:
+            logger.warning("%s stays as module.compile() compiled it", type(network).__name__)
 
-    def __init__(self, **components: Any) -> None:
-        super().__init__(**components)
-        self._compile_options: dict[str, Any] | None = None
-        self._recordings = 0
 
-    def compile(
-        self,
-        mode: str | None = None,
-        fullgraph: bool = True,
-        dynamic: bool | None = None,
-        backend: str | Callable[..., Any] = "inductor",
-    ) -> None:
-        """Run UNet, autoencoder and text encoder through torch.compile; the work is done when each first runs.
+def uncompile(pipe: Any) -> None:
+    """Run the networks of a pipeline, or a network, uncompiled again."""
+    for network in _compiled_networks(pipe):
+        take_off(network, CompiledCall)
 
-        Adapters may come and go, and `to` may move the networks. A second size of picture compiles once more, for any
-        size if `dynamic` is None. Networks with hooks (of sequential offloading or layerwise
-        casting) run uncompiled, and so does a call with `cross_attention_kwargs={"scale": ...}`, which works on a
-        copy of the UNet; `set_adapters` with other weights does not.
 
-        Args:
-            mode: None, "reduce-overhead", "max-autotune" or "max-autotune-no-cudagraphs".
-            fullgraph: raise an error rather than compile in parts.
-            dynamic: True for any size from the start, False for each size anew.
-            backend: of torch.compile.
-        """
-        self._compile_options = {"mode": mode, "fullgraph": fullgraph, "dynamic": dynamic, "backend": backend}
-        self._accelerate_all()
+def _compiled_networks(pipe: Any) -> list[nn.Module]:
+    """List the networks of a pipeline, or the parts of a network, that are compiled each as a whole."""
+    networks = networks_of(pipe)
+    chosen = [network for network in networks if network is pipe or any(network is getattr(pipe, n) for n in COMPILED)]
+    vae = pipe if isinstance(pipe, nn.Module) else pipe.vae
+    halves = [getattr(vae, name, None) for name in ("encoder", "decoder")]
+    if all(isinstance(half, nn.Module) for half in halves):
+        chosen = [network for network in chosen if network is not vae] + [half for half in halves if half is not None]
+    return chosen
 
-    def uncompile(self) -> None:
-        """Run the networks as they are again."""
-        self._compile_options = None
-        self._accelerate_all()
 
-    def capture(self, size: int = 4) -> None:
-        """Record the UNet's work on a CUDA device as a graph, once for each batch, size and dtype, and replay it.
+def has_hooks(network: nn.Module) -> bool:
+    """Return whether any layer of a network has hooks, which may do more than compute."""
+    return any(
+        layer._forward_hooks or layer._forward_pre_hooks or "_hf_hook" in vars(layer) for layer in network.modules()
+    )
 
-        The same kernels run, so pictures stay the same. A weight that moves or is replaced, as adapters do, has it
-        recorded anew; on other devices, with offloading, hooks or gradients the UNet runs as without it, and the log
-        says why.
 
-        Args:
-            size: how many recordings are kept, the latest used ones; each holds the memory of one step.
-
-        Raises:
-            ValueError: `size` is below 1.
-        """
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"size must be a whole number from 1, got {size!r}")
-        self._recordings = size
-        self._accelerate_all()
-
-    def release_capture(self) -> None:
-        """Drop the recordings and their memory, and record no more."""
-        self._recordings = 0
-        self._accelerate_all()
-
-    def _at_work(self, name: str) -> Any:
-        network = super()._at_work(name)
-        asked = (name in COMPILED and self._compile_options is not None) or (name == "unet" and self._recordings > 0)
-        if asked and not all(isinstance(getattr(network, body), Body) for body in network.bodies):
-            self._accelerate(name)
-        return network
-
-    def _accelerate_all(self) -> None:
-        self.cache.clear()  # what compiled networks encode may differ in the last bits
-        for name in COMPILED:
-            if getattr(self, name) is not None:
-                self._accelerate(name)
-
-    def _accelerate(self, name: str) -> None:
-        """Put a network's methods into the form that the switches ask for."""
-        network: Model = getattr(self, name)
-        for name_of_body in network.bodies:
-            work = getattr(network, name_of_body)
-            while isinstance(work, Body):
-                work = work.body
-            vars(network).pop(name_of_body, None)
-            if self._compile_options is not None:
-                work = Compiled(network, work, self._compile_options)
-            if name == "unet" and self._recordings:
-                work = StepGraph(network, work, self._no_capture, self._recordings)
-            if work != getattr(network, name_of_body):
-                vars(network)[name_of_body] = work
-
-    def _no_capture(self) -> str | None:
-        """Say why the pipeline's state does not allow recordings, or None."""
-        if self._offload_device is not None:
-            return "offloading moves its weights"
-        if self._compile_options is not None and self._compile_options["mode"] in OWN_GRAPHS:
-            return f"torch.compile records it itself in mode {self._compile_options['mode']!r}"
-        return None
+def cloned(result: Any) -> Any:
+    """Copy the tensors of a network's result: a tensor, a tuple, or a record."""
+    if isinstance(result, Tensor):
+        return result.clone()
+    if isinstance(result, (tuple, list)):
+        return type(result)(map(cloned, result))
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        fields = {field.name: cloned(getattr(result, field.name)) for field in dataclasses.fields(result)}
+        return type(result)(**fields)
+    return result

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.fast import winograd
-from depthdiff.fast.eligible import fuses_bfloat16, has_tiles, is_plain, only_computes, products_are_exact, uses_onednn
+from depthdiff.fast.calls import is_bare
+from depthdiff.fast.eligible import fuses_bfloat16, has_tiles, only_computes, products_are_exact, uses_onednn
 from depthdiff.models.resnet import Upsample2D
 
 MOST_PIXELS, FEWEST_WEIGHTS = 256, 2**20
@@ -35,9 +36,11 @@ FEWEST_DOUBLED = 64 * 64
 """Pixels of a map from which on `doubled_conv3x3` is faster: its filters are summed anew at every call."""
 
 
-def fast_conv3x3(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def fast_conv3x3(conv: nn.Conv2d, input: Tensor) -> Tensor:
     """Convolve a map (B, C, H, W) with 3x3 filters; NotImplemented where torch's way is faster, or is asked for."""
-    if conv.kernel_size != (3, 3) or not is_usual(conv):
+    x = input
+    weights = (conv.weight,) if conv.bias is None else (conv.weight, conv.bias)
+    if conv.kernel_size != (3, 3) or not only_computes(x, *weights) or not is_usual(conv, (3, 3)) or not fits(x, conv):
         return NotImplemented
     stride, padding = conv.stride[0], int(conv.padding[0])
     if (stride, padding) == (1, 1) and winograd.is_faster(x, conv.weight):
@@ -47,23 +50,29 @@ def fast_conv3x3(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return NotImplemented
 
 
-def fast_upsample(layer: Upsample2D, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+def fast_upsample(layer: Upsample2D, hidden_states: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
     """Double a map and convolve it, in one convolution; NotImplemented where the plain way is to be taken."""
-    if not isinstance(layer.conv, nn.Conv2d) or not layer.interpolate:
+    if not layer.interpolate or layer.conv is None or not doubling_is_faster(hidden_states, layer.conv, output_size):
         return NotImplemented
-    if doubling_is_faster(x, layer.conv, output_size):
-        return doubled_conv3x3(x, layer.conv.weight, layer.conv.bias)
-    return NotImplemented
+    return doubled_conv3x3(hidden_states, layer.conv.weight, layer.conv.bias)
 
 
-def is_usual(conv: nn.Conv2d) -> bool:
-    """Return whether a convolution has zeros beyond its borders, filters in one piece, and its class's way to work.
+def is_usual(conv: nn.Conv2d, kernel_size: tuple[int, int]) -> bool:
+    """Return whether a convolution has filters of this size, zeros beyond its borders, and its class's way to work.
 
     Those who make tiles set another padding, or put another `_conv_forward` in its place.
     """
+    if conv.weight.shape != (conv.out_channels, conv.in_channels, *kernel_size) or conv.kernel_size != kernel_size:
+        return False
     usual = (conv.padding_mode, conv.dilation, conv.groups) == ("zeros", (1, 1), 1)
     square = len({*conv.stride}) == 1 and len({*conv.padding}) == 1 and not isinstance(conv.padding, str)
     return usual and square and "_conv_forward" not in vars(conv) and type(conv)._conv_forward is CONV_FORWARD
+
+
+def fits(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Return whether x is a batch of maps that a convolution reads without complaint."""
+    same = x.dtype == conv.weight.dtype and (conv.bias is None or x.dtype == conv.bias.dtype)
+    return same and x.dim() == 4 and x.shape[1] == conv.in_channels and x.numel() > 0
 
 
 def packed_conv(conv: nn.Conv2d, padding: tuple[int, int], shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -122,7 +131,7 @@ def im2col_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
     return torch.cat([F.linear(some.flatten(3), matrix, bias) for some in covered.split(few)]).movedim(3, 1)
 
 
-def doubling_is_faster(x: Tensor, conv: nn.Conv2d, size: Sequence[int] | None) -> bool:
+def doubling_is_faster(x: Tensor, conv: nn.Module, size: Sequence[int] | None) -> bool:
     """Return whether to prefer `doubled_conv3x3`: for all but small maps on a processor, where nothing is trained.
 
     Args:
@@ -131,19 +140,14 @@ def doubling_is_faster(x: Tensor, conv: nn.Conv2d, size: Sequence[int] | None) -
             called as it is.
         size: height and width that are wanted; None for twice those of `x`.
     """
-    if not is_plain(conv, nn.Conv2d) or not only_computes(x, *conv.parameters()):
+    if type(conv) is not nn.Conv2d or not only_computes(x, *conv.parameters()) or not is_bare(conv):
         return False
-    if not (
-        is_usual(conv)
-        and conv.kernel_size == (3, 3)
-        and conv.stride == conv.padding == (1, 1)
-        and uses_onednn()
-        and products_are_exact()
-    ):
+    if not is_usual(conv, (3, 3)) or not conv.stride == conv.padding == (1, 1) or not fits(x, conv):
         return False
-    if x.dtype != conv.weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
+    ways = {torch.float32: uses_onednn, torch.bfloat16: fuses_bfloat16}  # without oneDNN's kernels it is slower
+    if x.dtype not in ways or not ways[x.dtype]() or not products_are_exact():
         return False
-    if x.dim() != 4 or x.shape[2:].numel() < FEWEST_DOUBLED:
+    if x.shape[2:].numel() < FEWEST_DOUBLED:
         return False
     return size is None or list(size) == [2 * side for side in x.shape[2:]]
 

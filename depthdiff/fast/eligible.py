@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module
 
+from depthdiff.fast.calls import FORWARDS, is_bare
 from depthdiff.models.attention import Attention
-from depthdiff.models.clip import CLIPMLP
+from depthdiff.models.clip import CLIPMLP, GELUActivation
 from depthdiff.models.embeddings import QuickGELUActivation, TimestepEmbedding, Timesteps
 from depthdiff.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from depthdiff.models.transformer import GEGLU, BasicTransformerBlock, FeedForward, Transformer2DModel
@@ -21,6 +21,7 @@ LAYERS: tuple[type[nn.Module], ...] = (
     *(Attention, BasicTransformerBlock, CLIPMLP, CrossAttnDownBlock2D, Decoder, Downsample2D, Encoder, FeedForward),
     *(
         GEGLU,
+        GELUActivation,
         QuickGELUActivation,
         ResnetBlock2D,
         TimestepEmbedding,
@@ -30,8 +31,8 @@ LAYERS: tuple[type[nn.Module], ...] = (
     ),
     Upsample2D,
 )
-FORWARDS = {kind: kind.forward for kind in LAYERS}
-"""Layers that take part in fast computations, and how they compute; a program may have replaced that of a class."""
+"""Layers that take part in fast computations."""
+FORWARDS.update({kind: kind.forward for kind in LAYERS})
 
 
 def has_tiles() -> bool:
@@ -56,37 +57,28 @@ def products_are_exact() -> bool:
     return torch.get_float32_matmul_precision() != "medium"
 
 
-def is_bare(layer: nn.Module) -> bool:
-    """Return whether a layer's call is its class's own `forward` and nothing else: no hook, no replaced `forward`."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    everywhere = module._global_forward_hooks or module._global_forward_pre_hooks
-    if hooks or everywhere or "forward" in vars(layer):
-        return False
-    kind = type(layer)
-    return kind.forward is FORWARDS.get(kind, kind.forward)
-
-
 def is_plain(layer: object, *kinds: type[nn.Module]) -> bool:
     """Return whether a layer is of exactly one of these classes, and `is_bare`."""
     return type(layer) in kinds and is_bare(layer)  # type: ignore[arg-type]
 
 
-def only_computes(*tensors: Tensor) -> bool:
-    """Return whether tensors lie on a processor and are only computed with.
+def only_computes(*tensors: object) -> bool:
+    """Return whether these are tensors on a CPU that are only computed with.
 
-    Not so where a gradient is recorded, the work is traced or compiled, dtypes are chosen by autocast, tensors are
-    transformed by `torch.func`, or of a kind of their own, such as quantised ones and those without data.
+    Not so where a gradient is recorded, the work is traced, compiled or watched (`TorchDispatchMode`), autocast chooses
+    dtypes, `torch.func` transforms the tensors, or they are of a class of their own, quantised, or without data.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():  # type: ignore[attr-defined]
         return False
     if torch._C._functorch.maybe_current_level() is not None:
         return False
+    records = torch.is_grad_enabled()
     for x in tensors:
-        if type(x) not in (Tensor, nn.Parameter):
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
             return False
-        if x.device.type != "cpu" or x.layout != torch.strided or (torch.is_grad_enabled() and x.requires_grad):
+        if x.device.type != "cpu" or x.layout != torch.strided or (records and x.requires_grad):
             return False
         if forward_ad.unpack_dual(x).tangent is not None:
             return False

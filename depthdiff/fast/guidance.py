@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from depthdiff.fast.attention import uses_default_processor
 from depthdiff.fast.eligible import LAYERS, is_plain, only_computes
 from depthdiff.models.attention import Attention
-from depthdiff.models.unet import UNet2DConditionModel, go_down, go_up
+from depthdiff.models.embeddings import TimestepEmbedding, Timesteps
+from depthdiff.models.resnet import ResnetBlock2D
+from depthdiff.models.transformer import BasicTransformerBlock, Transformer2DModel
+from depthdiff.models.unet import UNet2DConditionModel, UNet2DConditionOutput, go_down, go_up
 from depthdiff.models.unet_blocks import CrossAttnDownBlock2D
+
+GET_TIME_EMBED = UNet2DConditionModel.get_time_embed
 
 
 def fast_unet(
@@ -31,16 +36,16 @@ def fast_unet(
 ) -> Any:
     """Predict the noise, (2B, ...); NotImplemented where the halves differ, or may be told apart."""
     block: Any = unet.down_blocks[0]
-    if cross_attention_kwargs or return_dict or type(block) is not CrossAttnDownBlock2D or not only_computes(sample):
+    if cross_attention_kwargs or not only_computes(sample, encoder_hidden_states):
         return NotImplemented
-    if len(sample) % 2 or len(encoder_hidden_states) != len(sample) or torch.as_tensor(timestep).numel() != 1:
+    if sample.dim() != 4 or not len(sample) or len(sample) % 2 or len(encoder_hidden_states) != len(sample):
         return NotImplemented
-    if any(side % 2**unet.num_upsamplers for side in sample.shape[2:]):
+    if torch.as_tensor(timestep).numel() != 1 or any(side % 2**unet.num_upsamplers for side in sample.shape[2:]):
         return NotImplemented
     half = sample[: len(sample) // 2]
-    if not torch.equal(half, sample[len(half) :]) or not _is_shared(unet):
+    if not _is_shared(unet) or not only_computes(*unet.parameters()) or not torch.equal(half, sample[len(half) :]):
         return NotImplemented
-    told = {
+    conditions = {
         "encoder_hidden_states": encoder_hidden_states,
         "attention_mask": None,
         "cross_attention_kwargs": None,
@@ -58,15 +63,16 @@ def fast_unet(
         x = downsampler(x)
         skips = (*skips, x)
     for block in list(unet.down_blocks)[1:]:
-        x, more = go_down(block, x, temb, told, None)
+        x, more = go_down(block, x, temb, conditions, None)
         skips = (*skips, *more)
     if unet.mid_block is not None:
-        x = unet.mid_block(x, temb, **(told if getattr(unet.mid_block, "has_cross_attention", False) else {}))
+        x = unet.mid_block(x, temb, **(conditions if getattr(unet.mid_block, "has_cross_attention", False) else {}))
     for block in list(unet.up_blocks):
         count = len(block.resnets)
         skips, read = skips[:-count], skips[-count:]
-        x = go_up(block, x, read, temb, told, None)
-    return (unet.conv_out(unet.conv_act(unet.conv_norm_out(x))),)
+        x = go_up(block, x, read, temb, conditions, None)
+    x = unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
+    return UNet2DConditionOutput(x) if return_dict else (x,)
 
 
 def share_transformer(transformer: Any, x: Tensor, encoder_hidden_states: Tensor) -> Tensor:
@@ -92,13 +98,29 @@ def twice(x: Tensor) -> Tensor:
 
 
 def _is_shared(unet: UNet2DConditionModel) -> bool:
-    """Return whether nothing looks at the rows of what is computed once, or replaces it."""
+    """Return whether nothing looks at the rows of what is computed once, or replaces it, or draws numbers for each."""
     block: Any = unet.down_blocks[0]
-    parts = [unet.conv_in, unet.time_proj, unet.time_embedding, block.resnets[0], block.attentions[0]]
-    layers = [block, *(layer for part in parts for layer in part.modules() if type(layer) is not nn.ModuleList)]
-    if unet.training or not all(is_plain(layer, *LAYERS) for layer in layers):
+    if unet.training or not is_plain(block, CrossAttnDownBlock2D) or "get_time_embed" in vars(unet):
         return False
-    attentions = [layer for layer in layers if type(layer) is Attention]
-    return all(uses_default_processor(one) for one in attentions) and not any(
-        getattr(layer, "_chunk_size", None) for layer in layers
-    )
+    if type(unet).get_time_embed is not GET_TIME_EMBED or len(block.resnets) != len(block.attentions):
+        return False
+    first: list[tuple[Any, type[nn.Module]]] = [(unet.conv_in, nn.Conv2d), (unet.time_proj, Timesteps)]
+    first += [(unet.time_embedding, TimestepEmbedding), (block.resnets[0], ResnetBlock2D)]
+    first += [(block.attentions[0], Transformer2DModel)]
+    if not all(is_plain(layer, kind) for layer, kind in first):
+        return False
+    if not is_plain(block.attentions[0].transformer_blocks[0], BasicTransformerBlock):
+        return False
+    parts: list[Any] = [part for layer, _ in first for part in layer.modules() if type(part) is not nn.ModuleList]
+    return all(is_plain(part, *LAYERS) and _treats_rows_alike(part) for part in parts)
+
+
+def _treats_rows_alike(layer: Any) -> bool:
+    """Return whether each row of a layer's result comes from that of its input, in the same way."""
+    if type(layer) is nn.Dropout:
+        return not (layer.p and layer.training)
+    if type(layer) is Attention:
+        return uses_default_processor(layer)
+    if type(layer) is BasicTransformerBlock:
+        return layer.attn2 is not None and layer._chunk_size is None and "_feed" not in vars(layer)
+    return True

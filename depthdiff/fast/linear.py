@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.fast.eligible import fuses_linear, is_linear, is_plain, only_computes
-from depthdiff.models.clip import CLIPMLP
+from depthdiff.models.clip import CLIPMLP, GELUActivation
 from depthdiff.models.embeddings import ACTIVATIONS
 from depthdiff.models.transformer import GEGLU, FeedForward
 
@@ -25,24 +25,21 @@ PARTS, MIN_WEIGHTS = 4, 2**20
 weights of a layer on, since the products copy what they read."""
 
 
-def fast_feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
+def fast_feed_forward(layer: FeedForward, hidden_states: Tensor) -> Tensor:
     """Compute a gated feed-forward, (B, L, C) -> (B, L, C'); NotImplemented where the plain way is to be taken."""
     layers: list[Any] = list(layer.net)
-    kinds = (GEGLU, nn.Dropout, nn.Linear)
-    if len(layers) != 3 or not all(map(is_plain, layers, kinds)) or not is_plain(layers[0].proj, nn.Linear):
+    kinds, x = (GEGLU, nn.Dropout, nn.Linear), hidden_states
+    if not only_computes(x) or not only_computes(*layer.parameters()) or x.ndim != 3 or len(layers) != 3:
         return NotImplemented
     gate, dropout, out = layers
-    if dropout.p and dropout.training:
-        return NotImplemented
-    if x.ndim != 3 or not only_computes(x, *layer.parameters()):
+    if not all(map(is_plain, layers, kinds)) or not is_plain(gate.proj, nn.Linear) or (dropout.p and dropout.training):
         return NotImplemented
     fuses = fuses_linear(x, gate.proj)
     if x.shape[:2].numel() <= TOKEN_CHUNK:
         return out(geglu_linear(x, gate.proj)) if fuses else NotImplemented
     chunks = x.flatten(0, 1).split(TOKEN_CHUNK)
-    return torch.cat([out(geglu_linear(one, gate.proj) if fuses else gate(one)) for one in chunks]).unflatten(
-        0, x.shape[:2]
-    )
+    parts = [out(geglu_linear(chunk, gate.proj) if fuses else gate(chunk)) for chunk in chunks]
+    return torch.cat(parts).unflatten(0, x.shape[:2])
 
 
 def geglu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -56,27 +53,28 @@ def geglu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return linear.binary(x, linear(x, gate, gate_bias, "gelu", [], "none"), value, value_bias, "mul")
 
 
-def fast_clip_mlp(mlp: CLIPMLP, x: Tensor) -> Tensor:
+def fast_clip_mlp(mlp: CLIPMLP, hidden_states: Tensor) -> Tensor:
     """Compute a text encoder's feed-forward, (B, L, C) -> (B, L, C); NotImplemented where it is to go the plain way."""
+    x, act = hidden_states, mlp.activation_fn
     if not goes_by_parts(mlp, x):
         return NotImplemented
     tokens = x.flatten(0, 1)
     out: Tensor = mlp.fc2.bias
     weights = mlp.fc1.weight.chunk(PARTS), mlp.fc1.bias.chunk(PARTS), mlp.fc2.weight.chunk(PARTS, dim=1)
-    act = mlp.activation_fn
-    fused = type(act) is nn.GELU and act.approximate == "none" and fuses_linear(x, mlp.fc1)
+    fused = isinstance(act, nn.GELU) and act.approximate == "none" and fuses_linear(x, mlp.fc1)
     for weight, bias, back in zip(*weights, strict=True):
         if fused:
             part = torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "gelu", [], "none")
         else:
             part = act(F.linear(tokens, weight, bias))
         out = torch.addmm(out, part, back.t())
-    return out.view_as(x)
+    return out.unflatten(0, x.shape[:2])
 
 
 def goes_by_parts(mlp: CLIPMLP, x: Tensor) -> bool:
     """Return whether a text encoder's feed-forward gains by being cut into parts of its width."""
-    act = mlp.activation_fn
-    if not is_plain(act, *ACTIVATIONS.values()):
+    if not only_computes(x) or x.dim() != 3 or not is_plain(mlp.activation_fn, GELUActivation, *ACTIVATIONS.values()):
         return False
-    return is_linear(x, mlp.fc1) and is_linear(x, mlp.fc2) and mlp.fc2.weight.numel() >= MIN_WEIGHTS
+    if not is_linear(x, mlp.fc1) or not is_linear(x, mlp.fc2) or mlp.fc2.weight.numel() < MIN_WEIGHTS:
+        return False
+    return x.shape[2] == mlp.fc1.weight.shape[1] and mlp.fc2.weight.shape[1] == mlp.fc1.weight.shape[0]

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from depthdiff.fast import winograd
-from depthdiff.fast.convolution import is_usual, packed_conv
-from depthdiff.fast.eligible import is_bare, is_plain, only_computes
+from depthdiff.fast.calls import is_bare
+from depthdiff.fast.convolution import fits, is_usual, packed_conv
+from depthdiff.fast.eligible import is_plain, only_computes
 from depthdiff.fast.memory import LARGE_BYTES, ask_for_large_pages, empty_map
 from depthdiff.models.resnet import Downsample2D, ResnetBlock2D
 from depthdiff.models.vae import Decoder, Encoder
@@ -54,13 +55,13 @@ def tiles_are_faster(
         shortcut: around them, if there is one.
         halving: whether `conv` halves height and width; it keeps them otherwise.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16) or not only_computes(x) or x.dim() != 4:
+    if not only_computes(x) or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if not is_conv(conv, HALVING if halving else KEEPING) or len(x) == 0 or min(x.shape[2:]) < 2:
+    if not is_conv(conv, HALVING if halving else KEEPING) or not fits(x, conv) or min(x.shape[2:]) < 2:
         return False
     if max(x.shape[1], conv.out_channels) * x.shape[2:].numel() * x.itemsize < LARGE_BYTES:
         return False
-    if norm is not None and (type(norm) is not nn.GroupNorm or norm.weight is None or norm.bias is None):
+    if norm is not None and not is_norm(norm, x.shape[1]):
         return False
     if act is not None and (type(act) not in ELEMENTWISE or getattr(act, "inplace", False)):
         return False
@@ -73,10 +74,17 @@ def tiles_are_faster(
 
 def is_conv(layer: nn.Module, geometry: tuple[tuple[int, int], ...]) -> TypeGuard[nn.Conv2d]:
     """Return whether a layer is a plain convolution with these filters, stride and padding, and not too wide."""
-    if type(layer) is not nn.Conv2d or not is_usual(layer):
+    if type(layer) is not nn.Conv2d or not is_usual(layer, geometry[0]):
         return False
     narrow = layer.in_channels * layer.out_channels <= MAX_WEIGHTS
-    return narrow and (layer.kernel_size, layer.stride, layer.padding) == geometry
+    return narrow and (layer.stride, layer.padding) == geometry[1:]
+
+
+def is_norm(layer: nn.Module, channels: int) -> TypeGuard[nn.GroupNorm]:
+    """Return whether a layer is a group norm of so many channels, with weights."""
+    if type(layer) is not nn.GroupNorm or layer.weight is None or layer.bias is None:
+        return False
+    return layer.weight.shape == layer.bias.shape == (channels,) and channels % layer.num_groups == 0
 
 
 def tiled_norm_act_conv(
@@ -144,19 +152,21 @@ def tiled_norm_act_conv(
     return out
 
 
-def fast_resnet(block: ResnetBlock2D, x: Tensor, temb: Tensor | None = None) -> Tensor:
+def fast_resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
     """Compute a residual block without time embedding in tiles; NotImplemented where the plain way is to be taken."""
-    if (
-        block.output_scale_factor != 1
-        or block.time_emb_proj is not None
-        or not is_plain(block.dropout, nn.Dropout)
-        or (block.dropout.p and block.training)
-    ):
+    x, dropout = input_tensor, block.dropout
+    if block.output_scale_factor != 1 or block.time_emb_proj is not None:
+        return NotImplemented
+    if not is_plain(dropout, nn.Dropout) or (dropout.p and dropout.training):
         return NotImplemented
     act, shortcut = block.nonlinearity, block.conv_shortcut
     if not tiles_are_faster(x, block.conv1, norm=block.norm1, act=act):
         return NotImplemented
-    if not tiles_are_faster(x, block.conv2, norm=block.norm2, act=act, shortcut=shortcut):
+    between = x[:, :1].expand(-1, block.conv1.out_channels, -1, -1)  # as large as what the second half reads
+    if not tiles_are_faster(between, block.conv2, norm=block.norm2, act=act, shortcut=shortcut):
+        return NotImplemented
+    added = (x.shape[1], x.shape[1]) if shortcut is None else (shortcut.in_channels, shortcut.out_channels)
+    if added != (x.shape[1], block.conv2.out_channels) or block.conv1.out_channels != block.conv2.out_channels:
         return NotImplemented
     batch, _, height, width = x.shape  # the result is written over what lies between the convolutions, a row above it
     room = ask_for_large_pages(x.new_empty(batch * height + 1, width, block.conv1.out_channels))
@@ -168,31 +178,34 @@ def fast_resnet(block: ResnetBlock2D, x: Tensor, temb: Tensor | None = None) -> 
     )
 
 
-def fast_downsample(layer: Downsample2D, x: Tensor) -> Tensor:
+def fast_downsample(layer: Downsample2D, hidden_states: Tensor) -> Tensor:
     """Halve a map in tiles; NotImplemented where the plain way is to be taken."""
-    if layer.use_conv and layer.padding == 0 and tiles_are_faster(x, layer.conv, halving=True):
-        return tiled_norm_act_conv(x, layer.conv)  # type: ignore[arg-type]
+    if layer.use_conv and layer.padding == 0 and tiles_are_faster(hidden_states, layer.conv, halving=True):
+        return tiled_norm_act_conv(hidden_states, layer.conv)  # type: ignore[arg-type]
     return NotImplemented
 
 
-def fast_encoder(encoder: Encoder, x: Tensor) -> Tensor:
+def fast_encoder(encoder: Encoder, sample: Tensor) -> Tensor:
     """Compute an encoder with its first and last convolution in tiles; NotImplemented where neither gains by that."""
-    if not tiles_are_faster(x, encoder.conv_in):
+    if not tiles_are_faster(sample, encoder.conv_in) or not only_computes(*encoder.parameters()):
         return NotImplemented
-    x = tiled_norm_act_conv(x, encoder.conv_in)
+    x = tiled_norm_act_conv(sample, encoder.conv_in)
     for block in encoder.down_blocks:
         x = block(x)
     return norm_act_conv(encoder.mid_block(x), encoder)
 
 
-def fast_decoder(decoder: Decoder, z: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+def fast_decoder(decoder: Decoder, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
     """Compute a decoder with its last convolution in tiles; NotImplemented where that gains nothing."""
-    scale = 2 ** (len(decoder.up_blocks) - 1)
-    last = z.new_empty(1, decoder.conv_out.in_channels, 1, 1).expand(-1, -1, scale * z.shape[2], scale * z.shape[3])
-    norm, act = decoder.conv_norm_out, decoder.conv_act
-    if not only_computes(z) or not tiles_are_faster(last, decoder.conv_out, norm=norm, act=act):
+    if not only_computes(sample) or not only_computes(*decoder.parameters()):
         return NotImplemented
-    x = decoder.mid_block(decoder.conv_in(z), latent_embeds)
+    if sample.dim() != 4 or type(decoder.conv_out) is not nn.Conv2d:
+        return NotImplemented
+    scale, (batch, _, height, width) = 2 ** (len(decoder.up_blocks) - 1), sample.shape
+    last = sample.new_empty(1).expand(batch, decoder.conv_out.in_channels, scale * height, scale * width)
+    if not tiles_are_faster(last, decoder.conv_out, norm=decoder.conv_norm_out, act=decoder.conv_act):
+        return NotImplemented
+    x = decoder.mid_block(decoder.conv_in(sample), latent_embeds)
     for block in decoder.up_blocks:
         x = block(x, latent_embeds)
     return norm_act_conv(x, decoder)

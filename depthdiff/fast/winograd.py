@@ -54,7 +54,7 @@ the 36. The batch does not count, so that a picture does not depend on its compa
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether to prefer `winograd_conv3x3`: for large maps in float32 on a processor, where nothing is trained."""
+    """Return whether to prefer `winograd_conv3x3`: for large float32 maps on a CPU, where nothing is trained."""
     if x.dim() != 4 or not x.dtype == weight.dtype == torch.float32 or not only_computes(x, weight):
         return False
     if not products_are_exact():

@@ -3,81 +3,95 @@
 import numpy as np
 import pytest
 import torch
-from depthdiff.capture import CudaGraphs
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from depthdiff.models.attention import math_attention, sdpa_attention
+from depthdiff import fast
+from depthdiff.fast.calls import find
+from depthdiff.fast.cuda_graphs import CUDAGraphRunner, record
 
 pytestmark = pytest.mark.gpu
 HALF = (torch.float16, torch.bfloat16)
 
 
-def paint(pipe, image, prompt="two tigers", **arguments):
-    arguments = {"num_inference_steps": 8, "generator": torch.Generator().manual_seed(0), **arguments}
-    return pipe(prompt, image, output_type="np", **arguments).images
+def paint(pipe, image, prompt="two tigers", **options):
+    options = {"num_inference_steps": 8, "generator": torch.Generator().manual_seed(0), **options}
+    return pipe(prompt, image, output_type="np", **options).images
+
+
+def runner_of(pipe):
+    return find(pipe.unet, CUDAGraphRunner)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_recorded_equals_plain(pipe, small_photo, dtype):
-    """For two kinds of input in turn, and with weights written in place, moved and cast."""
+def test_captured_equals_plain(pipe, small_photo, dtype):
+    """For several kinds of input in turn, and with weights written in place, moved and cast."""
     pipe.to("cuda", dtype)
     kinds = [{}, {"guidance_scale": 1.0}, {"guidance_scale": 3.0, "prompt": "a cup"}, {"num_images_per_prompt": 2}]
     expected = [paint(pipe, small_photo, **kind) for kind in kinds]
-    pipe.capture()
+    fast.capture(pipe)
     for _ in range(2):
         for kind, picture in zip(kinds, expected, strict=True):
             np.testing.assert_allclose(paint(pipe, small_photo, **kind), picture, atol=1e-3)
-            assert pipe.unet.predict.reason is None
-    assert len(pipe.unet.predict.recordings) == 3
+            assert runner_of(pipe).reason is None
+    assert len(runner_of(pipe).graphs) == 3
     pipe.to("cpu")
     pipe.to("cuda")
     np.testing.assert_allclose(paint(pipe, small_photo), expected[0], atol=1e-3)
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(2)
     other = paint(pipe, small_photo)
-    pipe.release_capture()
+    fast.release(pipe)
     np.testing.assert_allclose(other, paint(pipe, small_photo), atol=1e-3)
     assert np.abs(other - expected[0]).max() > 1e-2
 
 
-def test_a_recording_that_fails_leaves_the_present_stream():
-    """The UNet runs on it without a recording then, after what came before."""
+def test_fast_computations_leave_a_gpu_alone(pipe, small_photo):
+    """They are for CPUs: pictures are the same to the bit."""
+    pipe.to("cuda")
+    expected = paint(pipe, small_photo)
+    fast.disable(pipe)
+    assert np.array_equal(paint(pipe, small_photo), expected)
+
+
+def test_a_capture_that_fails_leaves_the_present_stream():
+    """The UNet runs on it without a graph then, after what came before."""
     x, present = torch.ones(3, device="cuda"), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(present):
         with pytest.raises(RuntimeError):
-            CudaGraphs().record(lambda: x * x.sum().item(), x.device)
+            record(lambda: x * x.sum().item(), x.device)
         assert torch.cuda.current_stream() == present
     assert (x + 1).tolist() == [2, 2, 2]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_recordings_on_two_devices():
+def test_graphs_on_two_devices():
     for device in (torch.device("cuda", 0), torch.device("cuda", 1)):
         x = torch.ones(3, device=device)
-        replay, output = CudaGraphs().record(lambda x=x: 2 * x, device)
+        replay, output = record(lambda x=x: 2 * x, device)
         x.fill_(5)
         replay()
         assert output.tolist() == [10, 10, 10]
 
 
 @pytest.mark.parametrize("form", ["sdpa", "efficient", "sliced", "math"])
-def test_every_form_of_attention_is_recorded(pipe, small_photo, form):
+def test_every_form_of_attention_is_captured(pipe, small_photo, form):
     pipe.to("cuda")
     pipe.set_attention(form)
     expected = paint(pipe, small_photo)
-    pipe.capture()
+    fast.capture(pipe)
     np.testing.assert_allclose(paint(pipe, small_photo), expected, atol=1e-3)
-    assert pipe.unet.predict.reason is None
+    assert runner_of(pipe).reason is None
 
 
 @pytest.mark.parametrize("how", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offloading_falls_back(pipe, small_photo, how):
     expected = paint(pipe, small_photo)
-    pipe.capture()
+    fast.capture(pipe)
     getattr(pipe, how)()
     assert np.abs(paint(pipe, small_photo) - expected).max() < 5e-3
-    assert pipe.unet.predict.reason is not None
+    assert runner_of(pipe).reason is not None
 
 
 @pytest.mark.parametrize("capture", [False, True])
@@ -87,14 +101,14 @@ def test_compiled_is_close_to_plain(pipe, small_photo, mode, capture):
     pipe.to("cuda")
     scales = (7.5, 1.0)
     expected = [paint(pipe, small_photo, guidance_scale=scale) for scale in scales]
-    pipe.compile(mode)
+    fast.compile(pipe, mode)
     if capture:
-        pipe.capture()
+        fast.capture(pipe)
     for _ in range(2):
         for scale, picture in zip(scales, expected, strict=True):
             assert np.abs(paint(pipe, small_photo, guidance_scale=scale) - picture).max() < 5e-3
     if capture:
-        assert (pipe.unet.predict.reason is None) == (mode is None)
+        assert (runner_of(pipe).reason is None) == (mode is None)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -109,5 +123,6 @@ def test_kernels_that_torch_may_choose(dtype, head_dim, backend):
     if backend == SDPBackend.CUDNN_ATTENTION and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("cuDNN's attention needs compute capability 8.0")
     with sdpa_kernel(backend):
-        out = sdpa_attention(q, k, v)
-    torch.testing.assert_close(out.float(), math_attention(q.float(), k.float(), v.float()), rtol=2e-2, atol=2e-2)
+        out = F.scaled_dot_product_attention(q, k, v)
+    exact = (q.float() @ k.float().mT / head_dim**0.5).softmax(-1) @ v.float()
+    torch.testing.assert_close(out.float(), exact, rtol=2e-2, atol=2e-2)

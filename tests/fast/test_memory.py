@@ -1,4 +1,4 @@
-"""Pages of a file are given back once they are copied, and nothing that was written is ever lost."""
+"""Pages of a file are given back once they are copied, nothing that was written is lost; large pages; layouts."""
 
 import mmap
 from pathlib import Path
@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from depthdiff.models.pages import OF_FILE, PAGEMAP, PRESENT, ask_for_large_pages, give_back_unwritten, whole_pages
-from random_checkpoint import build_pipeline
+from random_checkpoint import GEOMETRIES, build_pipeline
 
-from depthdiff import UNet2DConditionModel
-from depthdiff.models import pages
+from depthdiff import AutoencoderKL, UNet2DConditionModel, fast
+from depthdiff.checkpoint import mapped as pages
+from depthdiff.checkpoint.mapped import OF_FILE, PAGEMAP, PRESENT, give_back_unwritten, whole_pages
+from depthdiff.fast import memory
+from depthdiff.fast.memory import ask_for_large_pages
 
-pytestmark = pytest.mark.skipif(not PAGEMAP.exists(), reason="the system does not tell which pages are written")
+needs_pagemap = pytest.mark.skipif(not PAGEMAP.exists(), reason="the system does not tell which pages are written")
 COUNT = 16 * mmap.PAGESIZE
 
 
@@ -36,6 +38,7 @@ def mapped(tmp_path):
     return tensor
 
 
+@needs_pagemap
 def test_unwritten_pages_are_given_back_and_can_be_read_again(mapped):
     before = mapped.clone()
     assert present(mapped) == (16, 16)
@@ -44,6 +47,7 @@ def test_unwritten_pages_are_given_back_and_can_be_read_again(mapped):
     assert torch.equal(mapped, before)
 
 
+@needs_pagemap
 @pytest.mark.parametrize("place", [0, 5 * mmap.PAGESIZE + 7, COUNT - 1])
 def test_one_written_byte_keeps_all(mapped, place):
     mapped[place] = 200 if mapped[place] != 200 else 201
@@ -53,6 +57,7 @@ def test_one_written_byte_keeps_all(mapped, place):
     assert torch.equal(mapped, before)
 
 
+@needs_pagemap
 def test_other_memory_is_kept(mapped):
     own = torch.arange(COUNT, dtype=torch.int32)
     assert not give_back_unwritten(own)
@@ -61,6 +66,7 @@ def test_other_memory_is_kept(mapped):
     assert not give_back_unwritten(torch.empty(COUNT, device="meta"))
 
 
+@needs_pagemap
 def test_a_system_that_does_not_tell(mapped, tmp_path, monkeypatch):
     """No such file, or one that may not be opened."""
     for path in (tmp_path / "missing", tmp_path):
@@ -69,6 +75,7 @@ def test_a_system_that_does_not_tell(mapped, tmp_path, monkeypatch):
     assert present(mapped)[0] == 16
 
 
+@needs_pagemap
 def test_convolutions_laid_out_anew_count_once(tmp_path):
     """The file's pages of a weight are gone; where it was written to, another name for it keeps what was written."""
     build_pipeline("small").unet.to(torch.bfloat16).save_pretrained(tmp_path)
@@ -81,7 +88,7 @@ def test_convolutions_laid_out_anew_count_once(tmp_path):
     assert len(others) >= 4
     assert all(present(names[i])[1] == whole_pages(names[i])[1] for i in large), "loading maps the file"
     names[written].mul_(2)
-    unet.use_fast_layout()
+    fast.lay_out(unet)
     left = sum(present(names[i])[0] for i in others)
     assert left < sum(whole_pages(names[i])[1] for i in others) / 5, "more than the system reads around other weights"
     assert torch.equal(convs[written].weight.data, 2 * expected[written])
@@ -104,6 +111,7 @@ def flags_of(tensor):
     raise AssertionError("the memory is not listed")
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not list its memory")
 def test_large_pages():
     """Memory asked for in large pages is marked so ("hg") where the system has them, and holds what is written."""
     plain, room = torch.empty(2**25, dtype=torch.uint8), ask_for_large_pages(torch.empty(2**25, dtype=torch.uint8))
@@ -115,7 +123,7 @@ def test_large_pages():
 
 def test_large_pages_of_what_is_large_and_here(monkeypatch):
     asked = []
-    monkeypatch.setattr(pages, "advise", lambda tensor, advice: asked.append((tensor.nbytes, advice)))
+    monkeypatch.setattr(memory, "advise", lambda tensor, advice: asked.append((tensor.nbytes, advice)))
     for tensor in (torch.empty(2**25 - 1, dtype=torch.uint8), torch.empty(2**25, dtype=torch.uint8, device="meta")):
         assert ask_for_large_pages(tensor) is tensor
     assert not asked
@@ -123,7 +131,63 @@ def test_large_pages_of_what_is_large_and_here(monkeypatch):
     assert asked == [(2**25, "MADV_HUGEPAGE")]
 
 
+@needs_pagemap
 def test_advice_that_the_system_does_not_know(mapped):
     before = mapped.clone()
     pages.advise(mapped, "MADV_OF_ANOTHER_SYSTEM")
     assert present(mapped) == (16, 16) and torch.equal(mapped, before)
+
+
+# The order of weights in memory
+
+
+@pytest.fixture
+def vae():
+    return AutoencoderKL.from_config(GEOMETRIES["tiny"]["vae"]).eval()
+
+
+def is_last(weight):
+    return weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_convolutions_are_laid_out(dtype, vae):
+    """In half precision all; in float32 on a CPU the first ones, whose layout results and what follows have."""
+    vae.to(dtype)
+    before = {name: (weight.data_ptr(), weight.clone()) for name, weight in vae.named_parameters()}
+    fast.lay_out(vae)
+    convs = {name: layer for name, layer in vae.named_modules() if isinstance(layer, torch.nn.Conv2d)}
+    pixelwise = {name for name, layer in convs.items() if layer.kernel_size == (1, 1)}  # both layouts are the same
+    first = {name for name, layer in convs.items() if layer.in_channels <= 8} - pixelwise
+    assert {name for name, layer in convs.items() if is_last(layer.weight)} == (
+        set(convs) if dtype == torch.bfloat16 else first | pixelwise
+    )
+    moved = {name for name, weight in vae.named_parameters() if weight.data_ptr() != before[name][0]}
+    if dtype == torch.float32:
+        assert moved == {f"{name}.weight" for name in first}
+    assert all(torch.equal(weight, before[name][1]) for name, weight in vae.named_parameters())
+    x = vae.decoder.mid_block(vae.decoder.conv_in(torch.randn(1, 4, 6, 9, dtype=dtype)))
+    assert is_last(x) and not x.is_contiguous()
+
+
+def test_a_layout_chosen_in_inference_mode_can_be_trained(vae):
+    with torch.inference_mode():
+        fast.lay_out(vae)
+        vae.encode(torch.rand(1, 3, 32, 48))
+    vae.encode(torch.rand(1, 3, 32, 48)).latent_dist.mean.sum().backward()
+    assert vae.encoder.conv_in.weight.grad is not None
+
+
+def test_the_layout_of_another_device(vae):
+    """Weights that only wait on the CPU for a GPU keep their layout in float32, or get it back."""
+    plain = {name: weight.stride() for name, weight in vae.named_parameters()}
+    fast.lay_out(vae, torch.device("cuda"))
+    assert plain == {name: weight.stride() for name, weight in vae.named_parameters()}
+    fast.lay_out(vae)
+    assert is_last(vae.encoder.conv_in.weight)
+    fast.lay_out(vae, torch.device("cuda"))
+    assert plain == {name: weight.stride() for name, weight in vae.named_parameters()}
+    vae.to(memory_format=torch.channels_last)
+    fast.lay_out(vae, torch.device("cuda"))
+    assert is_last(vae.encoder.conv_in.weight), "a layout that the user chose for all stays"
