@@ -241,7 +241,7 @@ class Attention(nn.Module):
             raise ValueError(f"attention_mask must be {target_length} tokens long, got {attention_mask.shape[-1]}")
         if out_dim == 4:
             return attention_mask.unsqueeze(1).repeat_interleave(self.heads, dim=1)
-        if len(attention_mask) < batch_size * self.heads:
+        if attention_mask.shape[0] < batch_size * self.heads:
             attention_mask = attention_mask.repeat_interleave(self.heads, dim=0)
         return attention_mask
 
@@ -281,7 +281,7 @@ class AttnProcessor:
 
     def attend(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Compute softmax(q kᵀ / sqrt(D)) v of (B, L, C) and (B, Lk, C): (B, L, C)."""
-        mask = attn.prepare_attention_mask(attention_mask, k.shape[1], len(q))
+        mask = attn.prepare_attention_mask(attention_mask, k.shape[1], q.shape[0])
         q, k, v = attn.head_to_batch_dim(q), attn.head_to_batch_dim(k), attn.head_to_batch_dim(v)
         return attn.batch_to_head_dim(attn.get_attention_scores(q, k, mask) @ v)
 
@@ -291,7 +291,7 @@ class AttnProcessor2_0(AttnProcessor):  # noqa: N801  (the published name)
 
     def attend(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Compute softmax(q kᵀ / sqrt(D)) v of (B, L, C) and (B, Lk, C): (B, L, C)."""
-        mask = attn.prepare_attention_mask(attention_mask, k.shape[1], len(q), out_dim=4)
+        mask = attn.prepare_attention_mask(attention_mask, k.shape[1], q.shape[0], out_dim=4)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         q, k, v = (attn.head_to_batch_dim(x, out_dim=4) for x in (q, k, v))
@@ -330,10 +330,10 @@ class SlicedAttnProcessor(AttnProcessor):
 
     def attend(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Compute softmax(q kᵀ / sqrt(D)) v of (B, L, C) and (B, Lk, C): (B, L, C)."""
-        mask = attn.prepare_attention_mask(attention_mask, k.shape[1], len(q))
+        mask = attn.prepare_attention_mask(attention_mask, k.shape[1], q.shape[0])
         q, k, v = attn.head_to_batch_dim(q), attn.head_to_batch_dim(k), attn.head_to_batch_dim(v)
         slices = []
-        for start in range(0, len(q), self.slice_size):
+        for start in range(0, q.shape[0], self.slice_size):
             some = slice(start, start + self.slice_size)
             scores = attn.get_attention_scores(q[some], k[some], None if mask is None else mask[some])
             slices.append(scores @ v[some])

@@ -267,7 +267,7 @@ class CLIPTextTransformer(nn.Module):
         """Pick each text's end token: the first one, or the largest number where an old config wrongly says 2."""
         eos = self.eos_token_id
         ends = input_ids.argmax(dim=1) if eos == 2 else (input_ids == eos).int().argmax(dim=1)
-        return x[torch.arange(len(x), device=x.device), ends]
+        return x[torch.arange(x.shape[0], device=x.device), ends]
 
 
 def chosen(given: bool | None, config: CLIPTextConfig, what: str) -> bool:

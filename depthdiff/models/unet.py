@@ -288,7 +288,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
         down_residuals, mid_residual = down_block_additional_residuals, mid_block_additional_residual
         within = down_intrablock_additional_residuals
         self._check_residuals(down_residuals, mid_residual, within)
-        sample = repeat_batch(sample, len(encoder_hidden_states))
+        sample = repeat_batch(sample, encoder_hidden_states.shape[0])
         bias = None if encoder_attention_mask is None else mask_to_bias(encoder_attention_mask, sample.dtype)
         down_blocks: list[Any] = list(self.down_blocks)
         up_blocks: list[Any] = list(self.up_blocks)
@@ -330,9 +330,9 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
         """Encode a timestep as sinusoids for every row of `sample`: (B, C), in its dtype."""
         timesteps = torch.as_tensor(timestep, device=sample.device)
         if timesteps.numel() == 1:
-            timesteps = timesteps.reshape(1).expand(len(sample))
-        elif timesteps.shape != (len(sample),):
-            timesteps = repeat_batch(timesteps, len(sample), "timestep")
+            timesteps = timesteps.reshape(1).expand(sample.shape[0])
+        elif timesteps.shape != (sample.shape[0],):
+            timesteps = repeat_batch(timesteps, sample.shape[0], "timestep")
         return self.time_proj(timesteps).to(sample.dtype)
 
     def get_class_embed(self, sample: Tensor, class_labels: None) -> None:
@@ -419,8 +419,9 @@ def repeat_batch(x: Tensor, rows: int, name: str = "sample") -> Tensor:
     Raises:
         ValueError: `rows` is not a multiple of those of `x`.
     """
-    if len(x) == rows:
+    own = x.shape[0]
+    if own == rows:
         return x
-    if not len(x) or rows % len(x):
-        raise ValueError(f"encoder_hidden_states must have as many rows as {name} or a multiple, got {rows}, {len(x)}")
-    return torch.cat([x] * (rows // len(x)))
+    if own == 0 or rows % own:
+        raise ValueError(f"encoder_hidden_states must have as many rows as {name} or a multiple, got {rows}, {own}")
+    return torch.cat([x] * (rows // own))

@@ -64,7 +64,7 @@ CHANGES = {
     "another processor": lambda layer: layer.set_processor(AttnProcessor()),
     "slices": lambda layer: layer.set_attention_slice(1),
     "a processor's subclass": lambda layer: layer.set_processor(Own()),
-    "a changed processor": lambda layer: setattr(layer.processor, "kernel", lambda q, k, v, mask, scale: 2 * q),
+    "a changed processor": lambda layer: setattr(layer.processor, "kernel", lambda q, k, v, mask: 2 * q),
     "a hook": lambda layer: layer.register_forward_hook(lambda *_: None),
     "another forward": lambda layer: setattr(layer, "forward", lambda x, context: 2 * x),
     "training": lambda layer: layer.to_k.weight.requires_grad_(True),
