@@ -17,11 +17,19 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from depthdiff.adapters.loaders import LoraLoaderMixin
-from depthdiff.checks import check_device, check_flag
+from depthdiff.checks import check_device, check_flag, check_number
 from depthdiff.conditioning import draw_latents, encode_images, encode_texts, fit_depth
 from depthdiff.devices import dtype_of, uses_weights
 from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
-from depthdiff.inputs import check_callbacks, check_prompt, check_prompts, read_numbers, repeat, repeat_rows
+from depthdiff.inputs import (
+    LARGEST_SCALE,
+    check_callbacks,
+    check_prompt,
+    check_prompts,
+    read_numbers,
+    repeat,
+    repeat_rows,
+)
 from depthdiff.noise import randn
 from depthdiff.precision import finite
 from depthdiff.single_files import FromSingleFileMixin
@@ -89,6 +97,8 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         clip_skip = check_prompts(self, *given, clip_skip, guided)
         _, _, times, *_ = read_numbers(num_images_per_prompt=num_images_per_prompt)
         device = self._execution_device if device is None else check_device("device", device)
+        if lora_scale is not None:
+            lora_scale = check_number("lora_scale", lora_scale, -LARGEST_SCALE, LARGEST_SCALE)
         if prompt_embeds is None:
             prompt_embeds = self._read([prompt] if isinstance(prompt, str) else prompt or [], lora_scale, clip_skip)
         kind: dict[str, Any] = {"device": device, "dtype": dtype_of(self.unet)}
