@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from depthdiff.checkpoint.files import read_json
@@ -66,7 +67,16 @@ def load_model(
         wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         dtype = torch.float32 if torch_dtype is None else torch_dtype
         state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors, copy)
+    return fill(model, state)
+
+
+def fill(model: Any, state: Mapping[str, Tensor]) -> Any:
+    """Put weights into a network that `build` made, and make what no file holds: the numbers 0, 1, ... of positions."""
     model.load_state_dict(state, assign=True)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.arange(buffer.shape[-1], dtype=buffer.dtype).expand(buffer.shape))
     return model.eval()
 
 
