@@ -22,7 +22,8 @@ from depthdiff import StableDiffusionDepth2ImgPipeline
 from depthdiff.conditioning import fit_depth
 from depthdiff.image import read_images, to_pixels
 
-TARGETS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".conv1", ".conv2")
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
+TARGETS = (*ATTENTION, ".conv1", ".conv2")
 BATCH = 4
 
 
@@ -95,8 +96,8 @@ def train(
         ids = pipe.tokenizer(
             [words[i] for i in index], padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
-        context = pipe.text_encoder(ids).last_hidden_state
-        loss = F.mse_loss(pipe.unet(torch.cat([noisy, depth], 1), timesteps, context).sample, target)
+        prompt_embeds = pipe.text_encoder(ids).last_hidden_state
+        loss = F.mse_loss(pipe.unet(torch.cat([noisy, depth], 1), timesteps, prompt_embeds).sample, target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

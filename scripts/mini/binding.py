@@ -22,7 +22,7 @@ from scenes import COLOURS, MAX_OBJECTS, PLACES, SHAPES, Scene, group_of, place_
 from torch import Tensor, nn
 
 from depthdiff import CLIPTokenizer
-from depthdiff.models.attention import MultiHeadAttention
+from depthdiff.models.attention import Attention, AttnProcessor
 
 UNKNOWN = -100
 """Says in `facts` that there is nothing to guess."""
@@ -31,24 +31,36 @@ Look = tuple[Tensor, Tensor]
 """Of one layer: its queries (B, Lq, channels), and where they look (B, H, Lq, L)."""
 
 
+class Watching(AttnProcessor):
+    """Attention that notes what it asks and where it looks.
+
+    Args:
+        looks: list to append to.
+    """
+
+    def __init__(self, looks: list[Look]) -> None:
+        self.looks = looks
+
+    def attend(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Compute softmax(q kᵀ / sqrt(D)) v of (B, Lq, C) and (B, L, C): (B, Lq, C)."""
+        queries, keys, values = (attn.head_to_batch_dim(x, out_dim=4) for x in (q, k, v))
+        look = ((queries * attn.scale) @ keys.transpose(-1, -2)).softmax(-1)
+        self.looks.append((q, look))
+        return (look @ values).transpose(1, 2).flatten(2)
+
+
 def watch_words(unet: nn.Module) -> list[Look]:
     """Let the layers that look at words append to the list returned what they ask and where they look."""
     looks: list[Look] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        look = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
-        looks.append((q.transpose(1, 2).flatten(2), look))
-        return look @ v
-
     for layer in readers(unet):
-        layer.attn_fn = attend
+        layer.set_processor(Watching(looks))
     return looks
 
 
-def readers(unet: nn.Module) -> list[MultiHeadAttention]:
+def readers(unet: nn.Module) -> list[Attention]:
     """List the layers that look at words, in the order of the data."""
-    layers = (layer for name, layer in unet.named_modules() if name.endswith("cross_attn"))
-    return [layer for layer in layers if isinstance(layer, MultiHeadAttention)]
+    layers = (layer for name, layer in unet.named_modules() if name.endswith("attn2"))
+    return [layer for layer in layers if isinstance(layer, Attention)]
 
 
 def name_tokens(tokenizer: CLIPTokenizer, texts: list[tuple[str, dict[int, str]]]) -> tuple[Tensor, Tensor]:
