@@ -5,7 +5,6 @@ import torch
 from bench import meters, peak, warm
 
 from depthdiff import fast
-from depthdiff.fast.eligible import fuses_bfloat16
 
 pytest.importorskip("diffusers")
 import benchmark
@@ -41,9 +40,7 @@ def test_every_stage_has_a_row(monkeypatch, capsys):
         assert float(flops) > 0
         assert all(float(rate) > 0 for rate in rates.split(" / "))
         assert shares.count("%") == 2
-        assert stage in ("unet", "call", "preset") or not remark, "both packages do the same operations"
-        if stage == "unet":  # what both halves of guidance have in common is done once here
-            assert 1.02 < float(remark.removeprefix("diffusers does ").partition(" ")[0]) < 1.2
+        assert stage == "preset" or not remark, "both packages do the same operations"
 
 
 def test_meters():
@@ -54,21 +51,15 @@ def test_meters():
     assert meters.in_turns(actions, 2) == {"depthdiff": [0, 3], "diffusers": [1, 2]}
 
 
-def test_operations_are_counted_on_the_way_that_is_taken(pipe):
-    """Under one name or another, the plain work is counted alike, and fast computations do what they say."""
-    unet, decoder = pipe.unet, pipe.vae.decoder
-    x, z, embeds = torch.randn(1, 5, 16, 16), torch.randn(1, 4, 16, 16), torch.randn(2, 77, 40)
-    counts = []
+def test_operations_are_those_of_the_plain_formulas(pipe):
+    """Whether fast computations are on or not; each row costs the same."""
+    x, embeds = torch.randn(1, 5, 16, 16), torch.randn(2, 77, 40)
+    counts = set()
     for turn in (fast.disable, fast.enable):
         turn(pipe)
-        with torch.no_grad():
-            whole = meters.flops_of(lambda: unet(torch.cat([x, x]), 5, embeds))
-            alone = meters.flops_of(lambda: unet(x, 5, embeds[:1]))
-            counts.append((whole, alone, meters.flops_of(lambda: decoder(z))))
-    plain, fewer = counts
-    assert plain[0] == 2 * plain[1], "each row costs the same"
-    assert fewer[1] == plain[1] or fuses_bfloat16()
-    assert 1.02 < plain[0] / fewer[0] < 1.2, "what both halves of guidance share is done once"
+        counts.add(meters.flops_of(lambda: pipe.unet(torch.cat([x, x]), 5, embeds)))
+        counts.add(2 * meters.flops_of(lambda: pipe.unet(x, 5, embeds[:1])))
+    assert len(counts) == 1
 
 
 def test_timings_count_while_a_machine_is_quiet(monkeypatch):
