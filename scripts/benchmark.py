@@ -13,7 +13,8 @@ Stages: import, load and lora run in fresh processes, and so does cold: the comm
 diffusers. text, depth, encode, unet, decode and call run in this process after a warm-up; preset is a call with
 depthdiff's preset "fast" beside all of diffusers' work. For these the table also has the peak of memory beyond what was
 in use before, the operations of the plain formulas (matrix products, convolutions, attention), the rate of these, and
-that rate as a share of the machine's best square matrix product. preset, and peak, which is a table of its own, run only where they are named.
+that rate as a share of the machine's best square matrix product. preset, and peak, which is a table of its own, run
+only where they are named.
 
 What depthdiff's fast computations bring is the difference between a run and one with --plain.
 
