@@ -214,7 +214,8 @@ def test_a_loop_in_diffusers_form(name, steps_on):
             latents = scheduler.step(noise_pred, timestep, latents, **more).prev_sample
         assert latents.device.type == torch.device(device).type
         ends.append(latents)
-        assert scheduler.get_velocity(latents, noise, torch.tensor([5, 7])).device == latents.device
+        if hasattr(scheduler, "get_velocity"):
+            assert scheduler.get_velocity(latents, noise, torch.tensor([5, 7])).device == latents.device
     agree(*reversed(ends), limit=1e-5)
 
 
@@ -266,7 +267,7 @@ def test_training_reaches_the_weights(pair):
         ("DDIM", {}),
         ("LMS", {}),
         ("PNDM", {"guidance_scale": 1.0}),
-        ("DDIM", {"preset": "fast", "lora_scale": 0.5}),
+        ("DDIM", {"preset": "fast", "cross_attention_kwargs": {"scale": 0.5}}),
         ("DDIM", {"token_merging": 0.5}),
     ],
     ids=str,
