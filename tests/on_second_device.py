@@ -430,8 +430,10 @@ def test_a_scheduler_made_within_a_default_device(pair, photo, name):
     plain = kind.from_config(pair[0].scheduler.config, **settings)
     with torch.device(ON):
         scheduler = kind.from_config(pair[0].scheduler.config, **settings)
-        for table in ("betas", "alphas_cumprod", "timesteps", "final_alpha_cumprod"):
-            assert torch.equal(getattr(scheduler, table), getattr(plain, table))
+        tables = {table: value for table, value in vars(plain).items() if isinstance(value, torch.Tensor)}
+        assert {"betas", "alphas_cumprod"} <= tables.keys()
+        for table, value in tables.items():
+            assert torch.equal(getattr(scheduler, table), value)
     pictures = [paint(painter(pipe, scheduler=scheduler), photo, **options) for pipe in pair]
     agree(*reversed(pictures))
 
