@@ -23,6 +23,7 @@ import torch
 
 from depthdiff.checkpoint.single_file import lost_settings, open_single_file
 from depthdiff.convert import to_folder, to_single_file
+from depthdiff.registry import CLASSES
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def warn_of_lost_settings(folder: Path, file: Path) -> None:
     """Say what of the folder's configs a reader of the file alone would guess wrongly."""
-    lost = lost_settings(open_single_file(file), folder)
+    lost = lost_settings(open_single_file(file), folder, CLASSES)
     if lost:
         print(
             f"convert: warning: no shape in {file} tells {', '.join(lost)}; load it with config={str(folder)!r}",
