@@ -204,7 +204,11 @@ def lost_settings(file: SingleFile, folder: Path, classes: Mapping[str, type[Any
     for component, part in file.parts.items():
         source = folder / component / "config.json"
         own = build(classes[component], read_json(source), source).config
-        guess = build(classes[component], part.infer(str(file.path)), file.path).config
+        try:
+            guess = build(classes[component], part.infer(str(file.path)), file.path).config
+        except CheckpointError:  # what is usual where shapes do not tell does not fit them
+            lost.append(f"{component}: its whole config")
+            continue
         lost += [f"{component}: {name}" for name in guessed_wrongly(component, own, guess)]
     return lost
 
