@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from scenes import COLOURS, MAX_OBJECTS, PLACES, SHAPES, Scene, group_of, place_among
 from torch import Tensor, nn
 
-from depthdiff import CLIPTokenizer
+from depthdiff import CLIPTokenizer, UNet2DConditionModel
 from depthdiff.models.attention import Attention, AttnProcessor
 
 UNKNOWN = -100
@@ -49,7 +49,7 @@ class Watching(AttnProcessor):
         return (look @ values).transpose(1, 2).flatten(2)
 
 
-def watch_words(unet: nn.Module) -> list[Look]:
+def watch_words(unet: UNet2DConditionModel) -> list[Look]:
     """Let the layers that look at words append to the list returned what they ask and where they look."""
     looks: list[Look] = []
     for layer in readers(unet):
@@ -57,9 +57,10 @@ def watch_words(unet: nn.Module) -> list[Look]:
     return looks
 
 
-def readers(unet: nn.Module) -> list[Attention]:
-    """List the layers that look at words, in the order of the data."""
-    layers = (layer for name, layer in unet.named_modules() if name.endswith("attn2"))
+def readers(unet: UNet2DConditionModel) -> list[Attention]:
+    """List the layers that look at words, in the order of the data, in which the middle comes before what goes up."""
+    parts = (unet.down_blocks, unet.mid_block, unet.up_blocks)
+    layers = (layer for part in parts for name, layer in part.named_modules() if name.endswith("attn2"))
     return [layer for layer in layers if isinstance(layer, Attention)]
 
 
@@ -144,7 +145,7 @@ class Guesses(nn.Module):
         width: channels of the text encoder's result, which is to tell colours.
     """
 
-    def __init__(self, unet: nn.Module, width: int) -> None:
+    def __init__(self, unet: UNet2DConditionModel, width: int) -> None:
         super().__init__()
         self.things = nn.ModuleList(
             nn.Linear(layer.to_q.out_features, len(SHAPES) + len(PLACES)) for layer in readers(unet)
