@@ -68,7 +68,7 @@ class Approximations:
 
 
 PRESETS: Mapping[str, Approximations] = {"fast": Approximations(guidance_interval=(0.2, 1.0), deep_cache=3)}
-"""Approximations by name; `scripts/mini/shortcuts.py` measures what they cost in quality."""
+"""Approximations by name; `scripts/mini/approximations.py` measures what they cost in quality."""
 
 
 def resolve_preset(preset: str | None, **options: Any) -> Approximations:

@@ -344,12 +344,13 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             if unet is not self.unet and self._fast:
                 speed.enable(unet)
             scheduler, extra = copy.deepcopy(run.scheduler), self.prepare_extra_step_kwargs(run.generator, run.eta)
-            for index, timestep in enumerate(run.timesteps):
+            numbers = run.timesteps.cpu()  # once, so that the host need not wait for the device in every step
+            for index, (timestep, number) in enumerate(zip(run.timesteps, numbers, strict=True)):
                 latents = run.latents
-                noise_pred = predict_noise(unet, scheduler, run, timestep)
-                output = scheduler.step(noise_pred, timestep, latents, **extra)
+                noise_pred = predict_noise(unet, scheduler, run, timestep, number)
+                output = scheduler.step(noise_pred, number, latents, **extra)
                 step = Step(
-                    index, timestep, output.prev_sample, denoised(scheduler, output, noise_pred, timestep, latents)
+                    index, timestep, output.prev_sample, denoised(scheduler, output, noise_pred, number, latents)
                 )
                 check_first_step(step, run, noise_pred.dtype)
                 run.latents = step.latents
@@ -376,16 +377,28 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         return self.decode(latents, "np")
 
 
-def predict_noise(unet: Any, scheduler: Any, run: Run, timestep: Tensor) -> Tensor:
-    """Ask the UNet for the noise in the latents, and apply guidance: (B, 4, h, w)."""
+def predict_noise(unet: Any, scheduler: Any, run: Run, timestep: Tensor, number: Tensor | None = None) -> Tensor:
+    """Ask the UNet for the noise in the latents, and apply guidance.
+
+    Args:
+        unet: the network, or one that approximates it.
+        scheduler: the run's.
+        run: whose latents, embeddings and depth.
+        timestep: for the UNet, a tensor without dimensions.
+        number: the same on the host, for the scheduler.
+
+    Returns:
+        (B, 4, h, w).
+    """
     check_tensors(run, run.latents, unet)
     latents, embeds, depth = run.latents, run.prompt_embeds, run.depth
-    guided = run.guides(timestep)
+    number = timestep if number is None else number
+    guided = run.guides(number)
     if run.guidance_scale > 1 and not guided:  # outside its interval: the prompts alone
         embeds = embeds.chunk(2)[1]
     rows = len(embeds)
     depth = depth[-rows:] if len(depth) >= rows else torch.cat([depth] * 2)
-    sample = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
+    sample = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, number)
     sample = torch.cat([sample.to(depth.dtype), depth], dim=1)  # (2B, 5, h, w)
     noise_pred = unet(
         sample,
@@ -422,7 +435,7 @@ def denoised(scheduler: Any, output: Any, noise_pred: Tensor, timestep: Tensor, 
         return output.pred_original_sample
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
-    alpha_bar = scheduler.alphas_cumprod.to(latents.device)[timestep.long()]
+    alpha_bar = scheduler.alphas_cumprod.cpu()[timestep.cpu().long()]
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return (latents - (1 - alpha_bar) ** 0.5 * noise_pred) / alpha_bar**0.5

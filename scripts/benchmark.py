@@ -10,10 +10,13 @@ The weights are random, of the published geometry; both packages read the same f
 1 means that depthdiff is faster. Only ratios inside one run mean something.
 
 Stages: import, load and lora run in fresh processes, and so does cold: the command `depthdiff` against a script for
-diffusers. text, depth, encode, unet, decode and call run in this process after a warm-up; again is a call whose prompt
-and photo are known from the one before. For these the table also has the peak of memory beyond what was in use before,
-the operations (matrix products, convolutions, attention), and the rate of operations as a share of the machine's best
-square matrix product. peak is a table of its own, and runs only where it is named.
+diffusers. text, depth, encode, unet, decode and call run in this process after a warm-up; preset is a call with
+depthdiff's preset "fast" beside all of diffusers' work. For these the table also has the peak of memory beyond what was
+in use before, the operations of the plain formulas (matrix products, convolutions, attention), the rate of these, and
+that rate as a share of the machine's best square matrix product. preset, and peak, which is a table of its own, run
+only where they are named.
+
+What depthdiff's fast computations bring is the difference between a run and one with --plain.
 
 Who shares a machine with others times them as well. With --quiet every timing, of either package, waits until a matrix
 product comes near its best rate and counts if one does so right after it too, and turns go on until there are enough;
@@ -44,6 +47,7 @@ COLUMNS = ("stage", "depthdiff, s", "diffusers, s", "ratio", "peak, MiB", "GFLOP
 def describe(options: argparse.Namespace, best: float) -> str:
     """Say where and how this ran."""
     kind = f"both compiled ({options.compile})" if options.compile else "eager"
+    kind += ", depthdiff without its fast computations" if options.plain else ""
     kind += ", a step of depthdiff's captured" if options.capture else ""
     kept = ", freed memory kept by the allocator" if options.keep_freed else ""
     sizes = " and ".join(map(str, MATMUL_SIZES))
@@ -100,11 +104,12 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="%(default)s")
-    parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES[:-2], help="all but fast and peak")
+    parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES[:-2], help="all but preset and peak")
     parser.add_argument(
         "--compile", nargs="?", const="reduce-overhead", metavar="MODE", help="compile both, each in its own way"
     )
     parser.add_argument("--capture", action="store_true", help="capture a step of depthdiff's (GPU)")
+    parser.add_argument("--plain", action="store_true", help="leave depthdiff's fast computations off")
     parser.add_argument("--keep-freed", action="store_true", help="glibc's allocator keeps what is freed")
     parser.add_argument(
         "--quiet",
@@ -145,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             gc.collect()
         options.exact_dtype = options.dtype
         if options.dtype == "auto":
-            dtype = warm.load("depthdiff", folder, "auto", options.device).unet.dtype
+            dtype = warm.load("depthdiff", folder, "auto", options.device, options.plain).unet.dtype
             options.exact_dtype = str(dtype).removeprefix("torch.")
         timed = [stage for stage in options.stage if stage != "peak"]
         exact = getattr(torch, options.exact_dtype)

@@ -139,11 +139,11 @@ benchmark() { # TITLE SECONDS OPTIONS...
         --steps 50 --strength 0.8 --repeats 3 --checkpoint "$work/checkpoint" "$@"
 }
 
-tests "Tests" 120 tests/test_gpu.py tests/test_pipeline.py -k "not compiled"
-tests "Tests of compiled networks" 150 tests/test_gpu.py -k compiled
+tests "Tests" 120 tests/fast/test_gpu.py tests/test_pipeline.py -k "not compiled"
+tests "Tests of compiled networks" 150 tests/fast/test_gpu.py -k compiled
 if why=$("$python" -W ignore -c "from diffusers import StableDiffusionDepth2ImgPipeline" 2>&1); then
     tests "Parity" 60 tests/parity/test_gpu.py
-    benchmark "Eager" 150 --stage text depth encode unet decode call again
+    benchmark "Eager" 150 --stage text depth encode unet decode call
     benchmark "Captured" 80 --stage call --capture
     benchmark "Compiled" 160 --stage unet decode call --compile
 else

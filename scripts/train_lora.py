@@ -19,11 +19,11 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from depthdiff import StableDiffusionDepth2ImgPipeline
-from depthdiff.checkpoint.tables import TABLES
 from depthdiff.conditioning import fit_depth
 from depthdiff.image import read_images, to_pixels
 
-TARGETS = (".to_q", ".to_k", ".to_v", ".to_out", ".conv1", ".conv2")
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
+TARGETS = (*ATTENTION, ".conv1", ".conv2")
 BATCH = 4
 
 
@@ -41,7 +41,7 @@ class LowRank(nn.Module):
 
 
 def add_layers(network: nn.Module, rank: int) -> dict[str, LowRank]:
-    """Freeze a network and put trainable layers beside its attention and convolutions; by our module path."""
+    """Freeze a network and put trainable layers beside its attention and convolutions; by module path."""
     network.requires_grad_(False)
     layers = {}
     for name, module in list(network.named_modules()):
@@ -96,22 +96,20 @@ def train(
         ids = pipe.tokenizer(
             [words[i] for i in index], padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
-        context = pipe.text_encoder(ids).last_hidden_state
-        loss = F.mse_loss(pipe.unet(torch.cat([noisy, depth], 1), timesteps, context).sample, target)
+        prompt_embeds = pipe.text_encoder(ids).last_hidden_state
+        loss = F.mse_loss(pipe.unet(torch.cat([noisy, depth], 1), timesteps, prompt_embeds).sample, target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    return {component: published(networks[component], group) for component, group in layers.items()}
+    return {component: published(group) for component, group in layers.items()}
 
 
-def published(network: nn.Module, layers: dict[str, LowRank]) -> dict[str, Tensor]:
-    """Name the layers as diffusers does."""
-    table = TABLES[type(network).__name__]
+def published(layers: dict[str, LowRank]) -> dict[str, Tensor]:
+    """Name the layers' weights as diffusers does."""
     state = {}
     for name, layer in layers.items():
-        stem = table.published(f"{name}.weight").removesuffix(".weight")
-        state[f"{stem}.lora_A.weight"], state[f"{stem}.lora_B.weight"] = layer.down.detach(), layer.up.detach()
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = layer.down.detach(), layer.up.detach()
     return state
 
 

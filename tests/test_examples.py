@@ -23,4 +23,4 @@ def test_examples(name, monkeypatch):
 
 
 def test_there_are_examples():
-    assert {"depthdiff", "depthdiff.sampler"} <= set(MODULES)
+    assert "depthdiff" in MODULES

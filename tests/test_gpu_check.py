@@ -99,14 +99,14 @@ def stand_in(tmp_path):
 
     def make(sleep=0):
         folder = tmp_path / "stand_in"
-        for name in ("scripts", "tests/parity"):
+        for name in ("scripts", "tests/fast", "tests/parity"):
             (folder / name).mkdir(parents=True)
         shutil.copy(ROOT / "scripts" / "gpu_check.sh", folder / "scripts")
         files = {
             "torch.py": TORCH,
             "diffusers.py": "StableDiffusionDepth2ImgPipeline = None\n",
             "scripts/benchmark.py": 'import sys\nprint("| benchmark |", *sys.argv[1:])\n',
-            "tests/test_gpu.py": TESTS.format(sleep=sleep),
+            "tests/fast/test_gpu.py": TESTS.format(sleep=sleep),
             "tests/test_pipeline.py": "",
             "tests/parity/test_gpu.py": TESTS.format(sleep=0),
             "pyproject.toml": '[tool.pytest.ini_options]\nmarkers = ["gpu", "full"]\n',
@@ -138,10 +138,10 @@ def test_a_bare_machine(tree, environment, tmp_path):
     assert headings(report) == [*PARTS[:2], "Parity and timings"]
     assert "Left out, as diffusers cannot be imported: ModuleNotFoundError: No module named 'diffusers'" in report
     assert "error" not in report.lower().split("## tests of compiled")[0].split("= failures =")[0], "of collection"
-    for test in ("test_gpu.py::test_recorded_equals_plain[dtype0]", "test_pipeline.py::test_on_a_gpu[to]"):
+    for test in ("fast/test_gpu.py::test_captured_equals_plain[dtype0]", "test_pipeline.py::test_on_a_gpu[to]"):
         assert f"tests/{test} PASSED" in report or f"tests/{test} FAILED" in report
     compiled = report.split("## Tests of compiled networks")[1]
-    assert compiled.count("test_gpu.py::test_compiled_is_close_to_plain") >= 4
+    assert compiled.count("fast/test_gpu.py::test_compiled_is_close_to_plain") >= 4
     assert "torch " + torch.__version__ in report and "Pretend, 80000 MiB" in report and "commit unknown, 20" in report
 
 

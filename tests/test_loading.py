@@ -34,6 +34,7 @@ def test_dtypes(tiny_folder, tmp_path, dtype):
         exact = name == "depth_estimator" and dtype == "auto" and not torch.cuda.is_available()
         assert {parameter.dtype for parameter in network.parameters()} == {torch.float32 if exact else expected}
         assert not network.training
+        assert not any(tensor.is_meta for tensor in [*network.parameters(), *network.buffers()])
     alias = StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path, dtype=dtype)
     assert alias.dtype == expected
 

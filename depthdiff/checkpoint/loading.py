@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from depthdiff.checkpoint.files import read_json
@@ -66,6 +67,11 @@ def load_model(
         wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         dtype = torch.float32 if torch_dtype is None else torch_dtype
         state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors, copy)
+    return fill(model, state)
+
+
+def fill(model: Any, state: Mapping[str, Tensor]) -> Any:
+    """Put weights into a network that `build` made, and set it to evaluation mode."""
     model.load_state_dict(state, assign=True)
     return model.eval()
 

@@ -21,7 +21,7 @@ from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.geometry import INFER, Shapes, guessed_wrongly
 from depthdiff.checkpoint.header import is_pickle, read_start
 from depthdiff.checkpoint.hub import fetch
-from depthdiff.checkpoint.loading import build, check_dtype
+from depthdiff.checkpoint.loading import build, check_dtype, fill
 from depthdiff.checkpoint.remap import Table
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES_LDM
@@ -289,8 +289,7 @@ def load_part(
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     dtype = torch.float32 if torch_dtype is None else torch_dtype
     state = read_tensors(name, part.sources, part.table(model), wanted, None if dtype == "auto" else dtype)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    return fill(model, state)
 
 
 def load_single_model(

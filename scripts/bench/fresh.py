@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from bench.meters import PACKAGES, ROOT, Row, in_turns
 from depthdiff import CLIPTextModel, UNet2DConditionModel
 from depthdiff import StableDiffusionDepth2ImgPipeline as Pipeline
-from depthdiff.checkpoint.tables import TABLES
 
 STAGES = ("import", "load", "lora", "cold")
 PROMPT = "a golden sphere and a blue cube, at sunset"
 SCENE, MODEL = ROOT / "docs" / "scene.png", ROOT / "weights" / "mini"
+PROJECTIONS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
+"""Of the attention of UNet and text encoder."""
 
 IMPORT = "import time; s = time.perf_counter(); from {package} import StableDiffusionDepth2ImgPipeline; {end}"
 LOAD = """
@@ -60,13 +61,13 @@ from {package} import StableDiffusionDepth2ImgPipeline as Pipeline
 from bench.meters import memory
 pipe = Pipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype}, local_files_only=True)
 sample = torch.randn(2, 5, {latent}, {latent}, dtype=pipe.unet.dtype)
-context = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, dtype=pipe.unet.dtype)
+prompt_embeds = torch.randn(2, 77, pipe.unet.config.cross_attention_dim, dtype=pipe.unet.dtype)
 def step():
     times = []
     for _ in range(4):
         s = time.perf_counter()
         with torch.no_grad():
-            pipe.unet(sample, 501, encoder_hidden_states=context)
+            pipe.unet(sample, 501, encoder_hidden_states=prompt_embeds)
         times.append(time.perf_counter() - s)
     return statistics.median(times[1:])
 for p in pipe.text_encoder.parameters():
@@ -191,8 +192,8 @@ def write_lora(folder: Path, path: Path, rank: int = 16) -> None:
         with torch.device("meta"):
             network = kind.from_config(json.loads((folder / component / "config.json").read_text()))
         for key, weight in network.named_parameters():
-            if key.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.weight")):
-                stem = f"{component}." + TABLES[kind.__name__].published(key).removesuffix(".weight")
+            if key.removesuffix(".weight").endswith(PROJECTIONS):
+                stem = f"{component}.{key.removesuffix('.weight')}"
                 o, i = weight.shape
                 state[f"{stem}.lora_A.weight"] = torch.randn(rank, i, generator=generator) * 0.01
                 state[f"{stem}.lora_B.weight"] = torch.randn(o, rank, generator=generator) * 0.01

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import os
 import platform
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 PACKAGES = ("depthdiff", "diffusers")
 ROOT = Path(__file__).parents[2]
@@ -164,38 +163,17 @@ def peak_of(action: Callable[[], Any], device: str) -> int:
     return max(0, end_peak(device) - before)
 
 
-class NoModules:
-    """In place of what tells a counter of operations where they happen, by hooks: hooked layers take no short ways."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        """Hook nothing."""
-
-    def __exit__(self, *_: object) -> None:
-        """Leave nothing."""
-
-
 def flops_of(action: Callable[[], Any]) -> int:
-    """Count the floating-point operations of matrix products, convolutions and attention."""
+    """Count the floating-point operations of matrix products, convolutions and attention.
+
+    Of depthdiff's networks those of the plain formulas: while work is watched, their fast computations are off.
+    """
 
     def attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(q, k, v)
 
-    def linear(x: torch.Size, second: torch.Size, third: torch.Size | None, *_: Any, **__: Any) -> int:
-        weight = third if third is not None and len(third) == 2 else second  # after what the result is multiplied by
-        return 2 * math.prod(x) * weight[0]
-
-    def convolution(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
-        return conv_flop_count(x, weight, out_shape)
-
     kernels = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # which torch does not count
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        kernels[torch.ops.mkldnn._linear_pointwise] = linear
-        kernels[torch.ops.mkldnn._convolution_pointwise] = convolution
-    counter = FlopCounterMode(display=False, custom_mapping=kernels)
-    counter.mod_tracker = NoModules()
-    with counter:
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         seconds_of(action)
     return counter.get_total_flops()
 

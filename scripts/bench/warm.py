@@ -12,32 +12,35 @@ import torch
 from PIL import Image
 
 from bench.meters import PACKAGES, PHOTO, Row, flops_of, in_turns, peak_of, seconds_of
+from depthdiff import DiffusionPipeline, fast
 
-STAGES = ("text", "depth", "encode", "unet", "decode", "call", "again", "fast")
+STAGES = ("text", "depth", "encode", "unet", "decode", "call", "preset")
 AGREED = 0.02
 """Relative difference of the operations that both packages count, from which on it is said."""
 
 
-def load(package: str, folder: Path, dtype: torch.dtype | str, device: str) -> Any:
-    """Load the pipeline of a package."""
+def load(package: str, folder: Path, dtype: torch.dtype | str, device: str, plain: bool = False) -> Any:
+    """Load the pipeline of a package; `plain` leaves the fast computations of ours off."""
+    ours = package == "depthdiff"
+    more = {"fast": not plain} if ours else {}
     pipeline = __import__(package).StableDiffusionDepth2ImgPipeline
-    pipe = pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
+    pipe = pipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **more).to(device)
     pipe.set_progress_bar_config(disable=True)
-    if package == "depthdiff":
+    if ours and not plain:
         for network in pipe.networks.values():
-            network.use_fast_layout()  # as the pipeline does before a network's first work
+            fast.lay_out(network)  # as the pipeline does before a network's first work
     return pipe
 
 
-def load_both(folder: Path, dtype: str, device: str) -> dict[str, Any]:
+def load_both(folder: Path, dtype: str, device: str, plain: bool) -> dict[str, Any]:
     """Load both at one dtype; for "auto" it is the one that our UNet gets."""
-    ours = load("depthdiff", folder, dtype if dtype == "auto" else getattr(torch, dtype), device)
+    ours = load("depthdiff", folder, dtype if dtype == "auto" else getattr(torch, dtype), device, plain)
     return {"depthdiff": ours, "diffusers": load("diffusers", folder, ours.unet.dtype, device)}
 
 
 def actions_of(pipe: Any, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """List what each stage does, with the interface that both packages share."""
-    ours = hasattr(pipe, "cache")
+    ours = isinstance(pipe, DiffusionPipeline)
     device, dtype, size = pipe.device, pipe.unet.dtype, options.size
     latent = size // pipe.vae_scale_factor
     generator = torch.Generator().manual_seed(0)
@@ -45,9 +48,8 @@ def actions_of(pipe: Any, options: argparse.Namespace) -> dict[str, Callable[[],
     def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    sample, context = random(1, 5, latent, latent), random(2, 77, pipe.unet.config.cross_attention_dim)
-    if not ours:
-        sample = torch.cat([sample] * 2)  # each package's own loop calls it so
+    sample = torch.cat([random(1, 5, latent, latent)] * 2)  # with guidance, each row is there twice
+    prompt_embeds = random(2, 77, pipe.unet.config.cross_attention_dim)
     pixels, latents = (
         random(*shape, dtype=pipe.vae.dtype).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
         for shape in ((1, 3, size, size), (1, 4, latent, latent))
@@ -58,15 +60,7 @@ def actions_of(pipe: Any, options: argparse.Namespace) -> dict[str, Callable[[],
     with Image.open(PHOTO) as file:
         photo = file.convert("RGB").resize((size, size))
 
-    def forget() -> None:
-        if ours:
-            pipe.cache.clear()
-
-    def text() -> Any:
-        forget()
-        return pipe.encode_prompt("two tigers", device, 1, True, "bad anatomy")
-
-    def again(**shortcuts: Any) -> Any:
+    def call(**approximations: Any) -> Any:
         return pipe(
             "two tigers",
             photo,
@@ -74,26 +68,17 @@ def actions_of(pipe: Any, options: argparse.Namespace) -> dict[str, Callable[[],
             strength=options.strength,
             guidance_scale=options.guidance,
             generator=torch.Generator().manual_seed(0),
-            **shortcuts,
+            **approximations,
         )
 
-    def call() -> Any:
-        forget()
-        return again()
-
-    def fast() -> Any:
-        forget()
-        return again(preset="fast") if ours else again()
-
     return {
-        "text": text,
+        "text": lambda: pipe.encode_prompt("two tigers", device, 1, True, "bad anatomy"),
         "depth": lambda: pipe.depth_estimator(values),
         "encode": lambda: pipe.vae.encode(pixels),
-        "unet": lambda: pipe.unet(sample, timestep, encoder_hidden_states=context),
+        "unet": lambda: pipe.unet(sample, timestep, encoder_hidden_states=prompt_embeds),
         "decode": lambda: pipe.vae.decode(latents),
         "call": call,
-        "again": again,
-        "fast": fast,
+        "preset": lambda: call(preset="fast") if ours else call(),
     }
 
 
@@ -110,9 +95,9 @@ def speed_up(pipes: dict[str, Any], options: argparse.Namespace) -> None:
             network.fuse_qkv_projections()
         theirs.unet.compile(mode=options.compile, fullgraph=True)
         theirs.vae.decode = torch.compile(theirs.vae.decode, mode=options.compile, fullgraph=True)
-        ours.compile(mode=options.compile)
+        fast.compile(ours, mode=options.compile)
     if options.capture:
-        ours.capture()
+        fast.capture(ours)
 
 
 def label_of(stage: str, options: argparse.Namespace) -> str:
@@ -122,8 +107,7 @@ def label_of(stage: str, options: argparse.Namespace) -> str:
         "text": "text, two prompts",
         "unet": "UNet, one picture with guidance",
         "call": f"whole call, {call}",
-        "again": f"whole call again, same prompt and photo, {call}",
-        "fast": f'whole call, preset="fast" beside all of diffusers\' work, {call}',
+        "preset": f'whole call, preset="fast" beside all of diffusers\' work, {call}',
     }
     return labels.get(stage, stage)
 
@@ -133,7 +117,7 @@ def measure_warm(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     stages = [stage for stage in STAGES if stage in options.stage]
     if not stages:
         return
-    pipes = load_both(folder, options.dtype, options.device)
+    pipes = load_both(folder, options.dtype, options.device, options.plain)
     actions = {package: actions_of(pipes[package], options) for package in PACKAGES}
     # Counted before anything is compiled or captured, where no counter sees it; the first run also warms up.
     flops = {stage: {package: flops_of(actions[package][stage]) for package in PACKAGES} for stage in stages}

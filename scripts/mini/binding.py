@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from scenes import COLOURS, MAX_OBJECTS, PLACES, SHAPES, Scene, group_of, place_among
 from torch import Tensor, nn
 
-from depthdiff import CLIPTokenizer
-from depthdiff.models.attention import MultiHeadAttention
+from depthdiff import CLIPTokenizer, UNet2DConditionModel
+from depthdiff.models.attention import Attention, AttnProcessor
 
 UNKNOWN = -100
 """Says in `facts` that there is nothing to guess."""
@@ -31,24 +31,37 @@ Look = tuple[Tensor, Tensor]
 """Of one layer: its queries (B, Lq, channels), and where they look (B, H, Lq, L)."""
 
 
-def watch_words(unet: nn.Module) -> list[Look]:
+class Watching(AttnProcessor):
+    """Attention that notes what it asks and where it looks.
+
+    Args:
+        looks: list to append to.
+    """
+
+    def __init__(self, looks: list[Look]) -> None:
+        self.looks = looks
+
+    def attend(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Compute softmax(q kᵀ / sqrt(D)) v of (B, Lq, C) and (B, L, C): (B, Lq, C)."""
+        queries, keys, values = (attn.head_to_batch_dim(x, out_dim=4) for x in (q, k, v))
+        look = ((queries * attn.scale) @ keys.transpose(-1, -2)).softmax(-1)
+        self.looks.append((q, look))
+        return (look @ values).transpose(1, 2).flatten(2)
+
+
+def watch_words(unet: UNet2DConditionModel) -> list[Look]:
     """Let the layers that look at words append to the list returned what they ask and where they look."""
     looks: list[Look] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        look = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
-        looks.append((q.transpose(1, 2).flatten(2), look))
-        return look @ v
-
     for layer in readers(unet):
-        layer.attn_fn = attend
+        layer.set_processor(Watching(looks))
     return looks
 
 
-def readers(unet: nn.Module) -> list[MultiHeadAttention]:
-    """List the layers that look at words, in the order of the data."""
-    layers = (layer for name, layer in unet.named_modules() if name.endswith("cross_attn"))
-    return [layer for layer in layers if isinstance(layer, MultiHeadAttention)]
+def readers(unet: UNet2DConditionModel) -> list[Attention]:
+    """List the layers that look at words, in the order of the data, in which the middle comes before what goes up."""
+    parts = (unet.down_blocks, unet.mid_block, unet.up_blocks)
+    layers = (layer for part in parts for name, layer in part.named_modules() if name.endswith("attn2"))
+    return [layer for layer in layers if isinstance(layer, Attention)]
 
 
 def name_tokens(tokenizer: CLIPTokenizer, texts: list[tuple[str, dict[int, str]]]) -> tuple[Tensor, Tensor]:
@@ -132,7 +145,7 @@ class Guesses(nn.Module):
         width: channels of the text encoder's result, which is to tell colours.
     """
 
-    def __init__(self, unet: nn.Module, width: int) -> None:
+    def __init__(self, unet: UNet2DConditionModel, width: int) -> None:
         super().__init__()
         self.things = nn.ModuleList(
             nn.Linear(layer.to_q.out_features, len(SHAPES) + len(PLACES)) for layer in readers(unet)

@@ -38,7 +38,7 @@ def state(pipe):
 
 
 def facts(pipe):
-    forms = [repr(layer.attn_fn) for layer in pipe.unet.modules() if hasattr(layer, "attn_fn")]
+    forms = {type(processor).__name__ for processor in pipe.unet.attn_processors.values()}
     return (
         dict(pipe.scheduler.config),
         pipe.get_list_adapters(),
@@ -49,7 +49,7 @@ def facts(pipe):
         [type(part).__name__ for part in pipe.components.values()],
         pipe.execution_device,
         dict(pipe._progress_bar_config),
-        set(forms),
+        forms,
     )
 
 

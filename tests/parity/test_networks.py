@@ -1,4 +1,4 @@
-"""Every network against diffusers and transformers, on the same random weights, through our loader."""
+"""Networks against diffusers and transformers, through our loader: settings that `geometries` lacks, and depth nets."""
 
 import json
 
@@ -9,7 +9,6 @@ import transformers
 from random_checkpoint import GEOMETRIES, load_tokenizer, randomize
 
 import depthdiff
-from depthdiff.checkpoint.tables import TABLES
 
 REFERENCES = {
     "unet": (diffusers.UNet2DConditionModel, depthdiff.UNet2DConditionModel),
@@ -53,32 +52,7 @@ def text_config(config):
 
 
 UNETS = {
-    "tiny": GEOMETRIES["tiny"]["unet"],
-    "small": GEOMETRIES["small"]["unet"],
-    "convolutional projections, four channels": {
-        "in_channels": 4,
-        "block_out_channels": [16, 32],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "attention_head_dim": 4,
-        "cross_attention_dim": 24,
-        "norm_num_groups": 4,
-        "layers_per_block": 3,
-    },
-    "layers, heads and widths of the prompt per block": {
-        "in_channels": 5,
-        "block_out_channels": [24, 36, 48],
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"],
-        "attention_head_dim": [2, 3, 4],
-        "cross_attention_dim": [20, 20, 20],
-        "transformer_layers_per_block": [2, 1, 3],
-        "layers_per_block": [1, 3, 2],
-        "norm_num_groups": 6,
-        "use_linear_projection": True,
-        "norm_eps": 1e-3,
-    },
-    "other activation, sine first, shifted frequencies, no middle, centred, no padding": {
+    "other activation, centred, no middle": {
         "in_channels": 5,
         "block_out_channels": [20],
         "down_block_types": ["DownBlock2D"],
@@ -88,11 +62,9 @@ UNETS = {
         "cross_attention_dim": 24,
         "norm_num_groups": 5,
         "act_fn": "gelu",
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
         "center_input_sample": True,
     },
-    "plain middle, five levels, symmetric padding of zero": {
+    "five levels, no padding": {
         "in_channels": 5,
         "block_out_channels": [8, 8, 16, 16, 24],
         "down_block_types": ["CrossAttnDownBlock2D"] * 4 + ["DownBlock2D"],
@@ -103,7 +75,6 @@ UNETS = {
         "norm_num_groups": 4,
         "layers_per_block": 1,
         "downsample_padding": 0,
-        "only_cross_attention": False,
     },
 }
 
@@ -118,21 +89,21 @@ def test_unet(name, tmp_path):
         if config.get("downsample_padding") == 0 and size != (16, 24):
             continue  # the reference does not take odd sizes then
         x = torch.randn(2, config["in_channels"], *size)
-        context = torch.randn(2, 77, width if isinstance(width, int) else width[0])
-        expected = reference(x, timestep, encoder_hidden_states=context).sample
-        assert distance(mine(x, timestep, encoder_hidden_states=context).sample, expected) <= TOLERANCE
-        assert torch.equal(mine(x, timestep, context, return_dict=False)[0], mine(x, timestep, context).sample)
+        embeds = torch.randn(2, 77, width)
+        expected = reference(x, timestep, encoder_hidden_states=embeds).sample
+        assert distance(mine(x, timestep, encoder_hidden_states=embeds).sample, expected) <= TOLERANCE
+        assert torch.equal(mine(x, timestep, embeds, return_dict=False)[0], mine(x, timestep, embeds).sample)
 
-        more = torch.cat([context, torch.randn_like(context), torch.randn_like(context)])
+        more = torch.cat([embeds, torch.randn_like(embeds), torch.randn_like(embeds)])
         thrice = timestep.repeat(3) if isinstance(timestep, torch.Tensor) else timestep
         expected = reference(x.repeat(3, 1, 1, 1), thrice, encoder_hidden_states=more).sample
         assert distance(mine(x, timestep, more).sample, expected) <= TOLERANCE
 
 
-VAES = {
-    "tiny": GEOMETRIES["tiny"]["vae"],
-    "small": GEOMETRIES["small"]["vae"],
-    "one level, no attention, no quantisation": {
+@torch.no_grad()
+def test_autoencoder(tmp_path):
+    """One level, another activation, three channels of latents, and a picture that is not square."""
+    config = {
         "block_out_channels": [12],
         "norm_num_groups": 3,
         "layers_per_block": 3,
@@ -141,51 +112,17 @@ VAES = {
         "use_post_quant_conv": False,
         "latent_channels": 3,
         "act_fn": "relu",
-    },
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", VAES)
-def test_autoencoder(name, tmp_path):
-    mine, reference = pair("vae", VAES[name], tmp_path)
+    }
+    mine, reference = pair("vae", config, tmp_path)
     x = torch.rand(2, 3, 40, 72) * 2 - 1
     ours, theirs = mine.encode(x).latent_dist, reference.encode(x).latent_dist
-    assert distance(ours.mode(), theirs.mode()) <= TOLERANCE
-    assert distance(ours.std, theirs.std) <= TOLERANCE
-    assert distance(ours.kl(), theirs.kl()) <= TOLERANCE
-    draws = [d.sample(generator=torch.Generator().manual_seed(4)) for d in (ours, theirs)]
-    assert distance(*draws) <= TOLERANCE
+    for name in ("mean", "std", "logvar"):
+        assert distance(getattr(ours, name), getattr(theirs, name)) <= TOLERANCE
     z = torch.randn_like(ours.mode())
-    assert distance(mine.decode(z).sample, reference.decode(z).sample) <= TOLERANCE
-    assert distance(mine(x).sample, reference(x).sample) <= TOLERANCE
-
-
-@torch.no_grad()
-def test_autoencoder_in_slices_and_tiles(tmp_path):
-    """Tiles are 64 pixels here; the image needs several, the last ones smaller. Observed: 5e-7."""
-    mine, reference = pair("vae", VAES["tiny"], tmp_path)
-    x = torch.rand(2, 3, 136, 208) * 2 - 1
-    whole = mine.encode(x).latent_dist.mode()
-    for vae in (mine, reference):
-        vae.enable_slicing()
-    assert distance(mine.encode(x).latent_dist.mode(), whole) <= TOLERANCE
-    for vae in (mine, reference):
-        vae.enable_tiling()
-    tiled = mine.encode(x).latent_dist.mode()
-    assert distance(tiled, reference.encode(x).latent_dist.mode()) <= TOLERANCE
-    assert distance(tiled, whole) > 1e-3, "tiling was not on"
-    z = torch.randn(2, 4, 17, 26)
-    assert distance(mine.decode(z).sample, reference.decode(z).sample) <= TOLERANCE
-    for vae in (mine, reference):
-        vae.disable_tiling()
-        vae.disable_slicing()
     assert distance(mine.decode(z).sample, reference.decode(z).sample) <= TOLERANCE
 
 
 TEXTS = {
-    "tiny": GEOMETRIES["tiny"]["text_encoder"],
-    "small": GEOMETRIES["small"]["text_encoder"],
     "one layer": {**GEOMETRIES["tiny"]["text_encoder"], "num_hidden_layers": 1},
     "config of old files": {**GEOMETRIES["tiny"]["text_encoder"], "eos_token_id": 2, "layer_norm_eps": 1e-3},
 }
@@ -204,10 +141,6 @@ def test_text_encoder(name, tmp_path):
     assert len(ours.hidden_states) == len(theirs.hidden_states)
     for mine_state, reference_state in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         assert distance(mine_state, reference_state) <= TOLERANCE
-    mask = torch.ones_like(ids)
-    mask[:, 9:] = 0
-    ours, theirs = mine(ids, attention_mask=mask)[0], reference(ids, attention_mask=mask)[0]
-    assert distance(ours[:, :9], theirs[:, :9]) <= TOLERANCE
 
 
 PLAIN = {
@@ -261,24 +194,19 @@ def test_plain_depth_net_takes_images_that_are_not_square():
     assert not torch.allclose(mirrored, net(x).predicted_depth)
 
 
-@pytest.mark.parametrize("name", REFERENCES)
-def test_our_configs_build_the_reference(name, tmp_path):
+def test_a_depth_nets_config_builds_the_reference(tmp_path):
     """What we write, the reference reads: same weights, same config."""
-    config = GEOMETRIES["tiny"][name]
-    config = text_config(config) if name == "text_encoder" else config
-    mine = REFERENCES[name][1].from_config(config)
+    mine = depthdiff.DPTForDepthEstimation.from_config(GEOMETRIES["tiny"]["depth_estimator"])
     randomize(mine, 1)
     mine.save_pretrained(tmp_path)
-    again = REFERENCES[name][0].from_pretrained(tmp_path)
-    back = REFERENCES[name][1].from_pretrained(tmp_path)
+    back = depthdiff.DPTForDepthEstimation.from_pretrained(tmp_path)
     assert back.config.to_dict() == mine.config.to_dict()
-    again.save_pretrained(tmp_path / "again")
-    returned = REFERENCES[name][1].from_pretrained(tmp_path / "again")
+    transformers.DPTForDepthEstimation.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    returned = depthdiff.DPTForDepthEstimation.from_pretrained(tmp_path / "again")
     for key, value in mine.state_dict().items():
         assert torch.equal(value, back.state_dict()[key]), key
         assert torch.equal(value, returned.state_dict()[key]), key
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert REFERENCES[name][0].__name__ in str(written)
+    assert "DPTForDepthEstimation" in json.loads((tmp_path / "config.json").read_text())["architectures"]
 
 
 @pytest.mark.parametrize("patterns", [None, ("norm", "^time_embedding$", r"attn2\.to_k", "mid_block")])
@@ -287,15 +215,14 @@ def test_weights_that_lie_in_float8(tmp_path, dtype, patterns):
     """Observed: 0 in float32, 1.4e-2 in bfloat16, which rounds in other places; casting changes the output by 0.11."""
     unet, reference = pair("unet", GEOMETRIES["tiny"]["unet"], tmp_path)
     unet, reference = unet.to(dtype), reference.to(dtype)
-    width = unet.config.per_level("cross_attention_dim")[0]
-    x, context = torch.randn(2, 5, 24, 16, dtype=dtype), torch.randn(2, 77, width, dtype=dtype)
+    width = unet.config.cross_attention_dim
+    x, embeds = torch.randn(2, 5, 24, 16, dtype=dtype), torch.randn(2, 77, width, dtype=dtype)
     with torch.no_grad():
-        plain = unet(x, 7, context).sample
+        plain = unet(x, 7, embeds).sample
         for network in (unet, reference):
             network.enable_layerwise_casting(skip_modules_pattern=patterns)
-        mine, theirs = unet(x, 7, context).sample, reference(x, 7, context).sample
+        mine, theirs = unet(x, 7, embeds).sample, reference(x, 7, embeds).sample
     assert distance(mine.float(), theirs.float()) < (TOLERANCE if dtype == torch.float32 else 2e-2)
     assert distance(mine.float(), plain.float()) > 1e-2
-    table = TABLES["UNet2DConditionModel"]
-    lying = {table.published(key): weight.dtype for key, weight in unet.state_dict().items()}
+    lying = {key: weight.dtype for key, weight in unet.state_dict().items()}
     assert lying == {key: weight.dtype for key, weight in reference.state_dict().items()}

@@ -1,6 +1,6 @@
-"""Measure what the shortcuts of a call save and what they cost, and print it as a Markdown table.
+"""Measure what the approximations of a call save and what they cost, and print it as a Markdown table.
 
-    python scripts/mini/shortcuts.py MODEL [--scenes 16] [--only deep_cache]
+    python scripts/mini/approximations.py MODEL [--scenes 16] [--only deep_cache]
 
 Saved are FLOPs of the UNet over a whole run, of the model's geometry and of the full one at 512x512, counted without
 computing anything. The cost is the distance of the latents from the default's, relative to their norm, and what
@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from depthdiff.predictor import noise_predictor
-from depthdiff.shortcuts import choose
 from evaluate import BATCH, GUIDANCE, STEPS, Evaluation
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthdiff import DDIMScheduler, UNet2DConditionModel
-from depthdiff.run import Run
+from depthdiff.approximations import approximated, resolve_preset
 
 sys.path.append(str(Path(__file__).parents[1]))
 from random_checkpoint import GEOMETRIES
@@ -58,15 +56,16 @@ def unet_flops(unet: UNet2DConditionModel, side: int, options: dict[str, Any], g
         options: of `pipe(...)`.
         guidance: guidance is on above 1.
     """
-    meta, copies = torch.device("meta"), 1 + (guidance > 1)
-    plan = DDIMScheduler().plan(STEPS, 1.0, device=meta)
-    width = max(unet.config.per_level("cross_attention_dim"))
-    latents, depth = torch.empty(1, 4, side, side, device=meta), torch.empty(copies, 1, side, side, device=meta)
-    context = torch.empty(copies, 77, width, device=meta)
-    run = Run(plan, latents, context, depth, guidance, None, shortcuts=choose(**{"preset": None, **options}))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, noise_predictor(unet, run) as predict_noise:
-        for timestep in plan.calls:
-            predict_noise(latents, timestep)
+    meta, scheduler, chosen = torch.device("meta"), DDIMScheduler(), resolve_preset(**{"preset": None, **options})
+    scheduler.set_timesteps(STEPS)
+    sample = torch.empty(2, unet.config.in_channels, side, side, device=meta)
+    prompt_embeds = torch.empty(2, 77, unet.config.cross_attention_dim, device=meta)
+    working = approximated(unet, chosen)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for timestep in scheduler.timesteps:
+            share = timestep.item() / scheduler.config.num_train_timesteps
+            rows = 1 + (guidance > 1 and chosen.guides(share))
+            working(sample[:rows], timestep, encoder_hidden_states=prompt_embeds[:rows])
     return counter.get_total_flops()
 
 

@@ -1,16 +1,15 @@
-"""Shortcuts: off they change nothing, on they compute what they promise, and what they leave out fits together."""
+"""Approximations: off they change nothing, on they compute what they promise, and what they leave out fits together."""
 
 import json
 from contextlib import contextmanager
 
 import pytest
 import torch
-from depthdiff.models.shortcuts import DeepFeatures, TokenMerging
-from depthdiff.shortcuts import PRESETS, Shortcuts, choose
 from evaluate import Evaluation
 from PIL import Image
 
-from depthdiff import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from depthdiff import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, fast
+from depthdiff.approximations import PRESETS, Approximations, DeepCache, TokenMerger, approximated, resolve_preset
 from depthdiff.checkpoint.hub import bundled
 from depthdiff.cli import main
 
@@ -31,13 +30,18 @@ def paint(pipe, photo, **options):
     return pipe("two tigers", photo, **how).images
 
 
+def state(unet):
+    """List the attributes of all modules."""
+    return {name: {key: id(value) for key, value in vars(module).items()} for name, module in unet.named_modules()}
+
+
 @contextmanager
 def counted(unet):
-    """List (rows, whether the deeper part ran) of every call of the UNet."""
+    """List (rows, whether the deeper part ran) of every call of the UNet, or of a twin, which has the same hooks."""
     calls, down = [], []
 
     def note(_, args, out):
-        calls.append((len(out.sample), bool(down)))
+        calls.append((len(out[0]), bool(down)))
         down.clear()
 
     handles = [
@@ -64,21 +68,39 @@ def test_what_is_off_changes_no_bit(pipe, small_photo, scheduler):
         assert torch.equal(paint(pipe, small_photo, **off), expected), off
 
 
-def test_the_split_network_is_the_whole_one(pipe):
-    """Features that are used in the call that made them change nothing."""
-    x, context = torch.randn(2, 5, 11, 15), torch.randn(2, 77, 40)
+def test_the_shallow_part_is_that_of_the_whole_network(pipe):
+    """Of the same input, a call that reuses the deep part gives what the whole one gives; of another prompt not."""
+    x, embeds = torch.randn(2, 5, 11, 15), torch.randn(2, 77, 40)
+    fast.disable(pipe)
     with torch.no_grad():
-        expected, deep = pipe.unet(x, 500, context).sample, DeepFeatures(2)
-        assert torch.equal(pipe.unet(x, 500, context, deep=deep).sample, expected)
-        assert torch.equal(pipe.unet(x, 500, context, deep=deep).sample, expected)  # of the same input they are exact
-        assert not torch.allclose(pipe.unet(x, 500, context + 1, deep=DeepFeatures(2)).sample, expected)
+        expected, twin = pipe.unet(x, 500, embeds).sample, approximated(pipe.unet, Approximations(deep_cache=3))
+        with counted(pipe.unet) as calls:
+            assert torch.equal(twin(x, 500, embeds).sample, expected)
+            assert torch.equal(twin(x, torch.tensor(500), encoder_hidden_states=embeds, return_dict=False)[0], expected)
+            other = twin(x, 500, embeds + 1).sample
+        assert [deep for _, deep in calls] == [True, False, False]
+        assert not torch.allclose(other, expected)
+        assert not torch.allclose(other, pipe.unet(x, 500, embeds + 1).sample)
+
+
+def test_the_network_itself_does_not_change(ddim, small_photo):
+    """Its modules, their attributes and its result stay what they were; its weights are those that the run uses."""
+    unet = ddim.unet
+    before = state(unet)
+    twin = approximated(unet, Approximations(deep_cache=2, token_merging=0.5))
+    expected = paint(ddim, small_photo)
+    paint(ddim, small_photo, deep_cache=2, token_merging=0.5)
+    assert state(unet) == before
+    assert torch.equal(paint(ddim, small_photo), expected)
+    mine = dict(twin.named_parameters())
+    assert all(mine[name] is parameter for name, parameter in unet.named_parameters())
 
 
 def test_rows_with_an_interval(ddim, small_photo):
     with counted(ddim.unet) as calls:
         paint(ddim, small_photo, guidance_interval=(0.3, 0.7), num_images_per_prompt=2)
     run = ddim.prepare("two tigers", small_photo, strength=1.0, num_inference_steps=STEPS)
-    shares = [number / 1000 for number in run.plan.numbers]
+    shares = [number / 1000 for number in run.timesteps.tolist()]
     assert [rows for rows, _ in calls] == [4 if 0.3 <= share <= 0.7 else 2 for share in shares]
     assert {rows for rows, _ in calls} == {2, 4}
 
@@ -91,27 +113,20 @@ def test_outside_the_interval_is_the_prompt_alone(ddim, small_photo):
     assert not torch.allclose(paint(ddim, small_photo), expected, atol=1e-2)
 
 
-def test_a_prompt_is_read_once_in_each_form(ddim, small_photo):
-    reads, reader = [], ddim.unet.read_context
-    ddim.unet.read_context = lambda context: reads.append(len(context)) or reader(context)
-    paint(ddim, small_photo, guidance_interval=(0.3, 0.6))
-    assert reads == [1, 2]
-
-
-def test_a_replaced_prompt_is_read_again(ddim, small_photo):
-    """Outside the interval too, and with deep features, which are then computed anew."""
-    run = ddim.prepare("a", small_photo, strength=1.0, num_inference_steps=4, guidance_interval=(0.4, 1), deep_cache=9)
-    with counted(ddim.unet) as calls:
-        for step in ddim.denoise(run):
-            if step.index == 2:
-                run.prompt_embeds = run.prompt_embeds.clone()
-    assert calls == [(2, True), (2, False), (1, False), (1, True)]
-    run = ddim.prepare("a", small_photo, strength=1.0, num_inference_steps=4, guidance_interval=(0.4, 1), deep_cache=9)
-    with counted(ddim.unet) as calls:
-        for step in ddim.denoise(run):
-            if step.index == 2:
-                run.depth.mul_(0.5)
-    assert calls[-1] == (1, True)
+def test_a_replaced_prompt_counts_outside_the_interval_too(ddim, small_photo):
+    """From the step on in which the shallow part reads it, and for the deep part when that is computed again."""
+    results = []
+    for replace in (False, True):
+        options = {"strength": 1.0, "num_inference_steps": 5, "guidance_interval": (0.5, 1), "deep_cache": 4}
+        run = ddim.prepare("a", small_photo, generator=torch.Generator().manual_seed(1), **options)
+        with counted(ddim.unet) as calls:
+            for step in ddim.denoise(run):
+                if replace and step.index == 2:
+                    run.prompt_embeds = run.prompt_embeds.flip(0)
+                results.append(step.latents)
+        assert calls == [(2, True), (2, False), (1, False), (1, False), (1, True)]
+    same = [torch.equal(first, second) for first, second in zip(results[:5], results[5:], strict=True)]
+    assert same == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])
@@ -135,20 +150,32 @@ def test_deep_features_where_guidance_switches(ddim, small_photo):
 
 
 def test_the_kept_half_is_the_prompts(pipe):
-    deep = DeepFeatures(2)
-    deep.keep(torch.arange(4.0)[:, None, None, None])
-    deep.keep_second_half()
-    assert deep.recall(2, torch.Size((1, 1))).flatten().tolist() == [2, 3]
-    assert deep.recall(2, torch.Size((1, 1))) is None, "they are too old"
-    deep.keep(torch.zeros(2, 1, 4, 4))
-    assert deep.recall(3, torch.Size((4, 4))) is None, "another batch"
-    assert deep.recall(2, torch.Size((4, 5))) is None, "another size"
-    deep.forget()
-    assert deep.recall(2, torch.Size((4, 4))) is None
+    """Rows and size of the call decide: what was kept for another batch or size is computed anew."""
+    x, embeds = torch.randn(1, 5, 8, 8), torch.randn(2, 77, 40)
+    twin = approximated(pipe.unet, Approximations(deep_cache=9))
+    with torch.no_grad(), counted(pipe.unet) as calls:
+        twin(x.expand(2, -1, -1, -1), 500, embeds)
+        alone = twin(x, 500, embeds[1:]).sample
+        torch.testing.assert_close(alone, pipe.unet(x, 500, embeds[1:]).sample, rtol=0, atol=1e-5)
+        for batch, size in ((1, 8), (2, 8), (2, 12), (3, 12), (3, 12)):
+            twin(torch.randn(batch, 5, 8, size), 500, torch.randn(batch, 77, 40))
+    own = [(2, True), (1, False), (1, True)]  # the third is that of the UNet itself
+    assert calls == [*own, (1, False), (2, True), (2, True), (3, True), (3, False)]
+
+
+def test_deep_features_are_of_one_object(pipe):
+    """Two of them on one UNet do not meet."""
+    x, embeds = torch.randn(1, 5, 8, 8), torch.randn(1, 77, 40)
+    fast.disable(pipe)
+    first, second = (approximated(pipe.unet, Approximations(deep_cache=2)) for _ in range(2))
+    with torch.no_grad():
+        first(x, 500, embeds)
+        assert torch.equal(second(x + 1, 500, embeds).sample, pipe.unet(x + 1, 500, embeds).sample)
+    assert DeepCache(2).features is None
 
 
 def test_runs_do_not_disturb_each_other(ddim, small_photo):
-    """Two runs in turns on one pipeline, of different shortcuts, end where each ends alone."""
+    """Two runs in turns on one pipeline, of different approximations, end where each ends alone."""
     all_options = ({"preset": "fast", "token_merging": 0.5}, {"deep_cache": 2}, {})
 
     def prepare(options):
@@ -173,28 +200,28 @@ def test_merging_makes_groups(size, ratio):
     """Every group has a token; as many tokens go as asked for, if each 2x2 and the remainder leave so many."""
     height, width = size
     total, cells = height * width, (height // 2) * (width // 2)
-    groups = TokenMerging(ratio).group(torch.randn(3, total, 6), torch.Size(size))
+    groups = TokenMerger(ratio).group(torch.randn(3, total, 6), torch.Size(size))
     if int(ratio * total) == 0:
         assert groups is None
         return
     assert groups.total == total - min(int(ratio * total), total - cells)
-    assert all(row.unique().tolist() == list(range(groups.total)) for row in groups.home)
+    assert all(row.unique().tolist() == list(range(groups.total)) for row in groups.group)
 
 
 def test_a_merged_token_is_the_mean_of_its_group():
     tokens = torch.randn(2, 48, 5, dtype=torch.double)
-    groups = TokenMerging(0.6).group(tokens, torch.Size((6, 8)))
+    groups = TokenMerger(0.6).group(tokens, torch.Size((6, 8)))
     merged, back = groups.merge(tokens), groups.unmerge(groups.merge(tokens))
     for b in range(2):
         for number in range(groups.total):
-            torch.testing.assert_close(merged[b, number], tokens[b, groups.home[b] == number].mean(0))
+            torch.testing.assert_close(merged[b, number], tokens[b, groups.group[b] == number].mean(0))
     torch.testing.assert_close(back.mean(1), tokens.mean(1))  # what is replaced by means keeps the mean
     torch.testing.assert_close(groups.merge(back), merged)  # and merges to the same again
 
 
 def test_equal_tokens_come_back():
     tokens = torch.randn(2, 1, 5, dtype=torch.double).expand(2, 30, 5)
-    groups = TokenMerging(0.75).group(tokens, torch.Size((5, 6)))
+    groups = TokenMerger(0.75).group(tokens, torch.Size((5, 6)))
     torch.testing.assert_close(groups.unmerge(groups.merge(tokens)), tokens)
 
 
@@ -202,7 +229,7 @@ def test_the_most_alike_merge():
     """Each 2x2 is of its own direction but for one token that is of none: all but these go, and nothing is lost."""
     tokens = torch.eye(16, dtype=torch.double).view(4, 4, 16).repeat_interleave(2, 0).repeat_interleave(2, 1)
     tokens = tokens.reshape(1, 64, 16)
-    groups = TokenMerging(0.75).group(tokens, torch.Size((8, 8)))
+    groups = TokenMerger(0.75).group(tokens, torch.Size((8, 8)))
     assert groups.total == 16
     torch.testing.assert_close(groups.unmerge(groups.merge(tokens)), tokens)
     torch.testing.assert_close(groups.merge(tokens).sum(1), torch.ones(1, 16, dtype=torch.double))
@@ -210,26 +237,26 @@ def test_the_most_alike_merge():
 
 def test_tokens_that_cannot_merge():
     for ratio, size in ((0.75, (1, 9)), (0.75, (9, 1)), (0.01, (4, 4)), (0.0, (8, 8))):
-        assert TokenMerging(ratio).group(torch.randn(1, size[0] * size[1], 3), torch.Size(size)) is None
+        assert TokenMerger(ratio).group(torch.randn(1, size[0] * size[1], 3), torch.Size(size)) is None
 
 
 def test_merging_draws_alike_for_a_batch_and_in_every_run():
     one, size = torch.randn(1, 64, 4), torch.Size((8, 8))
-    first, second = TokenMerging(0.5), TokenMerging(0.5)
+    first, second = TokenMerger(0.5), TokenMerger(0.5)
     both = first.group(one.expand(2, -1, -1), size)
-    assert torch.equal(both.home[0], both.home[1])
-    assert torch.equal(both.home[:1], second.group(one, size).home)
-    assert not torch.equal(first.group(one, size).home, both.home[:1]), "every call draws anew"
+    assert torch.equal(both.group[0], both.group[1])
+    assert torch.equal(both.group[:1], second.group(one, size).group)
+    assert not torch.equal(first.group(one, size).group, both.group[:1]), "every call draws anew"
 
 
 def test_merging_is_in_the_finest_level_that_attends(pipe):
     """Self-attention there has fewer tokens, elsewhere all of them."""
     x, context, seen = torch.randn(1, 5, 12, 16), torch.randn(1, 77, 40), {}
     for name, module in pipe.unet.named_modules():
-        if name.endswith("self_attn"):
+        if name.endswith("attn1.to_q"):
             module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0].shape[1]}))
     with torch.no_grad():
-        pipe.unet(x, 500, context, merging=TokenMerging(0.5))
+        approximated(pipe.unet, Approximations(token_merging=0.5))(x, 500, context)
     finest = {name for name in seen if name.startswith(("down_blocks.0", "up_blocks.2"))}
     assert len(finest) == 3
     assert {seen[name] for name in finest} == {96}
@@ -267,7 +294,7 @@ def test_all_three_at_any_size(ddim, photo, size):
 
 
 def test_a_callback_may_end_guidance(ddim, small_photo):
-    """As diffusers' guide shows: scale 0 and the prompt's half from a step on; deep features follow."""
+    """As diffusers' guide shows: scale 0 and the prompt's half from a step on, of the deep features too."""
 
     def callback(pipeline, index, timestep, tensors):
         if index == 2:
@@ -286,13 +313,13 @@ def test_a_callback_may_end_guidance(ddim, small_photo):
             callback_on_step_end=callback,
             callback_on_step_end_tensor_inputs=names,
         )
-    assert calls == [(2, True), (2, False), (2, False), (1, True), (1, False), (1, False)]
+    assert calls == [(2, True), (2, False), (2, False), (1, False), (1, True), (1, False)]
 
 
 def test_presets():
-    assert choose(None) == Shortcuts()
-    assert choose("fast") == PRESETS["fast"] != Shortcuts()
-    assert choose("fast", deep_cache=7) == Shortcuts(
+    assert resolve_preset(None) == Approximations()
+    assert resolve_preset("fast") == PRESETS["fast"] != Approximations()
+    assert resolve_preset("fast", deep_cache=7) == Approximations(
         PRESETS["fast"].guidance_interval, 7, PRESETS["fast"].token_merging
     )
 
