@@ -8,11 +8,20 @@ from PIL import Image
 from random_checkpoint import build_pipeline
 
 DATA = Path(__file__).parent / "data"
+SLOW = {
+    *("test_mini_training", "test_train_lora", "test_kills", "test_second_device", "test_compile", "test_cuda_graphs"),
+    *("test_damaged_folders", "test_damaged_single_files", "test_fuzz_files", "test_gpu_check", "test_benchmark"),
+    *("test_calls", "test_hub_trouble", "test_hub_answers", "test_convolution", "test_tiled", "test_disks"),
+}
+"""Files of tests that take long; CI runs them all."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Skip what needs a GPU where there is none, and long random tests unless `-m fuzz` asks for them; say so."""
     for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("fuzz") and "fuzz" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="takes minutes; a share of it runs; -m fuzz runs the whole"))
     if not torch.cuda.is_available():

