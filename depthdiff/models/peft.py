@@ -129,17 +129,20 @@ class PeftAdapterMixin:
             safe_fusing: refuse a result that holds NaN.
             adapter_names: to be fused; the active ones if None.
         """
-        self._need([])
+        self._need(adapter_names or [])
         for layer in self._tuner_layers():
-            layer.scale_layer(lora_scale)
+            chosen = layer.active_adapters if adapter_names is None else adapter_names
+            for name in set(chosen) & layer.scaling.keys() - set(layer.merged_adapters):
+                vars(layer).setdefault("_scaling_before_fusing", {})[name] = layer.scaling[name]
+                layer.scaling[name] *= lora_scale  # until `unfuse_lora`, which subtracts what was added
             layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names)
-            layer.unscale_layer(lora_scale)
 
     def unfuse_lora(self) -> None:
         """Take fused adapters out of the weights again."""
         self._need([])
         for layer in self._tuner_layers():
             layer.unmerge()
+            layer.scaling.update(vars(layer).pop("_scaling_before_fusing", {}))
 
     def unload_lora(self) -> None:
         """Put the layers back that PEFT's stand in the place of."""
