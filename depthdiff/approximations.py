@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,15 +134,21 @@ class DeepCache:
             self.uses = 1
             return self.plain(sample, timestep, encoder_hidden_states, *args, **kwargs)
         self.uses += 1
+        scaled = getattr(self.unet, "_scaled_adapters", nullcontext)  # PEFT's, as in the UNet's own `forward`
+        with scaled(kwargs.get("cross_attention_kwargs")):
+            x = self._shallow(kept, sample, timestep, encoder_hidden_states, kwargs.get("cross_attention_kwargs"))
+        return (x,) if kwargs.get("return_dict") is False else UNet2DConditionOutput(x)
+
+    def _shallow(self, kept: Tensor, sample: Tensor, timestep: Any, context: Tensor, attention_kwargs: Any) -> Tensor:
+        """Compute the first convolution and what follows the deep part."""
         unet, block = self.unet, self.block
         temb = unet.time_embedding(unet.get_time_embed(sample, timestep))
         x = unet.conv_in(2 * sample - 1 if unet.config.center_input_sample else sample)
         x = self.read(torch.cat([kept, x], dim=1), temb)
         if hasattr(block, "attentions"):
-            options = {"cross_attention_kwargs": kwargs.get("cross_attention_kwargs"), "return_dict": False}
-            x = block.attentions[-1](x, encoder_hidden_states=encoder_hidden_states, **options)[0]
-        x = unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
-        return (x,) if kwargs.get("return_dict") is False else UNet2DConditionOutput(x)
+            options = {"cross_attention_kwargs": attention_kwargs, "return_dict": False}
+            x = block.attentions[-1](x, encoder_hidden_states=context, **options)[0]
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
 
     def _recall(self, rows: int, size: torch.Size) -> Tensor | None:
         """Return the features for a call of so many rows and this size; None where they must be computed."""

@@ -19,7 +19,7 @@ from depthdiff.adapters.lora import Lora, has_numbers, merged
 from depthdiff.adapters.names import COMPONENTS
 from depthdiff.adapters.weights import Weight, block_weight, component_weight, scaled
 from depthdiff.pipeline_utils import DiffusionPipeline
-from depthdiff.sharing import with_weights
+from depthdiff.sharing import uncompiled, with_weights
 
 Shares = tuple[tuple[Lora, Weight], ...]
 """Adapters, and how much of each."""
@@ -72,11 +72,15 @@ class Merging(DiffusionPipeline):
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
         self._adapters = AdapterState()
-        self._merges = {component: Merge(components[component]) for component in COMPONENTS}
+        self._merges = {component: Merge(self._host(component)) for component in COMPONENTS}
+
+    def _host(self, component: str) -> Any:
+        """Return the network that hosts a component's adapters: the one within, where it was compiled."""
+        return uncompiled(getattr(self, component))
 
     def _adapted(self) -> dict[str, Any]:
         """Return the networks that adapters change; a pipeline may lack its text encoder."""
-        networks = {component: getattr(self, component) for component in COMPONENTS}
+        networks = {component: self._host(component) for component in COMPONENTS}
         return {component: network for component, network in networks.items() if network is not None}
 
     def _has_adapters(self) -> bool:
@@ -91,7 +95,7 @@ class Merging(DiffusionPipeline):
         """
         merges, changes, before = dict(self._merges), [], (self._adapters, self._merges)
         for component in COMPONENTS:
-            old, network = self._own_merge(component), getattr(self, component)
+            old, network = self._own_merge(component), self._host(component)
             if old is not self._merges[component]:
                 changes += list(_put_back(self._merges[component]))
             weights = self._weights(component, old, state.shares(component))
@@ -107,7 +111,7 @@ class Merging(DiffusionPipeline):
     def _own_merge(self, component: str) -> Merge:
         """Return what is merged into the present network: nothing if the user has put it in the place of another."""
         merge = self._merges[component]
-        network = getattr(self, component)
+        network = self._host(component)
         return merge if merge.network is network else Merge(network)
 
     def _weights(self, component: str, merge: Merge, shares: Shares) -> dict[str, Tensor] | None:
@@ -143,14 +147,16 @@ class Merging(DiffusionPipeline):
     def _saved(self) -> dict[str, Any]:
         """Return the components with what is fused, and without what is merely active."""
         fused = AdapterState(fused=self._adapters.fused)
-        changed = {name: self._with_shares(name, part, fused.shares(name)) for name, part in self._adapted().items()}
-        return self.components | changed
+        present = {name: getattr(self, name) for name in self._adapted()}
+        return self.components | {
+            name: self._with_shares(name, part, fused.shares(name)) for name, part in present.items()
+        }
 
     @torch.no_grad()
     def _with_shares(self, component: str, network: Any, shares: Shares) -> Any:
         """Return a network with other adapters, or with other shares of them; as it is where it has none yet."""
         merge = self._merges[component]
-        weights = self._weights(component, merge, shares) if merge.network is network else None
+        weights = self._weights(component, merge, shares) if merge.network is uncompiled(network) else None
         if weights is None:
             return network
         others = {key: _original(merge, key) for key in merge.originals if key not in weights}
