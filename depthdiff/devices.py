@@ -190,5 +190,7 @@ def device_of(network: torch.nn.Module) -> torch.device:
 def dtype_of(network: torch.nn.Module) -> torch.dtype:
     """Return the dtype in which a network computes: its own word for it, or that of its first weight."""
     dtype = getattr(network, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
     weights = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    return dtype if isinstance(dtype, torch.dtype) else next(weights, torch.float32)
+    return next(weights, torch.float32)

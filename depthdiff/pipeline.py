@@ -55,7 +55,9 @@ from depthdiff.run import (
     call_back,
     check_run,
     check_tensors,
+    keeps_the_call,
     keeps_the_outer_call,
+    step_kwargs,
 )
 
 
@@ -248,6 +250,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
 
     @torch.no_grad()
     @uses_weights
+    @keeps_the_call
     def prepare(
         self,
         prompt: str | list[str] | None = None,
@@ -289,6 +292,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         pictures = batch_size(counts)
         check_generator(generator, pictures * num_images_per_prompt)
 
+        self._call.begin(guidance_scale, plain(clip_skip), cross_attention_kwargs, self._call.num_timesteps)
         positive, negative = self.encode_prompt(
             None if texts is None else repeat(texts, pictures),
             device,
@@ -314,7 +318,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
                 pixels, timesteps[:1].repeat(batch), pictures, num_images_per_prompt, dtype, device, generator
             )
             scheduler = copy.deepcopy(self.scheduler)
-        self._call.begin(guidance_scale, plain(clip_skip), cross_attention_kwargs, len(timesteps))
+        self._call.num_timesteps = len(timesteps)
         return Run(
             scheduler,
             timesteps,
@@ -344,6 +348,8 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             if unet is not self.unet and self._fast:
                 speed.enable(unet)
             scheduler, extra = copy.deepcopy(run.scheduler), self.prepare_extra_step_kwargs(run.generator, run.eta)
+            if type(scheduler) is not type(self.scheduler):  # another one was put in its place meanwhile
+                extra = step_kwargs(scheduler, run.generator, run.eta)
             numbers = run.timesteps.cpu()  # once, so that the host need not wait for the device in every step
             for index, (timestep, number) in enumerate(zip(run.timesteps, numbers, strict=True)):
                 latents = run.latents

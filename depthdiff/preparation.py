@@ -7,7 +7,6 @@ Letters: B pictures, N images, L tokens, C channels, H, W pixels, h, w latents.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from depthdiff.inputs import (
 )
 from depthdiff.noise import randn
 from depthdiff.precision import finite
+from depthdiff.run import step_kwargs
 from depthdiff.single_files import FromSingleFileMixin
 
 
@@ -221,8 +221,7 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Return those of `eta` and `generator` that the scheduler's `step` takes."""
-        known = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+        return step_kwargs(self.scheduler, generator, eta)
 
     # What else diffusers' class has
 

@@ -5,6 +5,8 @@ Letters: B pictures, L tokens, C their channels, H and W height and width in pix
 
 from __future__ import annotations
 
+import copy
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +51,7 @@ class CallState(threading.local):
         cross_attention_kwargs: of the call.
         num_timesteps: how many times it runs the UNet.
         depth: how many calls are under way, one within a callback of the other.
+        prepared: whether the innermost of them has prepared its run.
     """
 
     guidance_scale: float = 7.5
@@ -56,6 +59,7 @@ class CallState(threading.local):
     cross_attention_kwargs: dict[str, Any] | None = None
     num_timesteps: int = 0
     depth: int = 0
+    prepared: bool = False
 
     def begin(
         self,
@@ -68,6 +72,10 @@ class CallState(threading.local):
         self.guidance_scale, self.clip_skip = guidance_scale, clip_skip
         self.cross_attention_kwargs, self.num_timesteps = cross_attention_kwargs, num_timesteps
 
+    def present(self) -> tuple[float, int | None, dict[str, Any] | None, int]:
+        """Return what `begin` takes over."""
+        return self.guidance_scale, self.clip_skip, self.cross_attention_kwargs, self.num_timesteps
+
     def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
         return CallState, ()
 
@@ -78,16 +86,39 @@ def keeps_the_outer_call(call: Callable[P, R]) -> Callable[P, R]:
     @wraps(call)
     def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
         state: CallState = args[0]._call  # type: ignore[attr-defined]
-        before = state.guidance_scale, state.clip_skip, state.cross_attention_kwargs, state.num_timesteps
-        state.depth += 1
+        before, prepared = state.present(), state.prepared
+        state.depth, state.prepared = state.depth + 1, False
         try:
             return call(*args, **kwargs)
         finally:
-            state.depth -= 1
+            state.depth, state.prepared = state.depth - 1, prepared
             if state.depth:
                 state.begin(*before)
 
     return keeping
+
+
+def keeps_the_call(prepare: Callable[P, R]) -> Callable[P, R]:
+    """Let a run that is prepared within a callback leave what the pipeline says of the call."""
+
+    @wraps(prepare)
+    def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
+        state: CallState = args[0]._call  # type: ignore[attr-defined]
+        before, within = state.present(), state.depth > 0 and state.prepared
+        try:
+            return prepare(*args, **kwargs)
+        finally:
+            state.prepared = True
+            if within:
+                state.begin(*before)
+
+    return keeping
+
+
+def step_kwargs(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
+    """Return those of `eta` and `generator` that a scheduler's `step` takes."""
+    known = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
 
 
 @dataclass
@@ -140,7 +171,11 @@ class Run:
         if check_number("index", index, 0, len(self), whole=True) == len(self):
             return clean
         timestep = self.timesteps[index : index + 1].repeat(len(clean))
-        return self.scheduler.add_noise(clean, noise, timestep)
+        scheduler = self.scheduler
+        if hasattr(scheduler, "set_begin_index"):  # by which such schedulers go, whatever the timestep
+            scheduler = copy.copy(scheduler)
+            scheduler.set_begin_index(len(scheduler.timesteps) - len(self) + index)
+        return scheduler.add_noise(clean, noise, timestep)
 
 
 @dataclass

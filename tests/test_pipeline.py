@@ -339,3 +339,66 @@ def test_output_record(pipe, small_photo):
     assert result[0] is result.images is result["images"]
     assert result.nsfw_content_detected is None
     assert pipe("x", small_photo, num_inference_steps=2, return_dict=False)[0][0].size == (120, 88)
+
+
+def test_a_run_prepared_within_a_callback_leaves_the_call_alone(pipe, small_photo):
+    def look(pipe, index, timestep, tensors):
+        pipe.prepare("a cup", small_photo, guidance_scale=1.0, num_inference_steps=2)
+        assert (pipe.guidance_scale, pipe.num_timesteps) == (5.0, 4)
+        return {}
+
+    plain = paint(pipe, small_photo, guidance_scale=5.0)
+    assert np.array_equal(paint(pipe, small_photo, guidance_scale=5.0, callback_on_step_end=look), plain)
+    pipe.prepare("a cup", small_photo, guidance_scale=2.0)
+    assert pipe.guidance_scale == 2.0
+
+
+def test_overridden_steps_see_the_settings_of_their_call(pipe, small_photo):
+    class Looking(type(pipe)):
+        def encode_prompt(self, *args, **kwargs):
+            self.seen = self.guidance_scale, self.do_classifier_free_guidance, self.clip_skip
+            return super().encode_prompt(*args, **kwargs)
+
+    looking = Looking(**pipe.components)
+    looking.set_progress_bar_config(disable=True)
+    paint(looking, small_photo, guidance_scale=1.0, clip_skip=1)
+    assert looking.seen == (1.0, False, 1)
+
+
+def test_a_run_keeps_its_scheduler_when_the_pipelines_is_replaced(pipe, small_photo):
+    config = pipe.scheduler.config
+
+    def last(scheduler, other):
+        pipe.scheduler = scheduler
+        run = pipe.prepare("two tigers", small_photo, eta=1.0, num_inference_steps=STEPS, generator=seeds(0)[0])
+        pipe.scheduler = other
+        return [step.latents for step in pipe.denoise(run)][-1]
+
+    for kind, other in ((DDIMScheduler, PNDMScheduler), (PNDMScheduler, DDIMScheduler)):
+        make, others = kind.from_config(config), other.from_config(config)
+        assert torch.equal(last(make, make), last(make, others))
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "LMSDiscreteScheduler"])
+def test_a_run_adds_the_noise_of_any_step_with_schedulers_of_diffusers(pipe, small_photo, kind):
+    """They go by the index that a run begins with; without one they look for the timestep."""
+    scheduler = getattr(pytest.importorskip("diffusers"), kind).from_config(dict(pipe.scheduler.config))
+    pipe.scheduler = scheduler
+    run = pipe.prepare("two tigers", small_photo, num_inference_steps=6, strength=0.7)
+    clean, noise = torch.zeros_like(run.latents), torch.ones_like(run.latents)
+    scheduler.set_begin_index(None)
+    scheduler._step_index = None
+    for index, timestep in enumerate(run.timesteps):
+        assert torch.equal(run.add_noise(clean, noise, index), scheduler.add_noise(clean, noise, timestep[None]))
+
+
+def test_a_unet_that_is_no_module_works(pipe, small_photo):
+    class Engine:
+        def __init__(self, unet):
+            self.unet, self.config, self.dtype = unet, unet.config, unet.dtype
+
+        def __call__(self, *args, **kwargs):
+            return self.unet(*args, **kwargs)
+
+    plain, pipe.unet = paint(pipe, small_photo), Engine(pipe.unet)
+    assert np.array_equal(paint(pipe, small_photo), plain)
