@@ -51,7 +51,7 @@ class CallState(threading.local):
         cross_attention_kwargs: of the call.
         num_timesteps: how many times it runs the UNet.
         depth: how many calls are under way, one within a callback of the other.
-        prepared: whether the innermost of them has prepared its run.
+        prepared: whether the innermost call has prepared its run.
     """
 
     guidance_scale: float = 7.5
