@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, ParamSpec, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from depthdiff.checks import is_dense, nearest, plain, show
@@ -165,6 +166,14 @@ class BaseOutput(dict[str, Any]):
     Subclasses are dataclasses. Items and positions are the fields that are not None; iterating yields their names, as
     in diffusers and transformers.
     """
+
+    def __init_subclass__(cls) -> None:
+        torch.utils._pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output)),
+            lambda values, names: cls(**dict(zip(names, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]

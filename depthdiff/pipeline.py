@@ -343,16 +343,15 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         """
         check_run(run)
         with self._in_use(ends_by_itself=False):
-            unet = self._at_scale("unet", self._at_work("unet"), check_kwargs(run.cross_attention_kwargs))
-            unet = approximated(unet, run.approximations)
-            if unet is not self.unet and self._fast:
-                speed.enable(unet)
+            unet, made_of = self._unet_of(run)
             scheduler, extra = copy.deepcopy(run.scheduler), self.prepare_extra_step_kwargs(run.generator, run.eta)
             if type(scheduler) is not type(self.scheduler):  # another one was put in its place meanwhile
                 extra = step_kwargs(scheduler, run.generator, run.eta)
             numbers = run.timesteps.cpu()  # once, so that the host need not wait for the device in every step
             for index, (timestep, number) in enumerate(zip(run.timesteps, numbers, strict=True)):
                 latents = run.latents
+                if made_of != (self.unet, self._adapters, run.cross_attention_kwargs, run.approximations):
+                    unet, made_of = self._unet_of(run)  # changed since the last step
                 noise_pred = predict_noise(unet, scheduler, run, timestep, number)
                 output = scheduler.step(noise_pred, number, latents, **extra)
                 step = Step(
@@ -364,6 +363,15 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
                 run.latents = step.latents
                 if self._offload_whole:
                     self._at_work("unet")  # another network may have worked meanwhile
+
+    def _unet_of(self, run: Run) -> tuple[Any, tuple[Any, ...]]:
+        """Return the UNet as a run uses it, with its scale and approximations, and what it was made of."""
+        made_of = self.unet, self._adapters, run.cross_attention_kwargs, run.approximations
+        unet = self._at_scale("unet", self._at_work("unet"), check_kwargs(run.cross_attention_kwargs))
+        unet = approximated(unet, run.approximations)
+        if unet is not self.unet and self._fast:
+            speed.enable(unet)
+        return unet, made_of
 
     @torch.no_grad()
     @uses_weights
@@ -430,19 +438,3 @@ def apply_guidance(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tenso
     Source: arXiv:2207.12598, eq. 6, with w = guidance_scale - 1.
     """
     return uncond + guidance_scale * (cond - uncond)
-
-
-def denoised(scheduler: Any, output: Any, noise_pred: Tensor, timestep: Tensor, latents: Tensor) -> Tensor | None:
-    """Return the clean latents (B, 4, h, w) that a step predicts; None where the scheduler does not tell.
-
-    Source: arXiv:2006.11239, eq. 15; arXiv:2202.00512, appendix D (v).
-    """
-    if getattr(output, "pred_original_sample", None) is not None:
-        return output.pred_original_sample
-    if not hasattr(scheduler, "alphas_cumprod"):
-        return None
-    alpha_bar = scheduler.alphas_cumprod.cpu()[timestep.cpu().long()]
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return (latents - (1 - alpha_bar) ** 0.5 * noise_pred) / alpha_bar**0.5
-    return alpha_bar**0.5 * latents - (1 - alpha_bar) ** 0.5 * noise_pred if kind == "v_prediction" else noise_pred

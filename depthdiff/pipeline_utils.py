@@ -80,8 +80,9 @@ class DiffusionPipeline(DeviceMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
         if name == "vae" and hasattr(value, "config"):
-            self.vae_scale_factor = 2 ** (len(value.config.block_out_channels) - 1)
-            self.image_processor = VaeImageProcessor(self.vae_scale_factor)
+            factor = 2 ** (len(value.config.block_out_channels) - 1)
+            if factor != self.vae_scale_factor:
+                self.vae_scale_factor, self.image_processor = factor, VaeImageProcessor(factor)
         if name in self.NAMES and isinstance(value, torch.nn.Module) and self._fast:
             fast.enable(value)
 

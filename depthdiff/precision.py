@@ -49,7 +49,7 @@ def finite(stage: str, network: Any, work: Callable[[Any], Tensor], given: Tenso
         return result
     if given is not None:
         check_finite(given, f"what the {stage} is given")
-    if dtype_of(network) != torch.float16:
+    if dtype_of(network) != torch.float16 or getattr(network, "storage_dtype", None) is not None:
         raise FloatingPointError(_explain(f"the {stage}", dtype_of(network)))
     logger.warning(
         "the %s overflows in float16 and is run in float32; pipe.%s.float() saves the first try", stage, stage

@@ -14,11 +14,12 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Generator, Tensor
 
 from depthdiff.approximations import Approximations
-from depthdiff.checks import check_generators, check_number, check_tensor, show
+from depthdiff.checks import check_generators, check_number, check_tensor, nearest, show
 from depthdiff.config import BaseOutput
 from depthdiff.devices import dtype_of
 from depthdiff.inputs import LARGEST_SCALE
@@ -220,7 +221,12 @@ def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: 
         replaced = {}
     if not isinstance(replaced, Mapping):
         raise TypeError(f"callback_on_step_end must return a dict of tensors by name, or None, got {show(replaced)}")
+    for name in replaced.keys() - tensors.keys():
+        raise TypeError(f"callback_on_step_end returned an unknown tensor {name!r}{nearest(name, tensors)}")
     step.latents = replaced.get("latents", step.latents)
+    negative = replaced.get("negative_prompt_embeds")
+    if negative is not None and negative is not tensors["negative_prompt_embeds"] and "prompt_embeds" not in replaced:
+        replaced = {**replaced, "prompt_embeds": torch.cat([negative, run.prompt_embeds.chunk(2)[1]])}
     run.prompt_embeds = replaced.get("prompt_embeds", run.prompt_embeds)
     run.depth = replaced.get("depth_mask", run.depth)
     run.guidance_scale = check_number("guidance_scale", pipeline.guidance_scale, 0, LARGEST_SCALE)
@@ -280,3 +286,19 @@ def check_tensors(run: Run, latents: Tensor, unet: Any) -> None:
             f"depth must be {(batch, 1, height, width)} as the latents{', or twice that' if guided else ''}, got "
             f"{tuple(run.depth.shape)}"
         )
+
+
+def denoised(scheduler: Any, output: Any, noise_pred: Tensor, timestep: Tensor, latents: Tensor) -> Tensor | None:
+    """Return the clean latents (B, 4, h, w) that a step predicts; None where the scheduler does not tell.
+
+    Source: arXiv:2006.11239, eq. 15; arXiv:2202.00512, appendix D (v).
+    """
+    if getattr(output, "pred_original_sample", None) is not None:
+        return output.pred_original_sample
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return None
+    alpha_bar = scheduler.alphas_cumprod.cpu()[timestep.cpu().long()]
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return (latents - (1 - alpha_bar) ** 0.5 * noise_pred) / alpha_bar**0.5
+    return alpha_bar**0.5 * latents - (1 - alpha_bar) ** 0.5 * noise_pred if kind == "v_prediction" else noise_pred

@@ -1,5 +1,7 @@
 """The pipeline by its properties: pairing, image forms, the caller's loop, devices; what the reference gets wrong."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -402,3 +404,39 @@ def test_a_unet_that_is_no_module_works(pipe, small_photo):
 
     plain, pipe.unet = paint(pipe, small_photo), Engine(pipe.unet)
     assert np.array_equal(paint(pipe, small_photo), plain)
+
+
+def test_changes_by_a_callback_count_from_the_next_step_on(pipe, small_photo):
+    """Another UNet, other negative embeddings; an unknown tensor is refused with the nearest."""
+    plain = paint(pipe, small_photo)
+    other = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        other.conv_out.weight.mul_(0.5)
+
+    def swap(pipe, index, timestep, tensors):
+        pipe.unet = other
+
+    own = pipe.unet
+    swapped = paint(pipe, small_photo, callback_on_step_end=swap)
+    pipe.unet = own
+    assert np.abs(swapped - plain).max() > 1e-3
+
+    def negate(pipe, index, timestep, tensors):
+        return {"negative_prompt_embeds": -tensors["negative_prompt_embeds"]}
+
+    names = ["negative_prompt_embeds"]
+    negated = paint(pipe, small_photo, callback_on_step_end=negate, callback_on_step_end_tensor_inputs=names)
+    assert np.abs(negated - plain).max() > 1e-3
+    with pytest.raises(TypeError, match="unknown tensor 'latent'; did you mean 'latents'"):
+        paint(pipe, small_photo, callback_on_step_end=lambda *args: {"latent": torch.ones(1)})
+
+
+def test_an_exported_unet_returns_its_record(pipe):
+    """The outputs are known to torch's trees, so that networks export with them."""
+    sample = torch.randn(2, pipe.unet.config.in_channels, 16, 16)
+    context = torch.randn(2, 7, pipe.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        exported = torch.export.export(pipe.unet, (sample, torch.tensor(3), context), strict=False)
+        expected = pipe.unet(sample, torch.tensor(3), context).sample
+        result = exported.module()(sample, torch.tensor(3), context).sample
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)  # observed: 2e-6
