@@ -55,6 +55,7 @@ from depthdiff.run import (
     call_back,
     check_run,
     check_tensors,
+    denoised,
     keeps_the_call,
     keeps_the_outer_call,
     step_kwargs,
