@@ -381,7 +381,8 @@ class AttentionMixin:
                 layer.set_processor(processor)
             return
         if len(processor) != len(layers):
-            raise ValueError(f"processor must name all {len(layers)} attention layers, got {len(processor)}")
+            found = f"the number of processors {len(processor)} does not match"
+            raise ValueError(f"{found} the number of attention layers: {len(layers)}; name each of `attn_processors`")
         chosen = {name: processor[f"{name}.processor"] for name in layers}
         for name, layer in layers.items():
             layer.set_processor(chosen[name])

@@ -91,6 +91,7 @@ class Network(nn.Module):
         variant: str | None = None,
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load the network from a folder or from the Hub, in evaluation mode.
@@ -103,6 +104,7 @@ class Network(nn.Module):
             use_safetensors: True for these alone, False for pickles (`.bin`) alone, None for pickles where there is
                 nothing else. Of a pickle, only tensors are read, and nothing is run.
             low_cpu_mem_usage: False copies the weights into memory of the process; else their file is mapped.
+            dtype: another name of `torch_dtype`.
             **kwargs: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub; or settings
                 that replace those of the config.
 
@@ -118,7 +120,7 @@ class Network(nn.Module):
             cls,
             pretrained_model_name_or_path,
             subfolder=subfolder,
-            torch_dtype=torch_dtype,
+            torch_dtype=torch_dtype if torch_dtype is not None else dtype,
             variant=variant,
             use_safetensors=use_safetensors,
             copy=low_cpu_mem_usage is False,

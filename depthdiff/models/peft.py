@@ -240,11 +240,18 @@ class PeftAdapterMixin:
             raise CheckpointError(f"{source}: {len(wrong)} keys fit no layer, first: {sorted(wrong)[0]!r}")
 
     def save_attn_procs(
-        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, weight_name: str | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: None = None,
+        safe_serialization: bool = True,
     ) -> None:
         """Write the active adapter; the name that older training scripts use for `save_lora_adapter`."""
+        refuse_values("save_attn_procs", save_function=(save_function, None))
+        name = self.active_adapters()[0]
         if is_main_process:
-            self.save_lora_adapter(save_directory, self.active_adapters()[0], weight_name=weight_name)
+            self.save_lora_adapter(save_directory, name, weight_name=weight_name, safe_serialization=safe_serialization)
 
     def load_attn_procs(
         self, pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor], **kwargs: Any
