@@ -225,11 +225,23 @@ def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: 
         raise TypeError(f"callback_on_step_end returned an unknown tensor {name!r}{nearest(name, tensors)}")
     step.latents = replaced.get("latents", step.latents)
     negative = replaced.get("negative_prompt_embeds")
-    if negative is not None and negative is not tensors["negative_prompt_embeds"] and "prompt_embeds" not in replaced:
-        replaced = {**replaced, "prompt_embeds": torch.cat([negative, run.prompt_embeds.chunk(2)[1]])}
+    if negative is not None and run.guidance_scale > 1 and "prompt_embeds" not in replaced:
+        replaced = {**replaced, "prompt_embeds": _with_negative(run.prompt_embeds, negative)}
     run.prompt_embeds = replaced.get("prompt_embeds", run.prompt_embeds)
     run.depth = replaced.get("depth_mask", run.depth)
     run.guidance_scale = check_number("guidance_scale", pipeline.guidance_scale, 0, LARGEST_SCALE)
+
+
+def _with_negative(both: Tensor, value: object) -> Tensor:
+    """Return the embeddings (2B, L, C) of both halves of guidance with another negative half."""
+    _, positive = both.chunk(2)
+    negative = check_tensor("negative_prompt_embeds", value, "(B, L, C)", 3)
+    if negative.shape != positive.shape:
+        raise ValueError(
+            f"callback_on_step_end returned negative_prompt_embeds of shape {tuple(negative.shape)}, expected "
+            f"{tuple(positive.shape)}, that of the embeddings of the prompt"
+        )
+    return torch.cat([negative.to(positive), positive])
 
 
 def check_run(run: object) -> None:

@@ -429,6 +429,10 @@ def test_changes_by_a_callback_count_from_the_next_step_on(pipe, small_photo):
     assert np.abs(negated - plain).max() > 1e-3
     with pytest.raises(TypeError, match="unknown tensor 'latent'; did you mean 'latents'"):
         paint(pipe, small_photo, callback_on_step_end=lambda *args: {"latent": torch.ones(1)})
+    for value, error in [("words", TypeError), (torch.ones(1, 5, 7), ValueError)]:
+        for name in ["negative_prompt_embeds", "prompt_embeds", "latents", "depth_mask"]:
+            with pytest.raises(error, match=name.removesuffix("_mask")):
+                paint(pipe, small_photo, callback_on_step_end=lambda *args: {name: value})  # noqa: B023
 
 
 def test_an_exported_unet_returns_its_record(pipe):

@@ -3,8 +3,8 @@
 `enable` puts fast computations on the modules of a network, `disable` takes them off, `report` lists where they are and
 where they do not apply. `compile` and `capture` do the same with torch.compile and CUDA graphs. A module stays what it
 is: class, name, weights, hooks and `forward` do not change. Each call decides whether the fast computation is the plain
-one to rounding; where it may not be, the plain one runs. `nn.DataParallel` copies modules together with the calls of the
-originals: call `disable` before it.
+one to rounding; where it may not be, the plain one runs. `nn.DataParallel` copies modules together with the calls of
+the originals: call `disable` before it.
 """
 
 from __future__ import annotations
