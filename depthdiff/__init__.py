@@ -81,7 +81,7 @@ HOMES = {
     "LMSDiscreteScheduler": "schedulers.lms",
     "CheckpointError": "config",
 }
-"""Which module a public name comes from."""
+"""Public name -> its module."""
 
 
 if not TYPE_CHECKING:  # whose names are those above

@@ -24,16 +24,16 @@ from depthdiff.models.unet import UNet2DConditionOutput
 from depthdiff.sharing import with_weights
 
 MOST_MERGED = 0.75
-"""Of 2x2 tokens one stays."""
+"""One of 2x2 tokens is a destination."""
 SEED = 0
-"""Of the destinations that tokens merge into; every run draws the same ones."""
+"""Seed of the choice of destinations; every run draws the same ones."""
 DRAWS = 256
 """Calls for which destinations are drawn at a time, so that the host rarely waits for a copy to the device."""
 
 
 @dataclass(frozen=True)
 class Approximations:
-    """What a run leaves out for speed; the defaults leave out nothing.
+    """Approximations of a run; the defaults are exact.
 
     Attributes:
         guidance_interval: guidance is on while the share of the training timesteps, t / 1000 for Stable Diffusion, is
@@ -161,7 +161,7 @@ class DeepCache:
 
 
 class TokenGroups(NamedTuple):
-    """Which tokens are treated as one.
+    """Groups of tokens that are treated as one.
 
     Attributes:
         group: (B, N), the number of each token's group.
@@ -178,12 +178,12 @@ class TokenGroups(NamedTuple):
         return sums.scatter_reduce(1, index, tokens, "mean", include_self=False)
 
     def unmerge(self, merged: Tensor) -> Tensor:
-        """Give every token what its group has: (B, M, C) -> (B, N, C)."""
+        """Copy each group's value to its tokens: (B, M, C) -> (B, N, C)."""
         return merged.gather(1, self.group[..., None].expand(-1, -1, merged.shape[2]))
 
 
 class TokenMerger:
-    """Lets similar tokens go through self-attention as one.
+    """Merge similar tokens for self-attention.
 
     Of every 2x2 tokens one, drawn at random, is a destination; the others are sources, of which those most similar to a
     destination merge into it. The draw is the same for all pictures of a batch, as both halves of guidance should lose
@@ -204,7 +204,7 @@ class TokenMerger:
         self.drawn: dict[tuple[int, int, torch.device], Iterator[Tensor]] = {}
 
     def install(self, unet: Any) -> None:
-        """Let the self-attentions of the finest level that attends work on merged tokens, on this object."""
+        """Make the self-attentions of the finest level with attention, of this object, work on merged tokens."""
         blocks = list(zip(unet.down_blocks, reversed(unet.up_blocks), strict=True))
         attending = [pair for pair in blocks if any(hasattr(block, "attentions") for block in pair)]
         for block in attending[0] if attending else ():

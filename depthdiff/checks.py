@@ -1,4 +1,4 @@
-"""What an argument may be: the checks that all doors share. Each names the argument, what it must be, and what came.
+"""Checks of arguments. Each error names the argument, what it must be, and what came.
 
 Numbers and truth values of numpy and torch count as such where they have no dimensions; what is checked is returned as
 Python's own, so that nothing behind the door meets the others.
@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""What networks compute in."""
+"""Dtypes that networks compute in."""
 
 MAX_NAME = 255
 """Bytes of a file's name in the file systems in use."""
@@ -45,7 +45,7 @@ def brief(value: object) -> str:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """Say which known name an unknown one may have meant: `; did you mean 'x'?`, or nothing."""
+    """Suggest a known name for an unknown one: `; did you mean 'x'?`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -62,7 +62,7 @@ SCHEDULERS: dict[str, type[SchedulerMixin]] = {
 }
 DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "float16", "bfloat16")}
 MAX_STEPS, MAX_IMAGES, MAX_SIZE = 100_000, 1000, 2**14
-"""What no run needs; schedulers have limits of their own below."""
+"""Limit of the numbers of the command line; schedulers have lower ones."""
 
 SIZE_HELP = "length of the picture's shorter side (default: the photo's, or 128 for mini if 1.5 times too large)"
 LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
@@ -182,7 +182,7 @@ def fail(message: str, status: int) -> int:
 
 
 def run_inspect(arguments: Sequence[str]) -> int:
-    """Say what a file or folder is; returns 0 where it will load, else 1."""
+    """Describe a file or folder; return 0 if it will load, else 1."""
     parser = argparse.ArgumentParser(
         prog="depthdiff inspect",
         description="Say what a checkpoint is, what it holds, and whether it will load, without loading it.",
@@ -234,12 +234,12 @@ def check_files(options: argparse.Namespace) -> list[Path]:
         path: Path | None = getattr(options, name)
         if path is not None:
             if not path.is_file():
-                raise FileNotFoundError(f"{name} {path} is no file")
+                raise FileNotFoundError(f"{name} {path} is not a file")
             inputs[f"the {'photo' if name == 'image' else name} {path}"] = path
     for name, texts in (("lora", options.lora), ("embedding", options.embedding)):
         for file in (split_option(text)[0] for text in texts):
             if Path(file).suffix in (".safetensors", *PICKLES) and not Path(file).is_file():
-                raise FileNotFoundError(f"{name} {file} is no file")
+                raise FileNotFoundError(f"{name} {file} is not a file")
             inputs |= files_of(name, file)
     inputs |= files_of("model", options.model or BUNDLED)
     output: Path = options.output or options.image.with_name(f"{options.image.stem}-depthdiff.png")

@@ -1,4 +1,4 @@
-"""What the UNet sees besides the latents: the prompts as embeddings, and the depth.
+"""Conditions of the UNet besides the latents: the embeddings of the prompts, and the depth.
 
 Letters: B texts or maps, L tokens, C their channels, h and w height and width of the latents.
 """

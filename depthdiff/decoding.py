@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 DEEP = dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), (65535,)) | {"I": (255, 65535), "F": (1, 255, 65535)}
 DECODING = (OSError, ValueError, TypeError, SyntaxError, EOFError, ArithmeticError, LookupError, AttributeError,
             RuntimeError, AssertionError, struct.error, zlib.error)  # fmt: skip
-"""What Pillow's decoders raise on damaged files."""
+"""Errors of Pillow's decoders on damaged files."""
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         low, top = values.min(initial=0), values.max(initial=0)
         scale = next((white for white in DEEP[image.mode] if top <= white), None)
         if scale is None or not low >= 0:
-            raise ValueError(f"{name} of mode {image.mode} must lie in 0..65535, got {low:g} to {top:g}")
+            raise ValueError(f"{name} of mode {image.mode} must be in 0..65535, got {low:g} to {top:g}")
         return Image.fromarray((values * (255 / scale)).round().astype(np.uint8)).convert("RGB")
     see_through = image.mode == "P" and "transparency" in image.info
     with _decoding(image, name):

@@ -1,4 +1,4 @@
-"""Where the networks of a pipeline are, where they work, and who may change them meanwhile."""
+"""Devices and dtypes of a pipeline's networks: moving, offloading, and locking them against changes during a call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 def uses_weights(method: Callable[P, R]) -> Callable[P, R]:
-    """Let no other thread change the weights while a method of a pipeline works."""
+    """Keep other threads from changing the weights while a method of a pipeline runs."""
 
     @wraps(method)
     def using(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -57,12 +57,12 @@ class DeviceMixin:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Return the device of the networks."""
         return next((device_of(network) for network in self.networks.values()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the networks' weights while they work."""
+        """Return the dtype that the networks compute in."""
         return next((dtype_of(network) for network in self.networks.values()), torch.float32)
 
     @property
@@ -71,7 +71,7 @@ class DeviceMixin:
 
     @property
     def execution_device(self) -> torch.device:
-        """Where the work is done: the offloading device where that is on, else where the networks are."""
+        """Return the device of the computation: that of offloading if it is on, else that of the networks."""
         return self._offload_device or self.device
 
     def to(self, *args: Any, **kwargs: Any) -> Self:

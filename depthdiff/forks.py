@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 MAPS = Path("/proc/self/maps")
-"""Where Linux lists the libraries of a process."""
+"""File in which Linux lists the libraries of a process."""
 
 
 class Workers:

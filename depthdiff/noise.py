@@ -22,7 +22,7 @@ def randn(
     Args:
         shape: of the noise; the first number is the batch B.
         generator: one for the whole batch, or a sequence of B, one a sample.
-        device: where the result lies.
+        device: of the result.
         dtype: of the draw and of the result; the numbers drawn depend on it.
 
     Returns:

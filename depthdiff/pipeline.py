@@ -108,7 +108,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """Of this thread's present or last call; a callback may assign `_guidance_scale` to change it on the way."""
+        """Return that of this thread's present or last call; a callback changes it by assigning `_guidance_scale`."""
         return self._call.guidance_scale
 
     @property
@@ -121,22 +121,22 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether guidance is on."""
+        """Return whether guidance is on."""
         return self._guidance_scale > 1
 
     @property
     def clip_skip(self) -> int | None:
-        """Of this thread's present or last call."""
+        """Return that of this thread's present or last call."""
         return self._call.clip_skip
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        """Of this thread's present or last call."""
+        """Return that of this thread's present or last call."""
         return self._call.cross_attention_kwargs
 
     @property
     def num_timesteps(self) -> int:
-        """How many times this thread's present or last call runs the UNet."""
+        """Return how often this thread's present or last call runs the UNet."""
         return self._call.num_timesteps
 
     @torch.no_grad()

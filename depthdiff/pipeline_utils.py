@@ -1,4 +1,4 @@
-"""What surrounds the pipeline's story: its components as a whole, loaded, saved, moved, offloaded and switched."""
+"""Load, save, move and offload the components of a pipeline."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ class DiffusionPipeline(DeviceMixin):
         """Refuse to begin work without these components, or with one whose weights are not there.
 
         Raises:
-            TypeError: what was assigned is no such component.
+            TypeError: the assigned object is not such a component.
             ValueError: there is none, or it is on the meta device.
         """
         for name in names:

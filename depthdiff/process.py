@@ -1,4 +1,4 @@
-"""What only the owner of a process may choose and set, as the command does; a library leaves it alone."""
+"""Settings of the whole process, which the command may choose; a library leaves them alone."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_buffers() -> bool:
-    """Let the C library keep freed buffers for the next ones instead of returning them page by page.
-
-    The pages of a large buffer are otherwise cleared again each time that one is made. It works with glibc alone.
+    """Let glibc keep freed buffers for reuse instead of returning their pages, which the system would clear again.
 
     Returns:
         Whether the allocator took it.
@@ -77,7 +75,7 @@ class Stream(io.TextIOBase):
     def fileno(self) -> int:
         """Return the descriptor of the stream beneath, by which its width is found."""
         if self.stream is None:
-            raise io.UnsupportedOperation("there is no stream")
+            raise io.UnsupportedOperation("no stream")
         return self.stream.fileno()
 
     def _let_go(self, stream: TextIO) -> None:
@@ -89,7 +87,7 @@ class Stream(io.TextIOBase):
 
 @contextmanager
 def lenient_streams() -> Iterator[None]:
-    """Within, a closed or broken stdout or stderr, or a narrow code page, is no reason to lose work."""
+    """Keep working within when stdout or stderr is closed, broken, or of a narrow encoding."""
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(Stream(sys.stdout)))
         stack.enter_context(redirect_stderr(Stream(sys.stderr)))

@@ -1,4 +1,4 @@
-"""What tqdm's progress bars may be told; tqdm itself finds out when a bar is drawn, in the middle of the work."""
+"""Check the arguments of tqdm's progress bars early; tqdm itself fails in the middle of the work."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_bar(settings: Mapping[str, Any]) -> None:
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Return whether a setting that is no number is of a type that tqdm takes."""
+    """Return whether a setting that is not a number has a type that tqdm takes."""
     if name in TEXTS or (name == "ascii" and isinstance(value, str)):
         return isinstance(value, str) and (name != "ascii" or len(value) > 1)
     if name in FLAGS and isinstance(plain(value), bool):

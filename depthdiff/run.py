@@ -32,7 +32,7 @@ StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | Non
 
 @dataclass
 class StableDiffusionPipelineOutput(BaseOutput):
-    """What a call returns.
+    """Result of a call.
 
     Attributes:
         images: B PIL images, an array (B, H, W, 3) in [0, 1], or a tensor, as `output_type` says.
@@ -44,7 +44,7 @@ class StableDiffusionPipelineOutput(BaseOutput):
 
 
 class CallState(threading.local):
-    """What a pipeline says of the present call, or the last one, of the thread that asks.
+    """Values that the pipeline's properties report, per thread: those of its present or last call.
 
     Attributes:
         guidance_scale: of the call.
@@ -82,7 +82,7 @@ class CallState(threading.local):
 
 
 def keeps_the_outer_call(call: Callable[P, R]) -> Callable[P, R]:
-    """Let a call within a callback of another leave what the pipeline says of the other."""
+    """Restore the outer call's values after a call within one of its callbacks."""
 
     @wraps(call)
     def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -100,7 +100,7 @@ def keeps_the_outer_call(call: Callable[P, R]) -> Callable[P, R]:
 
 
 def keeps_the_call(prepare: Callable[P, R]) -> Callable[P, R]:
-    """Let a run that is prepared within a callback leave what the pipeline says of the call."""
+    """Restore the call's values after a run is prepared within one of its callbacks."""
 
     @wraps(prepare)
     def keeping(*args: P.args, **kwargs: P.kwargs) -> R:

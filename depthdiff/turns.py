@@ -1,4 +1,4 @@
-"""Who may use weights, and who may change them: many calls at a time, or one change.
+"""A readers-writer lock for weights: many calls at a time, or one change.
 
 A readers-writer lock. It waits for what ends by itself, and refuses by name what would wait for ever.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Turns:
-    """Lets calls of several threads use the weights of one pipeline, and changes of the weights come between them.
+    """Readers-writer lock: calls of several threads use one pipeline's weights, changes run alone.
 
     Within one thread nothing waits: a callback may change the adapters of its own call, from the next step on. A copy,
     also a pickled one, is a lock of its own that nobody holds.

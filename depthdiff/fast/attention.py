@@ -13,14 +13,14 @@ from depthdiff.fast.eligible import has_tiles, only_computes
 from depthdiff.models.attention import Attention, AttnProcessor2_0
 
 KEY_ALIGN, MAX_PADDED_KEYS = 16, 256
-"""How many keys a CPU's kernel takes at a time, slowing down for what remains; and up to how many keys to pad."""
+"""Keys that a CPU's kernel processes at a time, slower for a remainder; and the most keys to pad."""
 
 CHUNK = 2**21
 """Scores that `chunked_attention` holds at a time."""
 
 PLAIN = (AttnProcessor2_0.__call__, AttnProcessor2_0.attend, AttnProcessor2_0.kernel)
 SDPA = F.scaled_dot_product_attention
-"""How the default processor computes; a program may replace these later."""
+"""Methods of the default processor as imported; a program may replace them later."""
 
 
 def fast_attention(

@@ -1,4 +1,4 @@
-"""Where fast computations are put: in the place of a module's call where torch keeps that of `module.compile()`.
+"""Install fast computations as a module's call, in the attribute that `module.compile()` uses too.
 
 torch calls `module._compiled_call_impl` instead of hooks and `forward`, leaves it out when a module is copied or
 pickled, and does not see it when it traces, compiles or exports the module. Several calls can be chained: a captured
@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks_of_all
 
 Computation = Callable[..., Tensor]
 
-SLOT = "_compiled_call_impl"
+CALL_ATTRIBUTE = "_compiled_call_impl"
 
 
 class ModuleCall:
@@ -105,7 +105,7 @@ def is_bare(layer: nn.Module) -> bool:
 
 
 FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
-"""How layers that take part in fast computations compute; a program may replace that of a class later."""
+"""Methods of the layers in fast computations, as imported; a program may replace those of a class later."""
 
 Kind = TypeVar("Kind", bound=ModuleCall)
 
@@ -144,6 +144,6 @@ def _link(module: nn.Module, calls: list[Any]) -> None:
         if isinstance(call, ModuleCall):
             call.inner = inner
     if calls:
-        vars(module)[SLOT] = calls[0]
+        vars(module)[CALL_ATTRIBUTE] = calls[0]
     else:
-        vars(module).pop(SLOT, None)
+        vars(module).pop(CALL_ATTRIBUTE, None)

@@ -77,7 +77,7 @@ def compile(
         pipe: a pipeline, or a network.
         mode: of torch.compile, such as "reduce-overhead" or "max-autotune".
         fullgraph: raise an error instead of compiling in parts.
-        dynamic: True for any size from the start, False for each size anew.
+        dynamic: True compiles for any size at once, False for each size separately.
         backend: of torch.compile.
 
     Raises:

@@ -1,9 +1,9 @@
-"""3x3 convolutions, each on the way that is fastest for its size: torch's, Winograd's, or one matrix product.
+"""3x3 convolutions by the fastest algorithm for their size: torch's, Winograd's, or one matrix product.
 
-torch's rearranges its filters at every call. Where a map is small and its channels many, as at the UNet's coarsest
-levels, that takes longer than the convolution itself, and the filters as they lie in memory are a matrix already.
+torch reorders the filters at every call. For small maps of many channels, as at the UNet's coarsest levels, that takes
+longer than the convolution itself, while the filters in memory already form a matrix.
 
-A convolution of a map whose pixels were repeated is one of the map as it was, with other filters.
+Convolving a map after repeating its pixels equals convolving the map before, with other filters.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from depthdiff.models.resnet import Upsample2D
 
 MOST_PIXELS, FEWEST_WEIGHTS = 256, 2**20
 """Largest map of a result, and fewest pairs of channels, for which a matrix product is faster. The batch does not
-count, so that the way a picture takes does not depend on its company."""
+count, so that a picture does not depend on the others of its batch."""
 
 COVERED_BYTES = 2**25
-"""What the filters cover, of so many pictures at a time as this holds: nine times the input."""
+"""Size of the unfolded input, nine times the input, that is held at a time."""
 
 DOUBLED = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
-"""Which of a filter's weights along one axis fall on the copies of a pixel, by where the filter lies."""
+"""Which weights of a filter along one axis fall on the copies of a pixel, by the filter's position."""
 
 CONV_FORWARD = nn.Conv2d._conv_forward
 
 FEWEST_DOUBLED = 64 * 64
-"""Pixels of a map from which on `doubled_conv3x3` is faster: its filters are summed anew at every call."""
+"""Pixels of a map from which `doubled_conv3x3` is faster: it sums its filters at every call."""
 
 
 def fast_conv3x3(conv: nn.Conv2d, input: Tensor) -> Tensor:
-    """Convolve a map (B, C, H, W) with 3x3 filters; NotImplemented where torch's way is faster, or is asked for."""
+    """Convolve a map (B, C, H, W) with 3x3 filters; NotImplemented where torch's algorithm is faster, or required."""
     x = input
     weights = (conv.weight,) if conv.bias is None else (conv.weight, conv.bias)
     if conv.kernel_size != (3, 3) or not only_computes(x, *weights) or not is_usual(conv, (3, 3)) or not fits(x, conv):
@@ -51,16 +51,16 @@ def fast_conv3x3(conv: nn.Conv2d, input: Tensor) -> Tensor:
 
 
 def fast_upsample(layer: Upsample2D, hidden_states: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-    """Double a map and convolve it, in one convolution; NotImplemented where the plain way is to be taken."""
+    """Upsample a map twofold and convolve it in one convolution; NotImplemented where that does not apply."""
     if not layer.interpolate or layer.conv is None or not doubling_is_faster(hidden_states, layer.conv, output_size):
         return NotImplemented
     return doubled_conv3x3(hidden_states, layer.conv.weight, layer.conv.bias)
 
 
 def is_usual(conv: nn.Conv2d, kernel_size: tuple[int, int]) -> bool:
-    """Return whether a convolution has filters of this size, zeros beyond its borders, and its class's way to work.
+    """Return whether a convolution has filters of this size, zero padding, and the `_conv_forward` of its class.
 
-    Those who make tiles set another padding, or put another `_conv_forward` in its place.
+    Code for seamless textures sets another `padding_mode` or replaces `_conv_forward`.
     """
     if conv.weight.shape != (conv.out_channels, conv.in_channels, *kernel_size) or conv.kernel_size != kernel_size:
         return False
@@ -76,14 +76,14 @@ def fits(x: Tensor, conv: nn.Conv2d) -> bool:
 
 
 def packed_conv(conv: nn.Conv2d, padding: tuple[int, int], shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Rearrange a plain convolution's filters once, for many calls; torch does it at every call.
+    """Reorder a plain convolution's filters once for many calls; torch does it at every call.
 
     The operators are those that torch.compile uses; torch has no public name for them.
 
     Args:
-        conv: of any dtype; filters of another one than bfloat16 are rearranged at every call all the same.
-        padding: rows and columns of zeros, in place of the layer's own.
-        shape: (B, C, H, W) of what is convolved, about.
+        conv: of any dtype; only bfloat16 filters are reordered in advance.
+        padding: rows and columns of zeros, instead of the layer's own.
+        shape: approximate (B, C, H, W) of the input.
     """
     weight, bias, stride = conv.weight, conv.bias, list(conv.stride)
     if weight.dtype != torch.bfloat16 or not fuses_bfloat16():
@@ -108,11 +108,11 @@ def product_is_faster(x: Tensor, weight: Tensor, stride: int = 1, padding: int =
 
 
 def im2col_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """Convolve with 3x3 filters by one product of their matrix and the matrix of what each of them covers.
+    """Convolve with 3x3 filters as one matrix product with the unfolded input (im2col).
 
     Args:
         x: (B, C, H, W), float.
-        weight: (K, C, 3, 3), float; with the channels last in memory or in torch's order, which is not changed.
+        weight: (K, C, 3, 3), float; channels last in memory or contiguous.
         bias: (K,), float, or None.
         stride: of the filters.
         padding: rows and columns of zeros at each border.
@@ -136,9 +136,8 @@ def doubling_is_faster(x: Tensor, conv: nn.Module, size: Sequence[int] | None) -
 
     Args:
         x: (B, C, H, W), before its pixels are repeated.
-        conv: what reads them then. One of another class, hooked, or with a `forward` put in its place is
-            called as it is.
-        size: height and width that are wanted; None for twice those of `x`.
+        conv: the convolution after it. With another class, hooks, or a replaced `forward` it is called as it is.
+        size: requested height and width; None for twice those of `x`.
     """
     if type(conv) is not nn.Conv2d or not only_computes(x, *conv.parameters()) or not is_bare(conv):
         return False
@@ -155,8 +154,8 @@ def doubling_is_faster(x: Tensor, conv: nn.Module, size: Sequence[int] | None) -
 def doubled_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Repeat every pixel twice in height and width and convolve with 3x3 filters, with 4/9 of the multiplications.
 
-    Each pixel meets the sums of the weights that fall on its copies: a transposed convolution with 4x4 filters and
-    stride 2. In bfloat16 the sums are rounded once: an error of 2.4e-3 of the result's norm, 1.7e-3 without.
+    Each pixel is multiplied by the sum of the weights that fall on its copies: a transposed convolution with 4x4
+    filters and stride 2. In bfloat16 the sums are rounded once: a relative error of 2.4e-3, 1.7e-3 without.
 
     Args:
         x: (B, C, H, W), float.

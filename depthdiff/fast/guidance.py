@@ -1,4 +1,4 @@
-"""Guidance on a CPU: what both halves of the batch have in common is computed once.
+"""Guidance on a CPU: compute once what both halves of the batch share.
 
 With guidance the latents and the depth are given to the UNet twice, once for the negative prompts and once for the
 prompts. Up to the first attention to a prompt, the halves are equal.
@@ -34,7 +34,7 @@ def fast_unet(
     cross_attention_kwargs: dict[str, Any] | None = None,
     return_dict: bool = True,
 ) -> Any:
-    """Predict the noise, (2B, ...); NotImplemented where the halves differ, or may be told apart."""
+    """Predict the noise, (2B, ...); NotImplemented where the halves differ, or a layer may see the difference."""
     block: Any = unet.down_blocks[0]
     if cross_attention_kwargs or not only_computes(sample, encoder_hidden_states):
         return NotImplemented

@@ -1,4 +1,4 @@
-"""Feed-forwards on a CPU: some tokens or some of the width at a time, and the gate fused into its linear layer.
+"""Feed-forwards on a CPU: in chunks of tokens or of the width, with GEGLU fused into its linear layer.
 
 Letters: B batch, L tokens, C channels.
 """
@@ -17,16 +17,15 @@ from depthdiff.models.embeddings import ACTIVATIONS
 from depthdiff.models.transformer import GEGLU, FeedForward
 
 TOKEN_CHUNK = 2048
-"""Tokens that a feed-forward widens at a time: all of them, eight times as wide, are memory that is handed out page by
-page."""
+"""Tokens per chunk. The hidden layer is eight times as wide as its input; a smaller one stays in the cache."""
 
 PARTS, MIN_WEIGHTS = 4, 2**20
-"""Parts of its width that a text encoder's feed-forward is cut into, each added to those before it; from so many
-weights of a layer on, since the products copy what they read."""
+"""Parts into which a text encoder's feed-forward is cut along its width, and the fewest weights for which that is done:
+the products copy what they read."""
 
 
 def fast_feed_forward(layer: FeedForward, hidden_states: Tensor) -> Tensor:
-    """Compute a gated feed-forward, (B, L, C) -> (B, L, C'); NotImplemented where the plain way is to be taken."""
+    """Compute a gated feed-forward, (B, L, C) -> (B, L, C'); NotImplemented where this does not apply."""
     layers: list[Any] = list(layer.net)
     kinds, x = (GEGLU, nn.Dropout, nn.Linear), hidden_states
     if not only_computes(x) or not only_computes(*layer.parameters()) or x.ndim != 3 or len(layers) != 3:
@@ -43,10 +42,10 @@ def fast_feed_forward(layer: FeedForward, hidden_states: Tensor) -> Tensor:
 
 
 def geglu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Multiply the first half of what a layer gives by the GELU of the second: (..., C) -> (..., C').
+    """Multiply the first half of a layer's output by the GELU of the second: (..., C) -> (..., C').
 
-    oneDNN adds, gates and multiplies while the products of each half are at hand, and rounds once a half. Its operators
-    are those that torch.compile uses; torch has no public name for them.
+    oneDNN fuses bias, GELU and multiplication into the products and rounds once per half. Its operators are those that
+    torch.compile uses; torch has no public name for them.
     """
     (value, gate), (value_bias, gate_bias) = layer.weight.chunk(2), layer.bias.chunk(2)
     linear = torch.ops.mkldnn._linear_pointwise
@@ -54,9 +53,9 @@ def geglu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def fast_clip_mlp(mlp: CLIPMLP, hidden_states: Tensor) -> Tensor:
-    """Compute a text encoder's feed-forward, (B, L, C) -> (B, L, C); NotImplemented where it is to go the plain way."""
+    """Compute a text encoder's feed-forward, (B, L, C) -> (B, L, C); NotImplemented where this does not apply."""
     x, act = hidden_states, mlp.activation_fn
-    if not goes_by_parts(mlp, x):
+    if not is_split(mlp, x):
         return NotImplemented
     tokens = x.flatten(0, 1)
     out: Tensor = mlp.fc2.bias
@@ -71,8 +70,8 @@ def fast_clip_mlp(mlp: CLIPMLP, hidden_states: Tensor) -> Tensor:
     return out.unflatten(0, x.shape[:2])
 
 
-def goes_by_parts(mlp: CLIPMLP, x: Tensor) -> bool:
-    """Return whether a text encoder's feed-forward gains by being cut into parts of its width."""
+def is_split(mlp: CLIPMLP, x: Tensor) -> bool:
+    """Return whether cutting a text encoder's feed-forward along its width pays."""
     if not only_computes(x) or x.dim() != 3 or not is_plain(mlp.activation_fn, GELUActivation, *ACTIVATIONS.values()):
         return False
     if not is_linear(x, mlp.fc1) or not is_linear(x, mlp.fc2) or mlp.fc2.weight.numel() < MIN_WEIGHTS:

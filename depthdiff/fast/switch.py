@@ -123,7 +123,7 @@ def _is_ours(calls: list[Any]) -> bool:
 
 
 def _note(target: Any, on: bool) -> None:
-    """Let a pipeline know whether components that it gets later are to be fast."""
+    """Set whether components that are assigned to a pipeline later become fast."""
     if not isinstance(target, nn.Module):
         target._fast = on
 

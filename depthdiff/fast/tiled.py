@@ -1,7 +1,7 @@
 """Norm, activation, 3x3 convolution and short cut of maps far larger than a processor's cache, some rows at a time.
 
-What one of them passes to the next stays in the cache, and has no memory of its own, which the system would hand out
-page by page: a map of 128 channels of 512x512 takes 64 MiB in bfloat16.
+Intermediates stay in the cache and need no map of their own, whose first use costs page faults: 128 channels of 512x512
+take 64 MiB in bfloat16.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from depthdiff.fast import winograd
 from depthdiff.fast.calls import is_bare
 from depthdiff.fast.convolution import fits, is_usual, packed_conv
 from depthdiff.fast.eligible import is_plain, only_computes
-from depthdiff.fast.memory import LARGE_BYTES, ask_for_large_pages, empty_map
+from depthdiff.fast.memory import HUGEPAGE_MIN_BYTES, advise_hugepage, empty_map
 from depthdiff.models.resnet import Downsample2D, ResnetBlock2D
 from depthdiff.models.vae import Decoder, Encoder
 
 MAX_WEIGHTS = 2**17
-"""Pairs of channels up to which strips are faster; wider convolutions spend little on what lies between them."""
+"""Pairs of channels up to which tiles are faster; wider convolutions spend little time outside their products."""
 
 TILE_BYTES = 2**22
-"""Of the larger map that is worked on at a time."""
+"""Bytes of the larger map that are processed at a time."""
 
 ELEMENTWISE = (nn.SiLU, nn.GELU, nn.ReLU, nn.Mish)
 
@@ -45,10 +45,10 @@ def tiles_are_faster(
 ) -> bool:
     """Return whether to prefer `tiled_norm_act_conv`: for large maps on a processor, where nothing is trained.
 
-    Layers of another kind, hooked, or with a `forward` put in their place are called as they are.
+    Layers of another class, with hooks, or with a replaced `forward` are called as they are.
 
     Args:
-        x: (B, C, H, W), about what is read; its dtype and size count, and the width of `conv`.
+        x: (B, C, H, W), the input, or one of its dtype and size.
         conv: a convolution.
         norm: before it, if there is one.
         act: after the norm, if there is one.
@@ -59,7 +59,7 @@ def tiles_are_faster(
         return False
     if not is_conv(conv, HALVING if halving else KEEPING) or not fits(x, conv) or min(x.shape[2:]) < 2:
         return False
-    if max(x.shape[1], conv.out_channels) * x.shape[2:].numel() * x.itemsize < LARGE_BYTES:
+    if max(x.shape[1], conv.out_channels) * x.shape[2:].numel() * x.itemsize < HUGEPAGE_MIN_BYTES:
         return False
     if norm is not None and not is_norm(norm, x.shape[1]):
         return False
@@ -99,19 +99,19 @@ def tiled_norm_act_conv(
     known: Sequence[GroupNormStats] = (),
     found: Sequence[GroupNormStats] = (),
 ) -> Tensor:
-    """Norm, activate, convolve, and add: shortcut(plus) + conv(act(norm(x))), of which all but `conv` may be missing.
+    """Norm, activate, convolve, and add: shortcut(plus) + conv(act(norm(x))), all but `conv` optional.
 
     Args:
         x: (B, C, H, W), float32 or bfloat16.
         conv: a 3x3 convolution, C -> K, that keeps or halves height and width.
         norm: of C channels.
         act: works element by element.
-        plus: (B, C', H', W'), what is added.
+        plus: (B, C', H', W'), added to the result.
         shortcut: a 1x1 convolution or the identity, C' -> K.
-        out: (B, K, H', W'), what is filled, from the first row to the last. Where it lies over `x`, a row of it must
-            come before the row of `x` with the same number. New memory if it is missing.
-        known: the moments of each picture of `x`, if they are known.
-        found: takes in those of each picture of the result, a strip at a time, if they are wanted.
+        out: (B, K, H', W'), written from the first row to the last; new memory if None. If it overlaps `x` in
+            memory, each of its rows must start before the row of `x` with the same number.
+        known: statistics of each picture of `x`, if they were computed before.
+        found: collects the statistics of each picture of the result.
 
     Returns:
         (B, K, H', W'), channels last in memory unless `out` was given.
@@ -168,8 +168,8 @@ def fast_resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None 
     added = (x.shape[1], x.shape[1]) if shortcut is None else (shortcut.in_channels, shortcut.out_channels)
     if added != (x.shape[1], block.conv2.out_channels) or block.conv1.out_channels != block.conv2.out_channels:
         return NotImplemented
-    batch, _, height, width = x.shape  # the result is written over what lies between the convolutions, a row above it
-    room = ask_for_large_pages(x.new_empty(batch * height + 1, width, block.conv1.out_channels))
+    batch, _, height, width = x.shape  # the result overwrites the map between the convolutions, one row above it
+    room = advise_hugepage(x.new_empty(batch * height + 1, width, block.conv1.out_channels))
     h, result = (rows.unflatten(0, (batch, height)).movedim(3, 1) for rows in (room[1:], room[:-1]))
     moments = [GroupNormStats() for _ in range(batch)]
     tiled_norm_act_conv(x, block.conv1, norm=block.norm1, act=act, out=h, found=moments)

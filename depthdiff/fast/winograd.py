@@ -4,9 +4,9 @@ Every 4x4 pixels of the result come from 6x6 of the input. Both and the filter a
 becomes 36 matrix products, one for each number of a transformed tile; a convolution takes 144 multiplications for the
 same 16 pixels. Source: arXiv:1509.09308 (Lavin and Gray), sec. 4.3.
 
-The transforms are done for a strip of tiles at a time, so that what they pass on stays in the processor's cache, and
-along one axis after the other. The result's error is 1.3e-6 of its norm, that of torch's convolution 3e-7; within a
-tile it goes by the largest of its 36 pixels.
+Some rows of tiles are transformed at a time, along one axis after the other, so that intermediates stay in the cache.
+The relative error is 1.3e-6, that of torch's convolution 3e-7; within a tile it scales with the largest of its 36
+pixels.
 
 Letters: B batch, C channels in, K channels out, H and W height and width in pixels, T tiles.
 """
@@ -39,18 +39,18 @@ FILTER = (
 """The filter's transform along one axis, G of the source, for the points of `transform_axis`. What belongs to the
 second and third of them is halved here and doubled in `restore_axis`, which saves a multiplication."""
 
-STRIP_BYTES = 2**19
-"""Pixels that each thread transforms at once; with what becomes of them, about a core's second cache."""
+ROWS_BYTES = 2**19
+"""Pixels that each thread transforms at once; with their transforms, about the size of a core's L2 cache."""
 
 PRODUCT_BYTES = 2**25
 """Transformed pixels and products that are held at once."""
 
 FILTER_BYTES = 2**25
-"""Transformed filters that are held at once; made anew at every call, since all together are four times the weights."""
+"""Transformed filters held at once. They are computed at every call: all of them would take four times the weights."""
 
 FEWEST_TILES, FEWEST_CHANNELS, FEWEST_PRODUCTS = 16, 128, 2**23
 """Below these the transforms cost more than the products save; tiles are those of a picture, products those of one of
-the 36. The batch does not count, so that a picture does not depend on its company."""
+the 36. The batch does not count, so that a picture does not depend on the others of its batch."""
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
@@ -81,9 +81,9 @@ def winograd_conv3x3(
         x: (B, C, H, W), float32; H and W multiples of TILE.
         weight: (K, C, 3, 3), float32.
         bias: (K,), float32, or None.
-        read: returns what is convolved in place of `x`, (1, C, rows, W), of a picture, from a row to another.
-        add: returns what is added to the result, (1, K, rows, W), in the same way.
-        out: (B, K, H, W), what is filled, from the first row to the last; new memory if None.
+        read: returns rows of the input instead of `x`, (1, C, rows, W), for a picture, a first row and a last.
+        add: returns rows to add to the result, (1, K, rows, W), for the same arguments.
+        out: (B, K, H, W), written from the first row to the last; new memory if None.
 
     Returns:
         (B, K, H, W), float32, channels last in memory unless `out` was given.
@@ -94,30 +94,30 @@ def winograd_conv3x3(
     out = empty_map(x, filters, height, width) if out is None else out
     few = split(filters, FILTER_BYTES // (36 * 4 * channels))  # filters at once
     rows = split(batch * height // TILE, PRODUCT_BYTES // (36 * 4 * across * (channels + few)))  # of tiles at once
-    strip_rows = min(rows, STRIP_BYTES * torch.get_num_threads() // (4 * TILE * width * channels))
-    for group in grouped_strips(batch, height // TILE, strip_rows, rows):
+    tile_rows = min(rows, ROWS_BYTES * torch.get_num_threads() // (4 * TILE * width * channels))
+    for group in grouped_rows(batch, height // TILE, tile_rows, rows):
         v = x.new_empty(6, 6, group[-1].place.stop, across, channels)  # the transformed pixels
-        for strip in group:
-            transform_strip(with_border(read, strip, height), v[:, :, strip.place])
+        for tiles in group:
+            transform_rows(with_border(read, tiles, height), v[:, :, tiles.place])
         for k in range(0, filters, few):
             u = transform_filters(weight[k : k + few])
             products = torch.bmm(v.flatten(2, 3).flatten(0, 1), u)  # (36, T, C) x (36, C, K) -> (36, T, K)
             products = products.unflatten(1, (-1, across)).unflatten(0, (6, 6))
-            for strip in group:
-                first, last = TILE * strip.start, TILE * strip.stop
-                here = out[strip.picture, k : k + few, first:last].permute(1, 2, 0)
-                restore_strip(products[:, :, strip.place], here)
+            for tiles in group:
+                first, last = TILE * tiles.start, TILE * tiles.stop
+                here = out[tiles.picture, k : k + few, first:last].permute(1, 2, 0)
+                restore_rows(products[:, :, tiles.place], here)
                 if bias is not None:
                     here += bias[k : k + few]
                 if add is not None:
-                    here += add(strip.picture, first, last)[0, k : k + few].permute(1, 2, 0)
+                    here += add(tiles.picture, first, last)[0, k : k + few].permute(1, 2, 0)
             del u, products  # before the next ones are made
         del v
     return out
 
 
-class Strip(NamedTuple):
-    """Some rows of tiles of a picture, and their place among those that are multiplied together."""
+class TileRows(NamedTuple):
+    """Rows of tiles of one picture, and their place in the group that is multiplied together."""
 
     picture: int
     start: int
@@ -131,17 +131,17 @@ def split(count: int, most: int) -> int:
     return -(-count // parts)
 
 
-def grouped_strips(batch: int, rows: int, most: int, together: int) -> list[list[Strip]]:
-    """Cut every picture into strips of at most `most` of its rows of tiles; put about `together` rows into a group."""
+def grouped_rows(batch: int, rows: int, most: int, together: int) -> list[list[TileRows]]:
+    """Cut every picture into blocks of at most `most` rows of tiles; group about `together` rows."""
     size = split(rows, most)
-    groups: list[list[Strip]] = []
+    groups: list[list[TileRows]] = []
     for picture in range(batch):
         for start in range(0, rows, size):
             stop = min(start + size, rows)
             if not groups or groups[-1][-1].place.stop + size > together:
                 groups.append([])
             begin = groups[-1][-1].place.stop if groups[-1] else 0
-            groups[-1].append(Strip(picture, start, stop, slice(begin, begin + stop - start)))
+            groups[-1].append(TileRows(picture, start, stop, slice(begin, begin + stop - start)))
     return groups
 
 
@@ -152,19 +152,19 @@ def transform_filters(weight: Tensor) -> Tensor:
     return torch.matmul(both, weight.permute(0, 2, 3, 1).flatten(1, 2)).permute(1, 2, 0)
 
 
-def with_border(read: Callable[[int, int, int], Tensor], strip: Strip, height: int) -> Tensor:
-    """Read the pixels of some rows of tiles, (rows, W + 2, C), with what lies around them, zeros beyond the picture."""
-    first, last = TILE * strip.start - 1, TILE * strip.stop + 1
-    inside = read(strip.picture, max(first, 0), min(last, height))[0].permute(1, 2, 0)
+def with_border(read: Callable[[int, int, int], Tensor], tiles: TileRows, height: int) -> Tensor:
+    """Read the pixels of some rows of tiles, (rows, W + 2, C), with a border of one pixel, zero outside the picture."""
+    first, last = TILE * tiles.start - 1, TILE * tiles.stop + 1
+    inside = read(tiles.picture, max(first, 0), min(last, height))[0].permute(1, 2, 0)
     return F.pad(inside, (0, 0, 1, 1, max(-first, 0), max(last - height, 0)))
 
 
-def transform_strip(pixels: Tensor, out: Tensor) -> None:
+def transform_rows(pixels: Tensor, out: Tensor) -> None:
     """Transform the tiles of some rows.
 
     Args:
         pixels: (TILE * rows + 2, W + 2, C).
-        out: (6, 6, rows, W / TILE, C), which is filled.
+        out: (6, 6, rows, W / TILE, C), written.
     """
     _, _, rows, across, channels = out.shape
     height, width = TILE * rows, TILE * across
@@ -174,10 +174,10 @@ def transform_strip(pixels: Tensor, out: Tensor) -> None:
 
 
 def transform_axis(d: Sequence[Tensor], out: Tensor) -> None:
-    """Transform six neighbours along one axis into six numbers, `out`; what the source calls Bᵀ.
+    """Transform six neighbours along one axis into six numbers, `out`: Bᵀ of the source.
 
-    The points are 0, ±1/√2, ±√2 and infinity, in place of the source's 0, ±1, ±2 and infinity: they halve the error and
-    divide the largest by four. Source of their form, ±1/c and ±c: arXiv:2201.10369.
+    The points are 0, ±1/√2, ±√2 and infinity instead of the source's 0, ±1, ±2 and infinity, which halves the error and
+    quarters the largest one. Source of their form, ±1/c and ±c: arXiv:2201.10369.
     """
     a, b = torch.empty_like(out[0]), torch.empty_like(out[0])
     torch.sub(d[4], d[2], alpha=2.5, out=out[0]).add_(d[0])
@@ -192,12 +192,12 @@ def transform_axis(d: Sequence[Tensor], out: Tensor) -> None:
     torch.sub(a, b, alpha=ROOT, out=out[4])
 
 
-def restore_strip(products: Tensor, out: Tensor) -> None:
+def restore_rows(products: Tensor, out: Tensor) -> None:
     """Turn the products of some rows of tiles into pixels.
 
     Args:
         products: (6, 6, rows, W / TILE, K).
-        out: (TILE * rows, W, K), which is filled.
+        out: (TILE * rows, W, K), written.
     """
     _, _, rows, across, filters = products.shape
     down = products.new_empty(TILE, 6, rows, across, filters)
@@ -207,7 +207,7 @@ def restore_strip(products: Tensor, out: Tensor) -> None:
 
 
 def restore_axis(m: Tensor, out: Tensor) -> None:
-    """Turn six numbers into the four pixels of a tile along one axis, `out`; what the source calls Aᵀ."""
+    """Turn six numbers into the four pixels of a tile along one axis, `out`: Aᵀ of the source."""
     a, b = torch.empty_like(m[0]), torch.empty_like(m[0])
     torch.add(m[1], m[2], out=a)
     torch.add(m[3], m[4], out=b)

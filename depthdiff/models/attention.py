@@ -25,7 +25,7 @@ Processor = Callable[..., Tensor]
 
 
 class Attention(nn.Module):
-    """Let every token attend to other tokens: to its own sequence, or to a second one such as the prompt.
+    """Attend from every token to those of its own sequence, or of a second one such as the prompt.
 
     Args:
         query_dim: C of the tokens that attend.
@@ -230,7 +230,7 @@ class Attention(nn.Module):
     def prepare_attention_mask(
         self, attention_mask: Tensor | None, target_length: int, batch_size: int, out_dim: int = 3
     ) -> Tensor | None:
-        """Give every head its mask: (B, 1, Lk) -> (B * H, 1, Lk), or (B, H, 1, Lk) for `out_dim` 4.
+        """Repeat a mask for every head: (B, 1, Lk) -> (B * H, 1, Lk), or (B, H, 1, Lk) for `out_dim` 4.
 
         Raises:
             ValueError: the mask is not `target_length` tokens long.
@@ -389,7 +389,7 @@ class AttentionMixin:
         processor.clear()
 
     def set_default_attn_processor(self) -> None:
-        """Give every attention layer the classic `AttnProcessor`.
+        """Set the classic `AttnProcessor` on every attention layer.
 
         Raises:
             ValueError: a layer has a processor of the user's own.

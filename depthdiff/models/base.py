@@ -179,7 +179,7 @@ class Network(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether any layer is computed again for its gradients."""
+        """True if any layer is recomputed for its gradients."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def _set_gradient_checkpointing(self, enable: bool, function: CheckpointFunction | None = None) -> None:
@@ -265,7 +265,7 @@ class ModelMixin(ConfigMixin, Network):
         self.set_use_memory_efficient_attention_xformers(True, attention_op)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        """Let torch choose the kernel."""
+        """Use torch's own attention kernels."""
         self.set_use_memory_efficient_attention_xformers(False)
 
 

@@ -80,7 +80,7 @@ def round_width(width: float) -> int:
 
 
 def bottleneck_width(width: int) -> int:
-    """Give the channels inside a residual layer."""
+    """Return the number of channels inside a residual layer."""
     return round_width(width / 4)
 
 
@@ -123,7 +123,7 @@ class Stem(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """Brings the input of a stage's first layer to the shape of its output."""
+    """Shortcut of a stage's first layer: input to the shape of its output."""
 
     def __init__(self, config: BitConfig, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ class CLIPTextConfig(Config):
 
 @dataclass
 class BaseModelOutputWithPooling(BaseOutput):
-    """What the text encoder returns.
+    """Output of the text encoder.
 
     Attributes:
         last_hidden_state: (B, L, C), after the final norm.
@@ -110,7 +110,7 @@ class CLIPTextEmbeddings(nn.Module):
 
 
 class CLIPAttention(nn.Module):
-    """Let every token attend to others. Source: arXiv:1706.03762, eq. 1."""
+    """Multi-head self-attention. Source: arXiv:1706.03762, eq. 1."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ class CLIPTextModel(PreTrainedModel, PeftAdapterMixin):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """Give the table another number of rows, keep the old ones, and return it.
+        """Resize the table of embeddings, keep the old rows, and return it.
 
         Args:
             new_num_tokens: rows; as many as there are if None.

@@ -27,7 +27,7 @@ HYBRID_BACKBONE = BitConfig(
     depths=(3, 4, 9), layer_type="bottleneck", global_padding="SAME", embedding_dynamic_padding=True
 )
 FROM_BACKBONE = 2
-"""How many of the hybrid form's four levels are features of the backbone; the others are tokens."""
+"""Levels of the hybrid form that are features of the backbone; the others are tokens."""
 
 
 @dataclass(eq=False)

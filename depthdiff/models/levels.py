@@ -1,4 +1,4 @@
-"""What the levels of the UNet and of the autoencoder have in common, and how their layers are built.
+"""Common parts of the levels of the UNet and of the autoencoder.
 
 Letters: B batch, C channels, H and W height and width of a feature map.
 """

@@ -50,7 +50,7 @@ def run_in_tiles(
 
 
 def fade(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
-    """Let the first `extent` rows (dim 2) or columns (dim 3) of `after` grow out of the last ones of `before`."""
+    """Blend the first `extent` rows (dim 2) or columns (dim 3) of `after` with the last ones of `before`."""
     extent = min(before.shape[dim], after.shape[dim], extent)
     ramp = torch.arange(extent, device=after.device, dtype=after.dtype) / extent
     ramp = F.pad(ramp, (0, after.shape[dim] - extent), value=1.0).view(-1, *(1,) * (3 - dim))

@@ -164,7 +164,7 @@ class BasicTransformerBlock(nn.Module):
         )
 
     def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
-        """Let the feed-forward take `chunk_size` entries of a dimension at a time; None for all at once."""
+        """Run the feed-forward on `chunk_size` entries of a dimension at a time; None for all at once."""
         self._chunk_size, self._chunk_dim = chunk_size, dim
 
     def forward(
@@ -223,7 +223,7 @@ class Transformer2DModelOutput(BaseOutput):
 
 
 class Transformer2DModel(ModelMixin):
-    """Let every pixel attend to all pixels and to the prompt. Source: arXiv:2112.10752, sec. 3.3.
+    """Attend from every pixel to all pixels and to the prompt. Source: arXiv:2112.10752, sec. 3.3.
 
     Args:
         num_attention_heads: of every attention.

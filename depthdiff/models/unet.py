@@ -293,7 +293,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
         down_blocks: list[Any] = list(self.down_blocks)
         up_blocks: list[Any] = list(self.up_blocks)
         no_residuals: list[Any] = [None] * len(down_blocks)
-        told: dict[str, Any] = {
+        conditions: dict[str, Any] = {
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": None,
             "cross_attention_kwargs": cross_attention_kwargs,
@@ -304,13 +304,13 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
             hidden_states = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
             skips: tuple[Tensor, ...] = (hidden_states,)
             for block, residual in zip(down_blocks, within or no_residuals, strict=True):
-                hidden_states, more = go_down(block, hidden_states, temb, told, residual)
+                hidden_states, more = go_down(block, hidden_states, temb, conditions, residual)
                 skips = (*skips, *more)
             if down_residuals is not None:
                 skips = tuple(skip + residual for skip, residual in zip(skips, down_residuals, strict=True))
             if self.mid_block is not None:
                 attends = getattr(self.mid_block, "has_cross_attention", False)
-                hidden_states = self.mid_block(hidden_states, temb, **(told if attends else {}))
+                hidden_states = self.mid_block(hidden_states, temb, **(conditions if attends else {}))
             if mid_residual is not None:
                 hidden_states = hidden_states + mid_residual
             uneven = any(side % 2**self.num_upsamplers for side in sample.shape[2:])
@@ -320,7 +320,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
                 skips, read = skips[:-count], skips[-count:]
                 if uneven and skips:
                     size = skips[-1].shape[2:]
-                hidden_states = go_up(block, hidden_states, read, temb, told, size)
+                hidden_states = go_up(block, hidden_states, read, temb, conditions, size)
             hidden_states = self.conv_norm_out(hidden_states)
             hidden_states = self.conv_act(hidden_states)
             hidden_states = self.conv_out(hidden_states)
@@ -387,12 +387,12 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
 
 
 def go_down(
-    block: nn.Module, hidden_states: Tensor, temb: Tensor, told: dict[str, Any], residual: Tensor | None
+    block: nn.Module, hidden_states: Tensor, temb: Tensor, conditions: dict[str, Any], residual: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a level on the way down; `residual` is a T2I-Adapter's."""
     if getattr(block, "has_cross_attention", False):
         more = {} if residual is None else {"additional_residuals": residual}
-        return block(hidden_states=hidden_states, temb=temb, **told, **more)
+        return block(hidden_states=hidden_states, temb=temb, **conditions, **more)
     hidden_states, skips = block(hidden_states=hidden_states, temb=temb)
     if residual is not None:
         hidden_states = hidden_states + residual
@@ -405,11 +405,11 @@ def go_up(
     hidden_states: Tensor,
     skips: tuple[Tensor, ...],
     temb: Tensor,
-    told: dict[str, Any],
+    conditions: dict[str, Any],
     size: torch.Size | None,
 ) -> Tensor:
     """Run a level on the way up; `size` is that of its result where it is not twice the input's."""
-    more = told if getattr(block, "has_cross_attention", False) else {}
+    more = conditions if getattr(block, "has_cross_attention", False) else {}
     return block(hidden_states=hidden_states, temb=temb, res_hidden_states_tuple=skips, upsample_size=size, **more)
 
 

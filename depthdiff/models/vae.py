@@ -25,7 +25,7 @@ from depthdiff.models.peft import PeftAdapterMixin
 from depthdiff.models.tiling import fade, run_in_tiles
 
 EPS = 1e-6
-"""Of every group norm of the autoencoder; the UNet's residual blocks have 1e-5."""
+"""Epsilon of every group norm of the autoencoder; the UNet's residual blocks use 1e-5."""
 
 
 @dataclass
@@ -384,11 +384,11 @@ class AutoencoderKL(ModelMixin, AttentionMixin, PeftAdapterMixin):
         return DecoderOutput(pixels) if return_dict else (pixels,)
 
     def blend_v(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        """Let the first rows of `b` grow out of the last ones of `a`, the tile above it."""
+        """Blend the first rows of `b` with the last ones of `a`, the tile above it."""
         return fade(a, b, blend_extent, dim=2)
 
     def blend_h(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        """Let the first columns of `b` grow out of the last ones of `a`, the tile to its left."""
+        """Blend the first columns of `b` with the last ones of `a`, the tile to its left."""
         return fade(a, b, blend_extent, dim=3)
 
     def _encode(self, x: Tensor) -> Tensor:

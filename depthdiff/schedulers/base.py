@@ -1,4 +1,4 @@
-"""What every scheduler shares: the plan of a run, and diffusers' stateful contract.
+"""Base of all schedulers: the plan of a run, and diffusers' stateful contract.
 
 A `Plan` knows all of one run before it starts and remembers nothing: its `step` is a pure function of its arguments
 (and of the generator, where noise is drawn). A scheduler makes plans. For loops written for diffusers it also keeps one
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SchedulerOutput(BaseOutput):
-    """What a scheduler's `step` returns.
+    """Result of a scheduler's `step`.
 
     Attributes:
         prev_sample: (B, C, h, w), one step less noisy.
@@ -50,7 +50,7 @@ class SchedulerOutput(BaseOutput):
 
 
 class StepOutput(NamedTuple):
-    """What a plan's `step` returns.
+    """Result of a plan's `step`.
 
     Attributes:
         prev_sample: (B, C, h, w), one step less noisy.
@@ -184,7 +184,7 @@ class SchedulerMixin(ConfigMixin, ABC):
     final_alpha_cumprod: Any
     """ᾱ after the last step, in the methods that go by timesteps."""
     fractional_timesteps: ClassVar[bool] = False
-    """Whether timesteps may lie between those of the training."""
+    """True if timesteps may be fractional, between those of the training."""
 
     def _make_noise_schedule(self, *, zero_terminal_snr: bool = False) -> None:
         """Compute the tables of the config, and set the attributes of a scheduler without a run."""

@@ -27,7 +27,7 @@ from depthdiff.schedulers.schedule import (
 
 @dataclass
 class DDIMSchedulerOutput(BaseOutput):
-    """What `DDIMScheduler.step` returns.
+    """Result of `DDIMScheduler.step`.
 
     Attributes:
         prev_sample: (B, C, h, w), one step less noisy.

@@ -29,7 +29,7 @@ MAX_ORDER = 20
 
 @dataclass
 class LMSDiscreteSchedulerOutput(BaseOutput):
-    """What `LMSDiscreteScheduler.step` returns.
+    """Result of `LMSDiscreteScheduler.step`.
 
     Attributes:
         prev_sample: (B, C, h, w), one step less noisy.

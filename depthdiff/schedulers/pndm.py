@@ -31,7 +31,7 @@ ADAMS_BASHFORTH: tuple[tuple[int, ...], ...] = (  # newest prediction first; to 
 )
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 CALLS = 4
-"""Of the network, in one Runge-Kutta step; also the number of timesteps over which that start extends."""
+"""Calls of the network in one Runge-Kutta step; also the number of timesteps of the warm-up."""
 
 
 def pndm_transfer(
@@ -59,7 +59,7 @@ def pndm_transfer(
 
 
 class PNDMState(NamedTuple):
-    """What a run remembers.
+    """State of a run.
 
     Attributes:
         counter: of the calls so far.

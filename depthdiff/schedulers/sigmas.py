@@ -1,4 +1,4 @@
-"""What the methods in terms of sigma = sqrt((1 - ᾱ) / ᾱ) share: noise levels, the plan over them, diffusers' contract.
+"""Base of the solvers in terms of sigma = sqrt((1 - ᾱ) / ᾱ): noise levels, their plan, diffusers' contract.
 
 In these terms noisy latents are clean + sigma noise, and a run is an ordinary differential equation in sigma
 (arXiv:2206.00364, eq. 1). Letters are as in `depthdiff.schedulers.schedule`.
@@ -117,7 +117,7 @@ class SigmaSchedulerMixin(SchedulerMixin):
 
     @property
     def _by_logarithm(self) -> bool:
-        """Whether levels are spaced by themselves, and timesteps follow from them."""
+        """Return whether the sigmas are spaced directly and the timesteps follow from them."""
         return any(self.config.get(name) for name in LOGARITHMIC)
 
     def _make_sigmas(self, run: np.ndarray, step_ratio: int | None) -> tuple[np.ndarray, Tensor]:

@@ -61,7 +61,7 @@ def test_one_axis_of_winograd_is_a_correlation():
 )
 def test_winograd_is_the_convolution(shape, strip, products, filters, last, monkeypatch):
     """However it is cut into parts, of maps that are not square. Observed in float64: at most 3e-14."""
-    for name, size in (("STRIP_BYTES", strip), ("PRODUCT_BYTES", products), ("FILTER_BYTES", filters)):
+    for name, size in (("ROWS_BYTES", strip), ("PRODUCT_BYTES", products), ("FILTER_BYTES", filters)):
         monkeypatch.setattr(winograd, name, size)
     x, weight, bias = tensors(shape, 11, last=last)
     result = winograd.winograd_conv3x3(x, weight, bias)

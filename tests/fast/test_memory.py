@@ -12,7 +12,7 @@ from depthdiff import AutoencoderKL, UNet2DConditionModel, fast
 from depthdiff.checkpoint import mapped as pages
 from depthdiff.checkpoint.mapped import OF_FILE, PAGEMAP, PRESENT, give_back_unwritten, whole_pages
 from depthdiff.fast import memory
-from depthdiff.fast.memory import ask_for_large_pages
+from depthdiff.fast.memory import advise_hugepage
 
 needs_pagemap = pytest.mark.skipif(not PAGEMAP.exists(), reason="the system does not tell which pages are written")
 COUNT = 16 * mmap.PAGESIZE
@@ -114,7 +114,7 @@ def flags_of(tensor):
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not list its memory")
 def test_large_pages():
     """Memory asked for in large pages is marked so ("hg") where the system has them, and holds what is written."""
-    plain, room = torch.empty(2**25, dtype=torch.uint8), ask_for_large_pages(torch.empty(2**25, dtype=torch.uint8))
+    plain, room = torch.empty(2**25, dtype=torch.uint8), advise_hugepage(torch.empty(2**25, dtype=torch.uint8))
     room.copy_(torch.arange(2**25).to(torch.uint8))
     assert torch.equal(room[::251], torch.arange(0, 2**25, 251).to(torch.uint8))
     assert "hg" not in flags_of(plain)
@@ -125,9 +125,9 @@ def test_large_pages_of_what_is_large_and_here(monkeypatch):
     asked = []
     monkeypatch.setattr(memory, "advise", lambda tensor, advice: asked.append((tensor.nbytes, advice)))
     for tensor in (torch.empty(2**25 - 1, dtype=torch.uint8), torch.empty(2**25, dtype=torch.uint8, device="meta")):
-        assert ask_for_large_pages(tensor) is tensor
+        assert advise_hugepage(tensor) is tensor
     assert not asked
-    ask_for_large_pages(torch.empty(2**23))
+    advise_hugepage(torch.empty(2**23))
     assert asked == [(2**25, "MADV_HUGEPAGE")]
 
 

@@ -86,7 +86,7 @@ def test_computations_name_the_arguments_of_forward():
 def test_on_equals_off(dtype, bound, pipe, monkeypatch):
     """For every network, laid out or not, with all ways taken at any size. Observed: 2e-6 and 1.8e-2."""
     for module, *names in (
-        (tiled, "LARGE_BYTES"),
+        (tiled, "HUGEPAGE_MIN_BYTES"),
         (winograd, "FEWEST_TILES", "FEWEST_CHANNELS", "FEWEST_PRODUCTS"),
         (convolution, "FEWEST_DOUBLED", "FEWEST_WEIGHTS"),
         (linear, "MIN_WEIGHTS", "TOKEN_CHUNK"),

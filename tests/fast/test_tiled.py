@@ -18,7 +18,7 @@ bf16, f32 = torch.bfloat16, torch.float32
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Make the test's maps large ones, and tiles of two of their rows."""
-    monkeypatch.setattr(tiled, "LARGE_BYTES", 1)
+    monkeypatch.setattr(tiled, "HUGEPAGE_MIN_BYTES", 1)
     monkeypatch.setattr(tiled, "TILE_BYTES", 2 * 8 * 13 * 2)
     for name in ("FEWEST_TILES", "FEWEST_CHANNELS", "FEWEST_PRODUCTS"):
         monkeypatch.setattr(winograd, name, 1)
@@ -215,7 +215,7 @@ def test_errors_are_those_of_the_layers():
 
 @torch.no_grad()
 def test_maps_are_asked_for_in_large_pages(monkeypatch, spy):
-    asked = spy(memory, "ask_for_large_pages")
+    asked = spy(memory, "advise_hugepage")
     room = memory.empty_map(torch.empty(2, 3, 5, 7, dtype=bf16), 4, 6, 8)
     assert [call[0].shape for call in asked] == [(2, 6, 8, 4)]
     assert room.shape == (2, 4, 6, 8) and room.dtype == bf16
