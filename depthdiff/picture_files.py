@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from depthdiff.adapters.files import ADAPTER_CONFIG
+from depthdiff.adapters.formats import ADAPTER_CONFIG
 from depthdiff.checkpoint.hub import BUNDLED, bundled
 from depthdiff.checkpoint.write import files_below, write_file
 from depthdiff.decoding import DECODING, DEEP
