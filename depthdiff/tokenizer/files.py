@@ -1,4 +1,4 @@
-"""From a tokenizer's published files to the tokenizer and back."""
+"""A tokenizer's published files, read and written."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ FILES = ("tokenizer.json", "vocab.json", "merges.txt", *SETTINGS)
 
 
 def read_tokenizer(cls: type[Any], folder: Path) -> Any:
-    """Build a tokenizer from the files in `folder`.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or they do not fit together.
-    """
-    whole = folder / "tokenizer.json"
-    if whole.is_file():
-        source, tokenizer = whole, read_json(whole)
+    """Build a tokenizer from the files in `folder`, or raise CheckpointError."""
+    source: Path = folder / "tokenizer.json"
+    listed: list[Any] = []
+    if source.is_file():
+        tokenizer = read_json(source)
         model, listed = tokenizer.get("model"), tokenizer.get("added_tokens") or []
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
-            raise CheckpointError(f"{whole} holds no byte-pair model; it is damaged or of another kind of tokenizer")
+            raise CheckpointError(f"{source} holds no byte-pair model; it is damaged or of another kind of tokenizer")
         vocab, merges = model.get("vocab") or {}, model["merges"]
     else:
-        source, listed = folder / "merges.txt", []
-        vocab, merges = read_json(folder / "vocab.json"), _read_lines(source)
+        source = folder / "merges.txt"
+        vocab = read_json(folder / "vocab.json")
+        try:
+            lines = [line.rstrip("\r") for line in source.read_text(encoding="utf-8").split("\n")]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{source} cannot be read: {error}") from error
+        merges = [line for line in lines if line and not line.startswith("#version")]
     try:
         built = cls(vocab, merges, **_read_settings(folder, listed))
     except CheckpointError:
@@ -53,11 +55,10 @@ def read_tokenizer(cls: type[Any], folder: Path) -> Any:
 
 
 def write_tokenizer(tokenizer: Any, save_directory: str | os.PathLike[str]) -> None:
-    """Write `tokenizer` into the folder, in files that transformers and `read_tokenizer` load with equal ids."""
+    """Write a tokenizer into files that transformers and `read_tokenizer` load with equal ids."""
     folder = check_folder("save_directory", save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    added = tokenizer.added_tokens_decoder
-    roles = tokenizer.special_tokens_map
+    added, roles = tokenizer.added_tokens_decoder, tokenizer.special_tokens_map
     config = {
         "added_tokens_decoder": {str(i): flags(token) for i, token in sorted(added.items())},
         **roles,
@@ -72,20 +73,10 @@ def write_tokenizer(tokenizer: Any, save_directory: str | os.PathLike[str]) -> N
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Read `merges.txt` without its version."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    lines = [line.rstrip("\r") for line in lines]
-    return [line for line in lines if line and not line.startswith("#version")]
-
-
 def _read_settings(folder: Path, listed: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Gather the constructor's other arguments; `listed` are the added tokens of `tokenizer.json`."""
+    """Return the constructor's other arguments; `listed` are the added tokens of `tokenizer.json`."""
     config, roles, numbers = (read_json(folder / name) if (folder / name).is_file() else {} for name in SETTINGS)
-    if "added_tokens_decoder" in config:  # a newer file, which says all
+    if "added_tokens_decoder" in config:  # a newer file, which lists all
         added = {int(i): _token(value) for i, value in config["added_tokens_decoder"].items()}
     else:
         config = {**config, **roles}
