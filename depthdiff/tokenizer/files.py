@@ -15,7 +15,7 @@ from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.transaction import check_folder
 from depthdiff.checkpoint.write import write_text
 from depthdiff.config import CheckpointError
-from depthdiff.tokenizer.bpe import END_OF_WORD, ROLES, as_special, flags, text_of
+from depthdiff.tokenizer.bpe import END_OF_WORD, ROLES, flags
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _read_settings(folder: Path, listed: Iterable[Mapping[str, Any]]) -> dict[st
         added = {int(i): _token(value) for i, value in config["added_tokens_decoder"].items()}
     else:
         config = {**config, **roles}
-        special = {text_of(_token(config[name])) for name in ROLES if config.get(name)}
+        special = {_token(config[name]).content for name in ROLES if config.get(name)}
         added = {i: AddedToken(t, normalized=t not in special, special=t in special) for t, i in numbers.items()}
         added |= {record["id"]: _token(record) for record in listed}
     for side in ("padding_side", "truncation_side"):
@@ -88,18 +88,17 @@ def _read_settings(folder: Path, listed: Iterable[Mapping[str, Any]]) -> dict[st
             raise CheckpointError(f"{folder}: {side} is {config[side]!r}; implemented here: 'right'")
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     ordered = [token for _, token in sorted(added.items())]
-    known = {text_of(token) for token in ordered}
-    ordered += [_token(value) for value in extra if text_of(_token(value)) not in known]
+    known = {token.content for token in ordered}
+    ordered += [token for token in map(_token, extra) if token.content not in known]
     limit = config.get("model_max_length")
     return {
         **{name: _token(config[name]) for name in ROLES if config.get(name)},
         "model_max_length": None if limit is None else int(limit),
-        "added_tokens": [as_special(token) if isinstance(token, str) else token for token in ordered],
+        "added_tokens": ordered,
     }
 
 
-def _token(value: Any) -> str | AddedToken:
+def _token(value: Any) -> AddedToken:
     """Read a token as the files write it: a text, or an object with flags."""
-    if isinstance(value, str):
-        return value
-    return AddedToken(**{"special": True, **{key: flag for key, flag in value.items() if key not in ("__type", "id")}})
+    given: dict[str, Any] = {"content": value} if isinstance(value, str) else value
+    return AddedToken(**{"special": True, **{key: flag for key, flag in given.items() if key not in ("__type", "id")}})
