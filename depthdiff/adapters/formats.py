@@ -104,8 +104,7 @@ def read_file(
     """
     if proxies is not None:
         raise ValueError("proxies must be None: set the environment variable HTTPS_PROXY")
-    path = _find_file(name_or_path, defaults if weight_name is None else [weight_name], weight_name is None,
-                      subfolder=subfolder, **where)  # fmt: skip
+    path = _find_file(name_or_path, defaults, weight_name, subfolder=subfolder, **where)
     if use_safetensors and path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file, which use_safetensors=True asks for")
     if path.suffix in PICKLES:
@@ -114,9 +113,7 @@ def read_file(
         raise CheckpointError(f"{path} must end in .safetensors or one of {', '.join(PICKLES)}")
     entries, header = read_header(path, MAX_HEADER)
     if len(entries) > MAX_TENSORS:
-        raise CheckpointError(
-            f"{path} may have {MAX_TENSORS:,} tensors at most, got {len(entries):,}; is it an adapter?"
-        )
+        raise CheckpointError(f"{path} has {len(entries):,} tensors, more than {MAX_TENSORS:,}; is it an adapter?")
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key).clone() for key in entries}
@@ -125,22 +122,23 @@ def read_file(
     return state, _read_settings(path, header), path
 
 
-def _find_file(name_or_path: Any, wanted: Sequence[str], or_any: bool, **where: Any) -> Path:
-    """Find the file that is named, or the first wanted one in a folder, or the only file of weights there."""
+def _find_file(name_or_path: Any, defaults: Sequence[str], weight_name: str | None, **where: Any) -> Path:
+    """Find the file that is named, or the first default in a folder, or the only file of weights there."""
+    wanted = defaults if weight_name is None else [weight_name]
     check_path("the adapter's name", name_or_path)
     if Path(name_or_path).is_file():
         return Path(name_or_path)
     folder = fetch(name_or_path, (), optional=[*wanted, ADAPTER_CONFIG], **where)
     others = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", *PICKLES))
     found = [folder / name for name in wanted if (folder / name).is_file()]
-    if found or (or_any and len(others) == 1):
+    if found or (weight_name is None and len(others) == 1):
         return (found or others)[0]
     names = ", ".join(path.name for path in others) or "no weights"
     raise CheckpointError(f"{name_or_path} has no {' or '.join(wanted)}, found {names}; name one as weight_name=...")
 
 
 def _read_settings(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """Read PEFT's settings: those beside the weights, for all components, and those that diffusers puts in a header."""
+    """Read PEFT's settings: those beside the weights, for all components, and those in a header, as of diffusers."""
     config, text = path.with_name(ADAPTER_CONFIG), header.get("lora_adapter_metadata")
     settings = {"": read_json(config)} if path.stem.startswith("adapter_model") and config.is_file() else {}
     flat = {} if text is None else parse_json(text.encode("utf-8", "surrogatepass"), path, "lora_adapter_metadata")
@@ -183,7 +181,7 @@ def read_lora(
 
 
 def _check_tensors(state: Any, networks: Mapping[str, nn.Module], source: str) -> dict[str, Tensor]:
-    """Return the tensors, each alpha as one of float64; refuse what is not a tensor, or of another architecture."""
+    """Return the tensors, each alpha in float64; refuse what is not a tensor, or is of another architecture."""
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{source} must hold tensors by name, got {type(state).__name__}, or an empty one")
     weights = networks["unet"].named_parameters() if "unet" in networks else ()

@@ -203,7 +203,7 @@ def _check_names(weight: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def _check_number(number: Any) -> None:
-    """Refuse what is not a finite number; None stands for 1."""
+    """Refuse what is not a finite number; None is 1."""
     one = plain(number)
     if one is not None and (isinstance(one, bool) or not isinstance(one, (int, float)) or not abs(one) <= MAX_WEIGHT):
         raise ValueError(f"adapter_weights must be finite numbers or dicts of them, got {show(number)}")

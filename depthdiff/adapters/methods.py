@@ -1,4 +1,4 @@
-"""What an adapter adds to one weight, from the small tensors of its file: one formula for each method.
+"""The change of one weight by an adapter, from the small tensors of its file: one formula for each method.
 
 Letters: O and I output and input channels of a weight, K its kernel (none for a linear layer), r rank. All formulas are
 written for the flattened kernel, (O, I, *K) as (O, I K).
@@ -82,7 +82,7 @@ METHODS = {
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What an adapter adds to one weight.
+    """The change of one weight by an adapter.
 
     Attributes:
         method: one of METHODS.

@@ -130,13 +130,9 @@ class TextualInversionLoaderMixin:
         with self._turns.change("unload_textual_inversion"):
             learnt = tokenizer.learnt_words
             chosen = list(learnt) if tokens is None else check_names("tokens", tokens)
-            for word in chosen:
-                if word not in learnt:
-                    raise ValueError(f"{word!r} was not learnt; the learnt words are {', '.join(learnt) or 'none'}")
-            gone = {index for word in chosen for index in learnt[word]}
+            gone = {index for word in chosen for index in learnt.get(word, ())}
             table = encoder.get_input_embeddings().weight.data
-            first = min((index for ids in learnt.values() for index in ids), default=len(table))
-            kept = [index for index in range(len(table)) if index < first or index not in gone]
+            kept = [index for index in range(len(table)) if index not in gone]
             _exchange(tokenizer, encoder, table[kept], lambda: tokenizer.remove_words(chosen))
 
 
@@ -150,19 +146,17 @@ def _read_words(content: Any, token: str | None, name: str, stem: str | None) ->
         raise CheckpointError(f"{name} holds a {type(content).__name__}, expected vectors by word")
     if "clip_g" in content or "clip_l" in content:
         raise CheckpointError(f"{name} is made for Stable Diffusion XL: it has vectors for two text encoders")
-    found: dict[Any, Any]
+    found: dict[Any, Any] = dict(content)
     if "string_to_param" in content:
         vectors = content["string_to_param"]
         [vector] = vectors.values() if isinstance(vectors, Mapping) and len(vectors) == 1 else [None]
         found = {token or content.get("name") or stem: vector}
     elif "emb_params" in content:
         found = {token or stem: content["emb_params"]}
-    else:
-        found = dict(content)
-        if token is not None:
-            if len(found) > 1:
-                raise ValueError(f"{name} has {len(found)} words ({', '.join(map(str, found))}); token must be None")
-            found = {token: next(iter(found.values()))}
+    elif token is not None:
+        if len(found) > 1:
+            raise ValueError(f"{name} has {len(found)} words ({', '.join(map(str, found))}); token must be None")
+        found = {token: next(iter(found.values()))}
     for word, vector in found.items():
         if word is None:
             raise ValueError(f"{name} holds vectors without a word; pass token=...")
@@ -176,7 +170,7 @@ def _check_vectors(word: str, vectors: Tensor, encoder: CLIPTextModel, name: str
     width = encoder.config.hidden_size
     if any("\ud800" <= letter <= "\udfff" for letter in word):
         raise ValueError(f"{name}: the word {word!r} must be valid Unicode; pass token=...")
-    if not word.strip() or word != word.strip() or any(letter.isspace() for letter in word):
+    if not word or any(letter.isspace() for letter in word):
         raise ValueError(f"{name}: the word {word!r} must be one word without spaces; pass token=...")
     if vectors.ndim not in (1, 2) or not vectors.numel() or not vectors.is_floating_point():
         raise CheckpointError(f"{name}: the vectors of {word!r} must be (n, {width}), got {tuple(vectors.shape)}")
@@ -190,15 +184,13 @@ def _check_vectors(word: str, vectors: Tensor, encoder: CLIPTextModel, name: str
     return vectors.detach().reshape(-1, width)
 
 
-def _exchange(
-    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, table: Tensor, change_words: Callable[[], None]
-) -> None:
+def _exchange(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, table: Tensor, change: Callable[[], None]) -> None:
     """Change the words of a tokenizer and the table (V, C) of an encoder, both or neither."""
     embedding = encoder.get_input_embeddings()
     weight = nn.Parameter(table, requires_grad=embedding.weight.requires_grad)
     before = dict(vars(tokenizer)), embedding.weight, embedding.num_embeddings, encoder.config.vocab_size
     try:
-        change_words()
+        change()
         embedding.weight, embedding.num_embeddings, encoder.config.vocab_size = weight, len(table), len(table)
     except BaseException:
         vars(tokenizer).update(before[0])
