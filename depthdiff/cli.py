@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import depthdiff
-from depthdiff.adapters.files import PICKLES
+from depthdiff.adapters.formats import PICKLES
 from depthdiff.approximations import PRESETS, Approximations, resolve_preset
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.single_file import SUFFIXES

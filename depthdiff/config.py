@@ -1,7 +1,7 @@
-"""Configs and outputs: the small records that every component shares.
+"""Configs and outputs: the records that every component shares.
 
-A config holds what a checkpoint fixes about one component, under the names of the published `config.json`; what the
-caller chooses (steps, guidance, seeds) never enters it. A `BaseOutput` is what a network or scheduler returns.
+A config holds what a checkpoint fixes about one component, under the names of the published `config.json`, and never
+the caller's choices (steps, guidance, seeds). A `BaseOutput` is the result of a network or scheduler.
 """
 
 from __future__ import annotations
@@ -26,24 +26,19 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-MAX_COUNT = 1000
-"""Layers that a config may ask for in one place; the deepest published network of these kinds has 48."""
-
-MAX_LENGTH = 100_000
-"""Items of a list in a config; the longest are schedulers' `trained_betas`."""
-
-MAX_SIZE = 2**19
-"""Whole numbers in a config; the largest published ones are sizes of vocabularies, of some 250,000."""
+MAX_COUNT = 1000  # layers in one place; the deepest published network of these kinds has 48
+MAX_LENGTH = 100_000  # items of a list; the longest are schedulers' `trained_betas`
+MAX_SIZE = 2**19  # integers; the largest published ones are sizes of vocabularies, of some 250,000
 
 
 class CheckpointError(OSError, ValueError):
-    """A file, folder or config of a checkpoint is missing, damaged or of a kind that this package does not have."""
+    """A file, folder or config of a checkpoint is missing, damaged or of a kind that this package does not support."""
 
 
 class FrozenDict(dict[str, Any]):
     """A config: a dict whose items can also be read as attributes, and from which nothing can be removed.
 
-    An assignment changes item and attribute together. What was built from the config before stays as it is.
+    An assignment changes item and attribute together, but not what was built from the config before.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -54,34 +49,13 @@ class FrozenDict(dict[str, Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
-    def __delattr__(self, name: str) -> None:
-        self._refuse("del")
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            f"del, clear, pop, popitem, setdefault and update are not available on a {type(self).__name__}; "
+            "call register_to_config on its owner"
+        )
 
-    def __delitem__(self, key: str) -> None:
-        self._refuse("del")
-
-    def clear(self) -> None:
-        """Refuse to remove items."""
-        self._refuse("clear")
-
-    def pop(self, *args: Any) -> Any:
-        """Refuse to remove an item."""
-        self._refuse("pop")
-
-    def popitem(self) -> Any:
-        """Refuse to remove an item."""
-        self._refuse("popitem")
-
-    def setdefault(self, *args: Any) -> Any:
-        """Refuse to add an item silently."""
-        self._refuse("setdefault")
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to change several items at once."""
-        self._refuse("update")
-
-    def _refuse(self, method: str) -> NoReturn:
-        raise TypeError(f"{method} is not available on a {type(self).__name__}; call register_to_config on its owner")
+    __delattr__ = __delitem__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)
@@ -90,10 +64,9 @@ class FrozenDict(dict[str, Any]):
 class Config(FrozenDict):
     """Base of the configs of transformers' components: a dataclass that is also a dict.
 
-    Subclasses list their fields with the published defaults. `CHOICES` names the values that this package implements;
-    a config file that asks for another one is refused by name instead of being built wrongly. It may also name keys
-    that are no fields, for features whose mere presence matters. `COUNTS` names the fields that say how many layers
-    there are: a damaged file must not have a network built without end. `POSITIVE` names those that must be above 0.
+    Subclasses list their fields with the published defaults. `CHOICES` names the values that this package implements,
+    of fields and of other keys of a config file, which is refused if it asks for another one. `COUNTS` names the fields
+    that are numbers of layers, which a damaged file must not make huge. `POSITIVE` names those that must be above 0.
     `model_type` is transformers' name of the kind.
 
     Raises:
@@ -123,10 +96,7 @@ class Config(FrozenDict):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the config from a parsed JSON object; keys that are not fields are kept as they are.
-
-        Args:
-            values: the parsed `config.json`; lists become tuples.
+        """Build the config from a parsed `config.json`, lists as tuples; keys that are not fields are kept.
 
         Raises:
             CheckpointError: a value has the wrong type, or is not implemented.
@@ -150,7 +120,7 @@ class Config(FrozenDict):
 
 
 IDENTITY = {"_class_name", "_diffusers_version", "_name_or_path", "architectures", "model_type", "transformers_version"}
-"""Keys of a config file that say whose it is, and are rewritten."""
+"""Keys of a config file that name its class, and are rewritten."""
 
 
 def _rebuild(cls: type[Config], values: dict[str, Any]) -> Config:
@@ -163,8 +133,7 @@ def _rebuild(cls: type[Config], values: dict[str, Any]) -> Config:
 class BaseOutput(dict[str, Any]):
     """Base of the output records: dicts whose items are also attributes (`out.sample`) and positions (`out[0]`).
 
-    Subclasses are dataclasses. Items and positions are the fields that are not None; iterating yields their names, as
-    in diffusers and transformers.
+    Subclasses are dataclasses. Items and positions are the fields that are not None; iterating yields their names.
     """
 
     def __init_subclass__(cls) -> None:
@@ -213,23 +182,12 @@ def constructor_fields(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def _arguments(init: Callable[..., None]) -> dict[str, Any]:
-    """List the arguments of a constructor with their types."""
     hints = get_type_hints(init)
     return {name: hints.get(name, Any) for name in list(inspect.signature(init).parameters)[1:]}
 
 
 def check_values(owner: type, fields: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a config with lists as tuples, or refuse them.
-
-    Args:
-        owner: the class whose CHOICES, COUNTS and POSITIVE say what is implemented and what is in range.
-        fields: name -> annotation.
-        values: name -> value, of every field.
-
-    Raises:
-        TypeError: a value of a wrong type.
-        ValueError: a value out of range, or one that this package does not implement.
-    """
+    """Return the values of a config with lists as tuples, or refuse them by `owner`'s CHOICES, COUNTS and POSITIVE."""
     checked: dict[str, Any] = {}
     for name, annotation in fields.items():
         value = _freeze(values[name])
@@ -243,10 +201,10 @@ def check_values(owner: type, fields: Mapping[str, Any], values: Mapping[str, An
 
 
 def register_to_config(init: Callable[P, None]) -> Callable[P, None]:
-    """Let a constructor keep its arguments, checked and with lists as tuples, as the object's `config`.
+    """Make a constructor keep its arguments, checked and with lists as tuples, as the object's `config`.
 
-    Names that begin with an underscore, such as `_class_name`, are kept in the config and not passed on. What the class
-    names in `ignore_for_config` is checked and passed on, and not kept.
+    Names that begin with an underscore, such as `_class_name`, are kept in the config and not passed on; those in the
+    class's `ignore_for_config` are passed on and not kept.
     """
     signature = inspect.signature(init)
 
@@ -257,7 +215,9 @@ def register_to_config(init: Callable[P, None]) -> Callable[P, None]:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{type(self).__name__}: {error}{_nearest(kwargs, signature)}") from None
+            unknown = [name for name in kwargs if name not in signature.parameters]
+            hint = nearest(unknown[0], list(signature.parameters)[1:]) if unknown else ""
+            raise TypeError(f"{type(self).__name__}: {error}{hint}") from None
         given = set(list(bound.arguments)[1:])
         bound.apply_defaults()
         values = {name: bound.arguments[name] for name in list(signature.parameters)[1:]}
@@ -271,12 +231,6 @@ def register_to_config(init: Callable[P, None]) -> Callable[P, None]:
     return registering
 
 
-def _nearest(given: Mapping[str, Any], signature: inspect.Signature) -> str:
-    """Name the argument that an unknown one may have meant."""
-    unknown = [name for name in given if name not in signature.parameters]
-    return nearest(unknown[0], list(signature.parameters)[1:]) if unknown else ""
-
-
 def _written(annotation: Any) -> str:
     """Write a type as the source code does."""
     return annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
@@ -284,7 +238,6 @@ def _written(annotation: Any) -> str:
 
 @functools.cache
 def _fields(cls: type[Config]) -> dict[str, Any]:
-    """List the fields of a config with their types."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
@@ -298,7 +251,7 @@ def check_choice(name: str, given: Any, choices: tuple[Any, ...]) -> None:
 
 
 def _check_size(name: str, value: Any, *, is_count: bool, positive: bool) -> None:
-    """Refuse more layers, or longer lists, than any network has, and numbers that are not finite."""
+    """Refuse more layers and longer lists than any network has, and numbers that are not finite."""
     if isinstance(value, tuple):
         if len(value) > MAX_LENGTH:
             raise ValueError(f"{name} must have at most {MAX_LENGTH} items, got {len(value)}; is the file damaged?")
@@ -315,14 +268,14 @@ def _check_size(name: str, value: Any, *, is_count: bool, positive: bool) -> Non
 
 
 def _brief(value: Any) -> str:
-    """Write a value of a config, as far as it is short."""
+    """Write a value of a config in few words."""
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}" if len(value) > 8 else f"[{', '.join(map(_brief, value))}]"
     return repr(value)[:60] if isinstance(value, (str, float, bool, type(None))) else show(value).removeprefix("int ")
 
 
 def _freeze(value: Any) -> Any:
-    """Turn lists and arrays of numbers into tuples, and numbers of numpy and torch into Python's."""
+    """Convert lists and arrays of numbers to tuples, and numbers of numpy and torch to Python's."""
     if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "buif":
         return tuple(map(plain, value))
     if isinstance(value, Tensor) and value.ndim == 1 and is_dense(value) and not value.is_complex():
@@ -350,10 +303,8 @@ def _is_a(value: Any, annotation: Any) -> bool:
         return any(_is_a(value, option) for option in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and all(_is_a(item, arguments[0]) for item in value)
-    if origin is not None:  # a mapping, for instance: its content is its owner's to check
+    if origin is not None:  # such as a mapping, whose content its owner checks
         return isinstance(value, origin)
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (int, float):
+        return isinstance(value, (int, annotation)) and not isinstance(value, bool)
     return isinstance(value, annotation)

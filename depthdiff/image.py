@@ -25,10 +25,10 @@ ImageInput: TypeAlias = "Image.Image | Array | Tensor | Sequence[Image.Image] | 
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 REAL = ("bool", "uint", "int", "float8_", "float16", "bfloat16", "float32", "float64")
-"""What the names of torch's real dtypes begin with."""
+"""The beginnings of the names of torch's real dtypes."""
 
 WHITE = {"uint8": 255, "uint16": 65535}
-SLACK = 1e-3  # how far float images may leave their range, as resampling makes them do
+SLACK = 1e-3  # by which float images may leave their range, since resampling does that
 
 
 def read_images(image: ImageInput, name: str = "image") -> list[Image.Image] | Tensor:
@@ -38,8 +38,8 @@ def read_images(image: ImageInput, name: str = "image") -> list[Image.Image] | T
     values are scaled to 8 bits (modes I and F: from 0..1 for floats, 0..255 or 0..65535, whichever holds the maximum).
 
     Arrays and tensors: (H, W), (C, H, W), (H, W, C), (N, C, H, W), (N, H, W, C), or a list of these with one size; C is
-    1 or 3. Where both ends could be C, a tensor has channels first and an array has them last. uint8 and uint16 count
-    from 0 to their maximum; floats lie in [0, 1], or in [-1, 1] where any value of the batch is below 0.
+    1 or 3. If both ends could be C, a tensor has channels first and an array has them last. uint8 and uint16 count from
+    0 to their maximum; floats are in [0, 1], or in [-1, 1] if any value of the batch is below 0.
 
     Args:
         image: one image or several.
@@ -86,10 +86,8 @@ def is_latents(image: object) -> bool:
 
 
 def _has_latent_channels(x: object, ndim: int) -> bool:
-    """Return whether `x` is a float tensor of so many dimensions whose third last is 4."""
-    if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
-        return False
-    return x.ndim == ndim and x.shape[-3] == 4
+    dense = isinstance(x, Tensor) and not x.is_nested and x.is_floating_point()
+    return dense and x.ndim == ndim and x.shape[-3] == 4  # type: ignore[attr-defined]
 
 
 def image_size(images: list[Image.Image] | Tensor) -> tuple[int, int]:
@@ -99,17 +97,7 @@ def image_size(images: list[Image.Image] | Tensor) -> tuple[int, int]:
 
 
 def to_pixels(images: list[Image.Image] | Tensor, multiple_of: int = 8) -> Tensor:
-    """Resize to a multiple and stretch to the range of the autoencoder.
-
-    Args:
-        images: what `read_images` returned.
-        multiple_of: h and w are the largest multiples of it that H and W hold; nothing is cropped.
-
-    Returns:
-        (N, 3, h, w), float32, in [-1, 1].
-
-    Raises:
-        ValueError: an image is smaller than the multiple.
+    """Resize what `read_images` returned down to a multiple, and return (N, 3, h, w), float32, in [-1, 1].
 
     Source: huggingface/diffusers, image_processor.py, `preprocess`: Lanczos for PIL images, nearest for tensors.
     """
@@ -136,7 +124,7 @@ class VaeImageProcessor:
         self.vae_scale_factor = vae_scale_factor
 
     def preprocess(self, image: ImageInput) -> Tensor:
-        """Turn images of any accepted form (see `read_images`) into pixels (N, 3, h, w), float32, in [-1, 1].
+        """Convert images of any accepted form (see `read_images`) to pixels (N, 3, h, w), float32, in [-1, 1].
 
         Latents (N, 4, h, w), or a list of (4, h, w), are returned as one tensor.
         """
@@ -145,16 +133,15 @@ class VaeImageProcessor:
         return to_pixels(read_images(image), self.vae_scale_factor)
 
     def postprocess(self, image: Tensor, output_type: str = "pil") -> Any:
-        """Turn the autoencoder's output (N, 3, H, W) into pictures; "latent" returns it as it is."""
+        """Convert the autoencoder's output (N, 3, H, W) to images; "latent" returns it as it is."""
         return image if output_type == "latent" else from_pixels(image, output_type)
 
 
 def read_depth(depth_map: Any, name: str = "depth_map") -> Tensor:
-    """Convert any accepted depth map to one form; large is near, the unit is free.
+    """Convert any accepted depth map to one form; larger is nearer, in any unit.
 
-    PIL images of 8 or 16 bits or floats keep their numbers; of colour images the luminance is taken, which is the value
-    itself where they are grey. Arrays and tensors: (H, W), (N, H, W), (H, W, 1), (N, 1, H, W), (N, H, W, 1), or a list
-    of these with one size; any real dtype.
+    PIL images of 8 or 16 bits or floats keep their numbers; colour images are reduced to their luminance. Arrays and
+    tensors: (H, W), (N, H, W), (H, W, 1), (N, 1, H, W), (N, H, W, 1), or a list of these with one size; any real dtype.
 
     Args:
         depth_map: one map or several.
@@ -178,18 +165,9 @@ def read_depth(depth_map: Any, name: str = "depth_map") -> Tensor:
 
 
 def from_pixels(pixels: Tensor, output_type: str = "pil") -> list[Image.Image] | Array | Tensor:
-    """Turn the autoencoder's output into pictures.
+    """Convert pixels (N, 3, H, W) in [-1, 1], clamped, to N RGB images, or to an array or tensor in [0, 1].
 
-    Args:
-        pixels: (N, 3, H, W), any float dtype, [-1, 1]; what lies outside is clamped.
-        output_type: "pil", "np" or "pt".
-
-    Returns:
-        N RGB images; or (N, H, W, 3), float32, in [0, 1]; or (N, 3, H, W) in [0, 1], dtype and device of `pixels`.
-
-    Raises:
-        ValueError: unknown `output_type`.
-
+    "np" returns (N, H, W, 3), float32; "pt" returns (N, 3, H, W), of the dtype and on the device of `pixels`.
     Source: huggingface/diffusers, image_processor.py, `VaeImageProcessor.postprocess`.
     """
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
@@ -207,18 +185,7 @@ def from_pixels(pixels: Tensor, output_type: str = "pil") -> list[Image.Image] |
 
 
 def depth_image(disparity: Tensor, bits: Literal[8, 16] = 16) -> Image.Image:
-    """Show a map as a grey picture, stretched from black (far) to white (near); a constant one is black.
-
-    Args:
-        disparity: (H, W) or (1, H, W), finite.
-        bits: 16 to keep it, 8 for a preview.
-
-    Returns:
-        Mode I;16 or L.
-
-    Raises:
-        ValueError: more than one map, or not finite.
-    """
+    """Convert a map (H, W) or (1, H, W) to a grey image from black (far) to white (near); a constant one is black."""
     maps = read_depth(disparity, "disparity").detach().cpu().double().numpy()  # Apple's devices have no float64
     if len(maps) > 1:
         raise ValueError(f"disparity must be one map, got {len(maps)}; pass them one at a time")
@@ -228,18 +195,7 @@ def depth_image(disparity: Tensor, bits: Literal[8, 16] = 16) -> Image.Image:
 
 
 def contact_sheet(images: Sequence[Image.Image], labels: Sequence[str] = ()) -> Image.Image:
-    """Put pictures side by side, all as high as the first, with a label under each.
-
-    Args:
-        images: of any mode and size.
-        labels: none, or one an image.
-
-    Returns:
-        An RGB picture on white.
-
-    Raises:
-        ValueError: no picture, or labels of another number.
-    """
+    """Paste images side by side on white, all as high as the first, with a label under each."""
     if not images or (labels and len(labels) != len(images)):
         raise ValueError(f"images must be some, and labels as many or none, got {len(images)} and {len(labels)}")
     tiles = [to_rgb(image, "images") for image in images]
@@ -284,7 +240,6 @@ def _check_one_device(items: list[Any], name: str) -> None:
 
 
 def _to_tensor(item: Array | Tensor, name: str) -> Tensor:
-    """Convert one array or tensor to float32, its numbers unchanged."""
     known = item.dtype.kind in "buif" if isinstance(item, np.ndarray) else str(item.dtype)[6:].startswith(REAL)
     if not known:
         raise TypeError(f"{name} must hold real numbers, got dtype {item.dtype}")
@@ -292,7 +247,7 @@ def _to_tensor(item: Array | Tensor, name: str) -> Tensor:
 
 
 def _to_nchw(item: Array | Tensor, name: str) -> Tensor:
-    """Convert one array or tensor to (n, 3, H, W), float32, its numbers unchanged."""
+    """Convert one array or tensor to (n, 3, H, W), float32."""
     pixels = _to_tensor(item, name)
     if pixels.ndim in (2, 3):
         pixels = pixels[(None,) * (4 - pixels.ndim)]
@@ -306,7 +261,7 @@ def _to_nchw(item: Array | Tensor, name: str) -> Tensor:
 
 
 def _to_nhw(item: Array | Tensor, name: str) -> Tensor:
-    """Convert one array or tensor to (n, H, W), float32, its numbers unchanged."""
+    """Convert one array or tensor to (n, H, W), float32."""
     depth, shape = _to_tensor(item, name), tuple(item.shape)
     if depth.ndim == 4 and 1 in (shape[1], shape[3]):
         depth = depth.squeeze(1 if shape[1] == 1 else 3)

@@ -1,4 +1,4 @@
-"""Images to what the depth estimator reads: resized, rescaled, normalised.
+"""Images for the depth estimator: resized, rescaled, normalised.
 
 Letters: B images, H and W of the resized ones.
 """
@@ -37,12 +37,12 @@ TYPES = (None, "DPTImageProcessor", "DPTImageProcessorFast", "DPTImageProcessorP
 
 @dataclass(eq=False)
 class DPTImageProcessorConfig(Config):
-    """What `preprocessor_config.json` says.
+    """The content of `preprocessor_config.json`.
 
     Attributes:
         do_resize: whether images are resized.
         size: height and width to resize to; a number is both.
-        keep_aspect_ratio: stretch both sides alike, by the factor nearer to 1 of the two that `size` asks for.
+        keep_aspect_ratio: scale both sides by one factor, of the two that `size` asks for the one nearer to 1.
         ensure_multiple_of: both sides are rounded to a multiple of it.
         resample: the filter, by Pillow's number: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming.
         do_rescale: whether 0..255 is multiplied by `rescale_factor`.
@@ -75,10 +75,9 @@ class DPTImageProcessorConfig(Config):
         super().__post_init__()
         size = {"height": self.size, "width": self.size} if isinstance(self.size, int) else dict(self.size)
         sides = {name: plain(side) for name, side in size.items()}
-        if sides.keys() != {"height", "width"} or not all(type(side) is int and side > 0 for side in sides.values()):
-            raise ValueError(f"size must hold a positive height and width, got {str(size)[:80]}")
-        if max(sides.values()) > MAX_SIDE:
-            raise ValueError(f"size must hold a height and a width up to {MAX_SIDE} pixels, got {str(size)[:80]}")
+        good = all(type(side) is int and 0 < side <= MAX_SIDE for side in sides.values())
+        if sides.keys() != {"height", "width"} or not good:
+            raise ValueError(f"size must hold a positive height and width up to {MAX_SIDE}, got {str(size)[:80]}")
         object.__setattr__(self, "size", sides)
         if self.resample not in range(6) or self.ensure_multiple_of < 1:
             raise ValueError(
@@ -92,7 +91,7 @@ class DPTImageProcessorConfig(Config):
 
 @dataclass(frozen=True)
 class BatchFeature(BaseOutput):
-    """What the image processor hands back.
+    """The image processor's result.
 
     Attributes:
         pixel_values: (B, 3, H, W), float32 tensor or array.
@@ -101,7 +100,7 @@ class BatchFeature(BaseOutput):
     pixel_values: Any
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BatchFeature:
-        """Return the same tensor on `device`, as `dtype` where one is given."""
+        """Return the same tensor on `device`, as `dtype` if one is given."""
         return replace(self, pixel_values=self.pixel_values.to(device, dtype=dtype))
 
 
@@ -109,10 +108,7 @@ class DPTImageProcessor:
     """Prepare images for the depth estimator, with the interface and the numbers of transformers' class of that name.
 
     Args:
-        config: what the checkpoint fixes.
-
-    Attributes:
-        config: the same.
+        config: of the checkpoint; kept as an attribute.
 
     Source: huggingface/transformers, models/dpt, the processor on Pillow; the one on torchvision resizes with other
         numbers.
@@ -158,22 +154,16 @@ class DPTImageProcessor:
             CheckpointError: the file is missing or damaged, or belongs to another kind of processor.
         """
         folder = fetch(
-            pretrained_model_name_or_path,
-            (FILE,),
-            subfolder=subfolder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
+            pretrained_model_name_or_path, (FILE,), subfolder=subfolder, revision=revision, cache_dir=cache_dir,
+            token=token, local_files_only=local_files_only, force_download=force_download,
+        )  # fmt: skip
         return cls.from_config(read_json(folder / FILE))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `preprocessor_config.json`, which transformers loads too.
 
         Args:
-            save_directory: the folder; made where it does not exist.
+            save_directory: the folder; made if it does not exist.
         """
         folder = check_folder("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,11 +171,11 @@ class DPTImageProcessor:
         write_text(folder / FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def __call__(self, images: ImageInput, return_tensors: Literal["pt", "np"] = "pt") -> BatchFeature:
-        """Turn images into what the depth estimator reads.
+        """Convert images to the depth estimator's input.
 
         Args:
             images: whatever `depthdiff.image.read_images` takes, and in a list also of different sizes; float images
-                are rounded to 8 bits first, as if they came from a file.
+                are rounded to 8 bits first, like those of a file.
             return_tensors: "pt" for a tensor, "np" for an array.
 
         Returns:
@@ -218,8 +208,8 @@ class DPTImageProcessor:
             B dicts of "predicted_depth", (height, width), resized bicubic.
 
         Raises:
-            TypeError: no depth, or sizes that are no pairs of numbers.
-            ValueError: not as many sizes as predictions.
+            TypeError: no depth, or sizes that are not pairs of numbers.
+            ValueError: a number of sizes other than that of predictions.
         """
         depths = check_tensor("predicted_depth", getattr(outputs, "predicted_depth", outputs), "(B, H, W)", 3)
         if target_sizes is None:
@@ -243,14 +233,13 @@ class DPTImageProcessor:
         return round(scales[0] * height / multiple) * multiple, round(scales[1] * width / multiple) * multiple
 
     def _prepare(self, image: Image.Image) -> np.ndarray[Any, Any]:
-        """Turn one RGB image into (3, H, W), float32."""
+        """Convert one RGB image to (3, H, W), float32."""
         config = self.config
         if config.do_resize:
             height, width = self.output_size(image.height, image.width)
             if not height or not width:
-                raise ValueError(
-                    f"images of {image.width}x{image.height} would be resized to {width}x{height}; crop them"
-                )
+                found = f"{image.width}x{image.height}"
+                raise ValueError(f"images of {found} would be resized to {width}x{height}; crop them")
             image = image.resize((width, height), Image.Resampling(config.resample))
         values = np.asarray(image)
         if config.do_rescale:
@@ -263,7 +252,6 @@ class DPTImageProcessor:
 
 
 def _sizes(target_sizes: Any) -> list[tuple[int, int]]:
-    """Read pairs of height and width."""
     if isinstance(target_sizes, Tensor):
         check_dense("target_sizes", target_sizes)
     if isinstance(target_sizes, (Tensor, np.ndarray)):
@@ -278,7 +266,7 @@ def _sizes(target_sizes: Any) -> list[tuple[int, int]]:
 
 
 def _to_uint8(image: Any) -> list[Image.Image]:
-    """Read what one item of the argument holds as RGB images of 8 bits."""
+    """Read one item of the argument as RGB images of 8 bits."""
     images = read_images(image, "images")
     if not isinstance(images, Tensor):
         return images

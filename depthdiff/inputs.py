@@ -1,4 +1,4 @@
-"""The border of the pipeline's call: wrong arguments are named here, before any work starts, and right ones paired."""
+"""The checks of the pipeline's arguments, before any work starts, and the pairing of good ones."""
 
 from __future__ import annotations
 
@@ -14,22 +14,12 @@ from depthdiff.checks import brief, check_dense, check_generators, check_number,
 from depthdiff.image import OUTPUT_TYPES, ImageInput, image_size, is_latents, read_images
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "depth_mask")
-
-
-MOST_PICTURES = 1000
-"""That one call makes; more do not fit in any memory."""
-
-LARGEST_SCALE = 1e6
-"""Of guidance and adapters; float32 ends soon after."""
+MAX_IMAGES = 1000  # of one call; more do not fit in any memory
+LARGEST_SCALE = 1e6  # of guidance and adapters; larger products may overflow float32
 
 
 def check_prompt(prompt: object, prompt_embeds: object, name: str = "prompt") -> None:
-    """Refuse a prompt, or ready embeddings in its place, of a wrong kind.
-
-    Raises:
-        TypeError: embeddings that are no tensor.
-        ValueError: neither a str nor a list of str, an empty list, both forms at once, or embeddings of a wrong shape.
-    """
+    """Refuse a prompt, or embeddings instead, of a wrong kind."""
     if prompt is not None and prompt_embeds is not None:
         raise ValueError(f"Cannot forward both `{name}` and `{name}_embeds`; pass one of them")
     if prompt is not None and not isinstance(prompt, str):
@@ -45,12 +35,7 @@ def check_prompt(prompt: object, prompt_embeds: object, name: str = "prompt") ->
 def check_prompts(
     pipe: Any, prompt: Any, negative_prompt: Any, embeds: Any, negative_embeds: Any, clip_skip: Any, guided: bool
 ) -> int | None:
-    """Refuse prompts that a pipeline cannot read, before any is; return `clip_skip` as a number.
-
-    Raises:
-        TypeError: an argument, or a component that is needed, of a wrong type.
-        ValueError: out of range, or arguments that do not fit each other or the networks.
-    """
+    """Refuse prompts that a pipeline cannot encode; return `clip_skip` as a number."""
     check_prompt(prompt, embeds)
     check_prompt(negative_prompt, negative_embeds, "negative_prompt")
     if prompt is None and embeds is None:
@@ -73,16 +58,11 @@ def read_numbers(
     eta: object = 0.0,
     scheduler: Any = None,
 ) -> tuple[float, float, int, int, float]:
-    """Return the numbers of a call as Python's own; `scheduler` limits the steps.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: out of range.
-    """
+    """Return the numbers of a call as Python's own; `scheduler` limits the steps."""
     return (
         check_number("strength", strength, 0, 1),
         check_number("guidance_scale", guidance_scale, 0, LARGEST_SCALE),
-        check_number("num_images_per_prompt", num_images_per_prompt, 1, MOST_PICTURES, whole=True),
+        check_number("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES, whole=True),
         check_steps(num_inference_steps, getattr(scheduler, "config", {})),
         check_number("eta", eta, 0, 1),
     )
@@ -90,22 +70,15 @@ def read_numbers(
 
 def check_steps(num_inference_steps: object, config: Mapping[str, Any]) -> int:
     """Refuse fewer steps than one, or more than the training had."""
-    count, limit = (
-        check_number("num_inference_steps", num_inference_steps, whole=True),
-        config.get("num_train_timesteps"),
-    )
+    count = check_number("num_inference_steps", num_inference_steps, whole=True)
+    limit = config.get("num_train_timesteps")
     if not 1 <= count <= (limit or count):
         raise ValueError(f"num_inference_steps must be from 1 to {limit}, got {show(count).removeprefix('int ')}")
     return count
 
 
 def check_latents(latents: object, channels: int) -> None:
-    """Refuse what cannot be latents (B, channels, h, w) to decode.
-
-    Raises:
-        TypeError: no tensor of numbers.
-        ValueError: of another form.
-    """
+    """Refuse what cannot be latents (B, channels, h, w) to decode."""
     if check_tensor("latents", latents, f"(B, {channels}, h, w)", 4).shape[1] != channels:
         raise ValueError(f"latents must have {channels} channels, got {latents.shape[1]}")  # type: ignore[attr-defined]
 
@@ -113,17 +86,7 @@ def check_latents(latents: object, channels: int) -> None:
 def check_embeds(
     prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None, width: int, length: int | None = None
 ) -> None:
-    """Refuse ready embeddings that fit neither each other nor the UNet nor the texts beside them.
-
-    Args:
-        prompt_embeds: (B, L, C).
-        negative_prompt_embeds: (B, L, C).
-        width: C, as the UNet reads it.
-        length: L of the prompts that are given as texts; None where none is read.
-
-    Raises:
-        ValueError: different shapes, or another width.
-    """
+    """Refuse embeddings (B, L, C) unlike each other, or whose C or L differ from `width` of the UNet or `length`."""
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
         if embeds is not None and embeds.shape[2] != width:
             raise ValueError(f"`{name}` must be {width} wide, which this UNet reads, got {embeds.shape[2]}")
@@ -141,12 +104,7 @@ def check_embeds(
 
 
 def check_generator(generator: object, batch: int) -> None:
-    """Refuse what is neither a generator nor a list of one or of `batch`.
-
-    Raises:
-        TypeError: something else.
-        ValueError: a list of another length.
-    """
+    """Refuse what is neither a generator nor a list of one or of `batch`."""
     check_generators("generator", generator)
     if isinstance(generator, (list, tuple)) and len(generator) not in (1, batch):
         raise ValueError(
@@ -158,12 +116,7 @@ def check_generator(generator: object, batch: int) -> None:
 def check_callbacks(
     callback: object, callback_steps: object, callback_on_step_end: object, tensor_inputs: object
 ) -> tuple[int, list[str]]:
-    """Refuse callbacks that could not be called; return every how many steps, and the names of tensors.
-
-    Raises:
-        TypeError: not callable.
-        ValueError: `callback_steps` not a positive number, or a tensor that the callback cannot have.
-    """
+    """Refuse callbacks that cannot be called; return every how many steps, and the names of tensors."""
     for name, function in (("callback", callback), ("callback_on_step_end", callback_on_step_end)):
         if function is not None and not isinstance(function, Callable):  # type: ignore[arg-type]
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
@@ -180,22 +133,13 @@ def check_callbacks(
 
 
 def widths_read(unet: Any) -> tuple[int, ...]:
-    """List the widths of the prompts that a UNet reads."""
+    """List the widths of the embeddings that a UNet reads."""
     width = unet.config.cross_attention_dim
     return tuple(width) if isinstance(width, (tuple, list)) else (width,)
 
 
-def check_fit(
-    vae: Any,
-    text_encoder: Any,
-    tokenizer: Any,
-    unet: Any,
-) -> None:
-    """Refuse components that cannot work together; those that are None are not looked at.
-
-    Raises:
-        ValueError: names both sides.
-    """
+def check_fit(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any) -> None:
+    """Refuse components that cannot work together; those that are None are not checked."""
     if unet is not None and vae is not None:
         wanted, found = vae.config.latent_channels + 1, unet.config.in_channels
         if found != wanted:
@@ -215,22 +159,13 @@ def check_fit(
 
 
 def check_output_type(output_type: object) -> None:
-    """Refuse an unknown kind of result.
-
-    Raises:
-        ValueError: always names the known ones.
-    """
+    """Refuse an unknown kind of result."""
     if not isinstance(output_type, str) or output_type not in (*OUTPUT_TYPES, "latent"):
         raise ValueError(f"output_type must be one of {', '.join((*OUTPUT_TYPES, 'latent'))}, got {brief(output_type)}")
 
 
 def check_kwargs(kwargs: object) -> float:
-    """Return the "scale" of `cross_attention_kwargs`, by which the active adapters are multiplied.
-
-    Raises:
-        TypeError: not a dict, or a scale that is not a number.
-        ValueError: a scale that is not finite.
-    """
+    """Return the "scale" of `cross_attention_kwargs`, by which the active adapters are multiplied."""
     if kwargs is None:
         return 1.0
     if not isinstance(kwargs, Mapping):
@@ -244,14 +179,7 @@ def check_kwargs(kwargs: object) -> float:
 
 
 def batch_size(counts: Mapping[str, int]) -> int:
-    """Find how many pictures are asked for, before `num_images_per_prompt`, from the length of each argument.
-
-    Args:
-        counts: argument name -> its length; a length of 1 serves every picture, a divisor of the largest repeats.
-
-    Raises:
-        ValueError: lengths that do not pair.
-    """
+    """Return the largest length of the arguments (name -> length); the others must be divisors, and are repeated."""
     largest = max(counts, key=lambda name: counts[name])
     for name, count in counts.items():
         if count < 1 or counts[largest] % count:
@@ -268,21 +196,17 @@ def repeat(items: list[Any], count: int) -> list[Any]:
 
 
 def paired(items: Any, count: int | None, pictures: int) -> Any:
-    """Repeat images or maps as a whole until there is one a picture; one serves all, and stays as it is."""
-    if items is None or count in (1, pictures):
+    """Repeat images or maps as a whole until there is one for each picture; a single one stays as it is."""
+    if items is None or count is None or count in (1, pictures):
         return items
     if isinstance(items, (list, tuple)):
-        return list(items) * (pictures // count)  # type: ignore[operator]
-    lists = [items] * (pictures // count)  # type: ignore[operator]
+        return list(items) * (pictures // count)
+    lists = [items] * (pictures // count)
     return torch.cat(lists) if isinstance(items, Tensor) else np.concatenate(lists)
 
 
 def repeat_rows(name: str, embeds: Tensor | None, count: int) -> Tensor | None:
-    """Repeat embeddings (N, L, C) as a whole until there are `count` rows.
-
-    Raises:
-        ValueError: `count` is no multiple of theirs.
-    """
+    """Repeat embeddings (N, L, C) as a whole until there are `count` rows."""
     if embeds is None:
         return None
     if count % len(embeds):
@@ -291,17 +215,7 @@ def repeat_rows(name: str, embeds: Tensor | None, count: int) -> Tensor | None:
 
 
 def read_start(image: ImageInput | None, depth_map: object, factor: int) -> list[Image.Image] | Tensor:
-    """Return what `depthdiff.image.read_images` makes of the images, or the latents (N, 4, h, w) themselves.
-
-    Args:
-        image: of the call.
-        depth_map: of the call; needed beside latents.
-        factor: pixels to a latent, in height and in width.
-
-    Raises:
-        TypeError: neither images nor latents.
-        ValueError: no image, latents without a depth map, or images that are damaged or too small.
-    """
+    """Return the result of `depthdiff.image.read_images`, or latents (N, 4, h, w); `factor` is pixels to a latent."""
     if image is None:
         raise ValueError("`image` input cannot be undefined; pass the image to start from")
     if not is_latents(image):
@@ -316,22 +230,15 @@ def read_start(image: ImageInput | None, depth_map: object, factor: int) -> list
 
 
 def read_latents(image: Any) -> Tensor:
-    """Return latents (N, 4, h, w), given so or as a list of (4, h, w).
-
-    Raises:
-        TypeError: tensors that do not hold their numbers one by one.
-        ValueError: empty, not finite, or of several shapes or dtypes.
-    """
-    if isinstance(image, Tensor):
-        latents = image
-    else:
+    """Return latents (N, 4, h, w), given as such or as a list of (4, h, w)."""
+    if not isinstance(image, Tensor):
         for one in image:
             check_dense("`image`", one)
         kinds = {(tuple(one.shape), one.dtype, one.device) for one in image}
         if len(kinds) > 1:
             found = " and ".join(sorted(f"{dtype} {shape} on {device}" for shape, dtype, device in kinds)[:3])
             raise ValueError(f"`image` latents must be of one shape, dtype and device, got {found}")
-        latents = torch.stack(list(image))
-    if not check_tensor("`image`", latents, "(B, 4, h, w) or an image", 4).isfinite().all():
+        image = torch.stack(list(image))
+    if not check_tensor("`image`", image, "(B, 4, h, w) or an image", 4).isfinite().all():
         raise ValueError("`image` latents must be finite, got NaN or infinity")
-    return latents
+    return image

@@ -1,4 +1,4 @@
-"""Pictures from files and to files, as the command needs them: no other program runs, no input is overwritten."""
+"""Image files, read and written for the command: no other program runs, no input is overwritten."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from depthdiff.adapters.files import ADAPTER_CONFIG
+from depthdiff.adapters.formats import ADAPTER_CONFIG
 from depthdiff.checkpoint.hub import BUNDLED, bundled
 from depthdiff.checkpoint.write import files_below, write_file
 from depthdiff.decoding import DECODING, DEEP
@@ -33,16 +33,7 @@ MAX_PIXELS = 178_956_970
 
 
 def open_image(path: Path, name: str) -> Image.Image:
-    """Read a picture.
-
-    Args:
-        path: of the file.
-        name: of the argument, for errors.
-
-    Raises:
-        OSError: the file cannot be opened.
-        ValueError: it is not a picture of a known type, damaged or too large.
-    """
+    """Read an image; `name` is that of the argument, for errors."""
     content = path.read_bytes()
     try:
         with warnings.catch_warnings():
@@ -61,16 +52,7 @@ def open_image(path: Path, name: str) -> Image.Image:
 
 
 def encode(picture: Image.Image, path: Path, how: Mapping[str, Any] | None = None) -> bytes:
-    """Turn a picture into the bytes of a file.
-
-    Args:
-        picture: of a mode that the type can hold.
-        path: of the file, whose ending names the type.
-        how: the picture was made; kept in the text of a PNG.
-
-    Raises:
-        ValueError: the type cannot be written, or cannot hold this picture.
-    """
+    """Convert an image to the bytes of a file; `how` it was made is kept in the text of a PNG."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"{path} must end in the name of an image type that can be written, such as .png")
@@ -88,16 +70,12 @@ def encode(picture: Image.Image, path: Path, how: Mapping[str, Any] | None = Non
 
 
 def save_image(picture: Image.Image, path: Path, how: Mapping[str, Any] | None = None) -> None:
-    """Write a picture whole or not at all; arguments and errors as in `encode`, and OSError where it cannot be."""
+    """Write an image, all or nothing; see `encode`."""
     write_file(path, encode(picture, path, how))
 
 
 def check_text(name: str, text: str) -> None:
-    """Refuse what the terminal's encoding could not read.
-
-    Raises:
-        ValueError: names the argument.
-    """
+    """Refuse what the terminal's encoding could not read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -105,11 +83,7 @@ def check_text(name: str, text: str) -> None:
 
 
 def check_type(path: Path, size: tuple[int, int] = (320, 264)) -> None:
-    """Refuse a file whose type cannot hold an RGB picture of some size.
-
-    Raises:
-        ValueError: names the file.
-    """
+    """Refuse a file whose type cannot hold an RGB image of some size."""
     content = encode(Image.new("RGB", size), path)
     read = _decode(content)
     if read is not None and read.size != size:
@@ -117,11 +91,7 @@ def check_type(path: Path, size: tuple[int, int] = (320, 264)) -> None:
 
 
 def depth_bits(path: Path) -> Literal[8, 16]:
-    """Return how many bits of a depth map the type of a file keeps.
-
-    Raises:
-        ValueError: none, or the type cannot be read back.
-    """
+    """Return how many bits of a depth map the type of a file keeps."""
     ramp = np.linspace(0, 65535, 64 * 48).round().reshape(48, 64)
     choices: tuple[tuple[Literal[8, 16], Any, float], ...] = ((16, np.uint16, 0), (8, np.uint8, 8))
     for bits, dtype, slack in choices:
@@ -129,7 +99,7 @@ def depth_bits(path: Path) -> Literal[8, 16]:
         try:
             read = _decode(encode(Image.fromarray(wanted), path))
         except ValueError:
-            continue  # this type has no place for so many bits, or for grey
+            continue  # this type does not have so many bits, or no grey
         if read is not None and read.size == (64, 48) and (bits == 8 or read.mode in DEEP):
             values = np.asarray(read if bits == 16 else read.convert("L"), dtype=np.float64)
             if np.abs(values - wanted).max() <= slack:
@@ -138,20 +108,14 @@ def depth_bits(path: Path) -> Literal[8, 16]:
 
 
 def same_files(paths: Mapping[str, Path]) -> list[tuple[str, str]]:
-    """List the pairs of names whose paths lead to one file, through links, hard links or spellings.
-
-    A path that does not exist yet is told by its folder and its name.
-    """
-    seen: dict[tuple[Any, ...], str] = {}
+    """List the pairs of names whose paths, existing or not, lead to one file through links or spellings."""
+    seen: dict[tuple[int, int, str], str] = {}
     pairs = []
     for name, path in paths.items():
         place = Path(os.path.realpath(path))
-        if place.exists():
-            found = place.stat()
-            key: tuple[Any, ...] = (found.st_dev, found.st_ino)
-        else:
-            parent = place.parent.stat()
-            key = (parent.st_dev, parent.st_ino, os.path.normcase(place.name))
+        exists = place.exists()
+        found = (place if exists else place.parent).stat()
+        key = found.st_dev, found.st_ino, "" if exists else os.path.normcase(place.name)
         if key in seen:
             pairs.append((seen[key], name))
         seen.setdefault(key, name)
@@ -159,18 +123,14 @@ def same_files(paths: Mapping[str, Path]) -> list[tuple[str, str]]:
 
 
 def files_of(name: str, place: str) -> dict[str, Path]:
-    """List the files that a model or adapter consists of, where it is on this machine: name for errors -> path."""
+    """List the files of a model or adapter, if it is on this machine: name for errors -> path."""
     path = bundled() if place == BUNDLED else Path(place)
     beside = [path.with_name(ADAPTER_CONFIG)] if path.is_file() else []
     return {f"{file} of the {name}": file for file in (*files_below(path), *beside) if file.is_file()}
 
 
 def refuse_one_file_for_two(inputs: dict[str, Path], writes: list[Path]) -> None:
-    """Refuse to write over an input, or to write two things to one file, however they are spelt or linked.
-
-    Raises:
-        ValueError: names both.
-    """
+    """Refuse to write over an input, or to write two things to one file."""
     named = {f"{path} (file {number} to write)": path for number, path in enumerate(writes, 1)}
     for first, second in same_files(inputs | named):
         if second in named:
@@ -181,7 +141,7 @@ def refuse_one_file_for_two(inputs: dict[str, Path], writes: list[Path]) -> None
 
 
 def _decode(content: bytes) -> Image.Image | None:
-    """Read a picture that was just encoded; None where its type is not read."""
+    """Read an image that was just encoded; None if its type is not read."""
     try:
         with Image.open(io.BytesIO(content), formats=_readable()) as file:
             return file.copy()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from depthdiff.adapters.loaders import LoraLoaderMixin
+from depthdiff.adapters.mixin import LoraLoaderMixin
 from depthdiff.checks import check_device, check_flag, check_number
 from depthdiff.conditioning import draw_latents, encode_images, encode_texts, fit_depth
 from depthdiff.devices import dtype_of, uses_weights

@@ -28,7 +28,7 @@ from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.pipeline_utils import DiffusionPipeline
 from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class, computing_dtype
 from depthdiff.schedulers.pndm import PNDMScheduler
-from depthdiff.tokenizer.vocabulary import clip_tokenizer
+from depthdiff.tokenizer import clip_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,1 +1,1 @@
-"""Small files that change a model: LoRA and its kin, and words learnt by textual inversion."""
+"""Small files that change a model: LoRA, LoHa, LoKr, DoRA and textual inversion."""

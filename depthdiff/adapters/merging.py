@@ -1,27 +1,34 @@
-"""LoRA in the weights: what is fused and active is merged into them, and taken out again, all or nothing.
+"""LoRA in the weights: fused and active adapters are merged into them, and can be removed again, all or nothing.
 
-The checkpoint's own weights are kept beside the merged ones, in the processor's memory (weights mapped from a file cost
-no memory until read), and put back bit for bit. New weights are computed first and exchanged when all are there. A call
-that asks for `cross_attention_kwargs={"scale": s}` gets a network of its own, which shares all other weights.
+The checkpoint's own weights are kept beside the merged ones, on the CPU (mapped from a file, they cost no memory until
+read), and restored bit for bit. New weights are computed first and exchanged when all are there. A call that asks for
+`cross_attention_kwargs={"scale": s}` gets a network of its own, which shares all other weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from depthdiff.adapters.deltas import Delta
-from depthdiff.adapters.lora import Lora, has_numbers, merged
-from depthdiff.adapters.names import COMPONENTS
-from depthdiff.adapters.weights import Weight, block_weight, component_weight, scaled
+from depthdiff.adapters.formats import COMPONENTS, Lora, has_numbers
+from depthdiff.adapters.methods import upcast
+from depthdiff.checks import plain, show
 from depthdiff.pipeline_utils import DiffusionPipeline
 from depthdiff.sharing import uncompiled, with_weights
 
-Shares = tuple[tuple[Lora, Weight], ...]
+Weight = float | Mapping[str, Any]
+"""How much of an adapter: a number, or {"unet": U, "text_encoder": number}, where U is a number or {"down": B, "mid":
+number, "up": B}, and B a number, a list with one for each transformer of a block, or {"block_1": number or list}."""
+
+MAX_WEIGHT = 1e6
+BLOCK = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)(?:\.(?:attentions|resnets)\.(?P<index>\d+))?")
+
+Scales = tuple[tuple[Lora, Weight], ...]
 """Adapters, and how much of each."""
 
 
@@ -31,43 +38,62 @@ class AdapterState:
 
     Attributes:
         loras: name -> adapter, in the order of loading.
-        active: name -> weight, of those that count.
-        enabled: whether they do.
+        active: name -> weight, of the active ones.
+        enabled: whether the active ones are used.
         fused: component -> adapters that are part of its weights.
     """
 
     loras: Mapping[str, Lora] = field(default_factory=dict)
     active: Mapping[str, Weight] = field(default_factory=dict)
     enabled: bool = True
-    fused: Mapping[str, Shares] = field(default_factory=dict)
+    fused: Mapping[str, Scales] = field(default_factory=dict)
 
-    def shares(self, component: str, scale: float = 1.0) -> Shares:
-        """List the adapters that change a component: what is fused, and what is active, times `scale`."""
+    def scales(self, component: str, scale: float = 1.0) -> Scales:
+        """List the adapters that change a component: the fused ones, and the active ones times `scale`."""
         fused = self.fused.get(component, ())
         known = [lora for lora, _ in fused]
-        active = self.active.items() if self.enabled and scale else ()
-        chosen = [(self.loras[name], share) for name, share in active]
-        more = [(lora, share) for lora, share in chosen if component in lora.deltas and lora not in known]
-        return (*fused, *((lora, scaled(component_weight(share, component), scale)) for lora, share in more))
+        active = [(self.loras[name], weight) for name, weight in self.active.items()] if self.enabled and scale else []
+        more = [(lora, weight) for lora, weight in active if component in lora.deltas and lora not in known]
+        return (*fused, *((lora, scaled(component_weight(weight, component), scale)) for lora, weight in more))
 
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """What was merged into a network.
-
-    Attributes:
-        network: it, or None where the pipeline has none.
-        shares: of the adapters.
-        originals: key -> the network's own weight, on the processor, of those that are changed.
-    """
+    """A network, the adapters merged into it, and its own weights, on the CPU, of those that they change."""
 
     network: Any
-    shares: Shares = ()
+    scales: Scales = ()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def original(self, key: str) -> Tensor:
+        """Return one of the network's own weights, on its present device and in its present dtype."""
+        parameter, original = self.network.get_parameter(key), self.originals.get(key)
+        return parameter.data if original is None else original.to(parameter.device, parameter.dtype)
+
+    def weights(self, component: str, scales: Scales) -> dict[str, Tensor] | None:
+        """Compute the weights that adapters change, on their device: key -> tensor; None if nothing is new."""
+        if scales == self.scales or self.network is None:
+            return None
+        weights = {}
+        for key in dict.fromkeys(key for lora, _ in scales for key in lora.deltas[component]):
+            amounts = [(lora, block_weight(weight, key)) for lora, weight in scales if key in lora.deltas[component]]
+            amounts = [(lora, amount) for lora, amount in amounts if amount]
+            if not amounts:
+                continue
+            original = self.original(key)
+            total = upcast(original)
+            for lora, amount in amounts:
+                total = total + amount * lora.deltas[component][key].of(original)
+            weights[key] = total.to(original.dtype)
+            if not has_numbers(weights[key]) and has_numbers(original):
+                names = ", ".join(repr(lora.name) for lora, _ in scales)
+                raise ValueError(f"{component} {key} would hold NaN or infinity with the adapters {names}; give "
+                                 "them less weight, or use a wider dtype; nothing has changed")  # fmt: skip
+        return weights
 
 
 class Merging(DiffusionPipeline):
-    """Holds the adapters of a pipeline, and keeps its weights equal to their own plus what is fused and active."""
+    """Holds the adapters of a pipeline, and keeps its weights equal to base + fused + active adapters."""
 
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
@@ -75,7 +101,7 @@ class Merging(DiffusionPipeline):
         self._merges = {component: Merge(self._host(component)) for component in COMPONENTS}
 
     def _host(self, component: str) -> Any:
-        """Return the network that hosts a component's adapters: the one within, where it was compiled."""
+        """Return the network that hosts a component's adapters: the one within, if it was compiled."""
         return uncompiled(getattr(self, component))
 
     def _adapted(self) -> dict[str, Any]:
@@ -88,103 +114,125 @@ class Merging(DiffusionPipeline):
 
     @torch.no_grad()
     def _become(self, state: AdapterState) -> None:
-        """Make the adapters and the weights what a state says, both or neither; the caller holds `self._turns`.
-
-        Raises:
-            ValueError: weights would not be finite.
-        """
-        merges, changes, before = dict(self._merges), [], (self._adapters, self._merges)
-        for component in COMPONENTS:
-            old, network = self._own_merge(component), self._host(component)
-            if old is not self._merges[component]:
-                changes += list(_put_back(self._merges[component]))
-            weights = self._weights(component, old, state.shares(component))
+        """Change the adapters, and the weights with them, both or neither; the caller holds `self._turns`."""
+        merges, changes = dict(self._merges), []
+        for component, merge in self._merges.items():
+            network = self._host(component)
+            if merge.network is not network:  # the user has replaced it
+                changes += [(merge.network, key, merge.original(key)) for key in merge.originals]
+                merge = Merge(network)
+            weights = merge.weights(component, state.scales(component))
             if weights is not None:
-                touched = {key: _original(old, key) for key in (*old.originals, *weights)}
-                kept = {key: original.cpu() for key, original in touched.items() if key in weights}
-                changes += [(network, key, weights.get(key, touched[key])) for key in touched]
-                old = Merge(network, state.shares(component), kept)
-            merges[component] = old
-        _exchange(changes, lambda: vars(self).update(_adapters=state, _merges=merges),
-                  lambda: vars(self).update(zip(("_adapters", "_merges"), before, strict=True)))  # fmt: skip
-
-    def _own_merge(self, component: str) -> Merge:
-        """Return what is merged into the present network: nothing if the user has put it in the place of another."""
-        merge = self._merges[component]
-        network = self._host(component)
-        return merge if merge.network is network else Merge(network)
-
-    def _weights(self, component: str, merge: Merge, shares: Shares) -> dict[str, Tensor] | None:
-        """Compute the weights that adapters change, on their device: key -> tensor; None where nothing is new.
-
-        Raises:
-            ValueError: one would not be finite.
-        """
-        if shares == merge.shares or merge.network is None:
-            return None
-        weights = {}
-        for key in dict.fromkeys(key for lora, _ in shares for key in lora.deltas[component]):
-            changes: list[tuple[Delta, float]] = []
-            for lora, share in shares:
-                amount = block_weight(share, key)
-                if key in lora.deltas[component] and amount:
-                    changes.append((lora.deltas[component][key], amount))
-            if changes:
-                original = _original(merge, key)
-                weights[key] = merged(original, changes)
-                if not has_numbers(weights[key]) and has_numbers(original):
-                    names = ", ".join(repr(lora.name) for lora, _ in shares)
-                    raise ValueError(f"{component} {key} would hold NaN or infinity with the adapters {names}; give "
-                                     "them less weight, or use a wider dtype; nothing has changed")  # fmt: skip
-        return weights
+                originals = {key: merge.original(key) for key in (*merge.originals, *weights)}
+                changes += [(network, key, weights.get(key, original)) for key, original in originals.items()]
+                originals = {key: original.cpu() for key, original in originals.items() if key in weights}
+                merge = Merge(network, state.scales(component), originals)
+            merges[component] = merge
+        parameters = [(network.get_parameter(key), tensor) for network, key, tensor in changes]
+        before = [(parameter, parameter.data) for parameter, _ in parameters], self._adapters, self._merges
+        try:
+            for parameter, tensor in parameters:
+                parameter.data = tensor
+            vars(self).update(_adapters=state, _merges=merges)
+        except BaseException:
+            for parameter, tensor in before[0]:
+                parameter.data = tensor
+            vars(self).update(_adapters=before[1], _merges=before[2])
+            raise
 
     def _at_scale(self, component: str, network: Any, scale: float | None) -> Any:
-        """Return a network as a call sees it that takes the active adapters times `scale`."""
+        """Return a network as a call uses it that takes the active adapters times `scale`."""
         if scale is None or scale == 1:
             return network
-        return self._with_shares(component, network, self._adapters.shares(component, scale))
+        return self._with_scales(component, network, self._adapters.scales(component, scale))
 
     def _saved(self) -> dict[str, Any]:
-        """Return the components with what is fused, and without what is merely active."""
+        """Return the components with fused adapters, and without those that are merely active."""
         fused = AdapterState(fused=self._adapters.fused)
         present = {name: getattr(self, name) for name in self._adapted()}
         return self.components | {
-            name: self._with_shares(name, part, fused.shares(name)) for name, part in present.items()
+            name: self._with_scales(name, part, fused.scales(name)) for name, part in present.items()
         }
 
     @torch.no_grad()
-    def _with_shares(self, component: str, network: Any, shares: Shares) -> Any:
-        """Return a network with other adapters, or with other shares of them; as it is where it has none yet."""
+    def _with_scales(self, component: str, network: Any, scales: Scales) -> Any:
+        """Return a network with these adapters instead; as it is if nothing is merged into it."""
         merge = self._merges[component]
-        weights = self._weights(component, merge, shares) if merge.network is uncompiled(network) else None
+        weights = merge.weights(component, scales) if merge.network is uncompiled(network) else None
         if weights is None:
             return network
-        others = {key: _original(merge, key) for key in merge.originals if key not in weights}
+        others = {key: merge.original(key) for key in merge.originals if key not in weights}
         return with_weights(network, others | weights)
 
 
-def _original(merge: Merge, key: str) -> Tensor:
-    """Return a network's own weight, on its present device and in its present dtype."""
-    parameter = merge.network.get_parameter(key)
-    original = merge.originals.get(key)
-    return parameter.data if original is None else original.to(parameter.device, parameter.dtype)
+# How much of an adapter is used, in which component and block of the UNet
 
 
-def _put_back(merge: Merge) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for key in merge.originals:
-        yield merge.network, key, _original(merge, key)
+def check_weight(weight: Any, unet: nn.Module) -> None:
+    """Refuse what is not a `Weight` of this UNet."""
+    if not isinstance(weight, Mapping):
+        return _check_number(weight)
+    _check_names(weight, (*COMPONENTS, "down", "mid", "up"))
+    _check_number(weight.get("text_encoder", 1.0))
+    inner = weight.get("unet", weight)
+    if not isinstance(inner, Mapping):
+        return _check_number(inner)
+    _check_names(inner, ("down", "mid", "up", *(COMPONENTS if inner is weight else ())))
+    _check_number(inner.get("mid", 1.0))
+    sizes: dict[str, dict[str, int]] = {"down": {}, "up": {}}
+    for name, _ in unet.named_modules():
+        place = re.fullmatch(r"(down|up)_blocks\.(\d+)(?:\.attentions\.(\d+))?", name)
+        if place is not None:
+            sizes[place[1]][f"block_{place[2]}"] = int(place[3] or 0) + 1
+    for side, blocks in sizes.items():
+        named = inner.get(side, 1.0)
+        _check_names(named if isinstance(named, Mapping) else {}, blocks)
+        for name, value in named.items() if isinstance(named, Mapping) else dict.fromkeys(blocks, named).items():
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            for number in numbers:
+                _check_number(number)
+            if not numbers or (len(numbers) not in (1, blocks[name]) and blocks[name] > 1):
+                raise ValueError(f"adapter_weights: {side} {name} has {blocks[name]} transformers, got {len(numbers)}")
+    return None
 
 
-def _exchange(changes: list[tuple[Any, str, Tensor]], then: Any, undo: Any) -> None:
-    """Give every parameter its tensor and do what belongs to it; interrupted anywhere, undo all of it."""
-    parameters = [(network.get_parameter(key), tensor) for network, key, tensor in changes]
-    before = [(parameter, parameter.data) for parameter, _ in parameters]
-    try:
-        for parameter, tensor in parameters:
-            parameter.data = tensor
-        then()
-    except BaseException:
-        for parameter, tensor in before:
-            parameter.data = tensor
-        undo()
-        raise
+def _check_names(weight: Mapping[str, Any], known: Collection[str]) -> None:
+    for name in weight:
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"adapter_weights may name {', '.join(known)}, got {show(name)}")
+
+
+def _check_number(number: Any) -> None:
+    """Refuse what is not a finite number; None is 1."""
+    one = plain(number)
+    if one is not None and (isinstance(one, bool) or not isinstance(one, (int, float)) or not abs(one) <= MAX_WEIGHT):
+        raise ValueError(f"adapter_weights must be finite numbers or dicts of them, got {show(number)}")
+
+
+def component_weight(weight: Weight, component: str) -> Weight:
+    """Return the part of a weight for a component; 1 if it is not named."""
+    if isinstance(weight, Mapping):
+        inner = weight.get(component, weight if component == "unet" and "unet" not in weight else 1.0)
+        return 1.0 if inner is None else inner
+    return weight
+
+
+def scaled(weight: Any, scale: float) -> Any:
+    """Multiply a weight, whole or by block; the blocks that a dict leaves out have 1."""
+    if isinstance(weight, Mapping):
+        return {"rest": scale} | {name: scaled(part, scale) for name, part in weight.items()}
+    if isinstance(weight, (list, tuple)):
+        return [scaled(part, scale) for part in weight]
+    return (1.0 if weight is None else float(weight)) * scale
+
+
+def block_weight(weight: Any, key: str) -> float:
+    """Return the weight, once `scaled`, for one key of the UNet or the text encoder."""
+    place = BLOCK.match(key)
+    side, block, index = place.groups() if place is not None else (key.split("_block")[0], None, None)
+    for name in (side, f"block_{block}"):
+        if isinstance(weight, Mapping):
+            weight = weight.get(name, weight["rest"])
+    if isinstance(weight, list):
+        weight = weight[int(index or 0) if len(weight) > 1 else 0]
+    return weight

@@ -1,4 +1,4 @@
-"""Words learnt by textual inversion: a word and the vectors that the text encoder reads in its place.
+"""Textual inversion: words, and the vectors by which the text encoder replaces them.
 
 Source of the method: arXiv:2208.01618. Source of the file layouts: huggingface/diffusers, loaders/textual_inversion.py;
 AUTOMATIC1111/stable-diffusion-webui, modules/textual_inversion.
@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthdiff.adapters.files import find_file, read_file
-from depthdiff.adapters.lora import CONTEXTS, has_numbers
-from depthdiff.checks import check_names, check_path
+from depthdiff.adapters.formats import CROSS_ATTENTION_DIMS, has_numbers, read_file
+from depthdiff.checks import check_names
 from depthdiff.config import CheckpointError
 from depthdiff.models.clip import CLIPTextModel
 from depthdiff.tokenizer import CLIPTokenizer
@@ -28,7 +27,7 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | Tensor
 
 
 class TextualInversionLoaderMixin:
-    """Adds learnt words to a pipeline. Names and arguments are those of diffusers' mixin."""
+    """Adds textual inversion to a pipeline. Names and arguments are those of diffusers' mixin."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -53,7 +52,7 @@ class TextualInversionLoaderMixin:
         resume_download: bool | None = None,
         mirror: str | None = None,
     ) -> None:
-        """Learn words from files; afterwards they can stand in prompts and negative prompts.
+        """Learn words from files; afterwards prompts and negative prompts can use them.
 
         Read are the forms of diffusers (`learned_embeds`), also with several words, of Automatic1111 (`.pt`, and
         `.safetensors`, whose word is the name of the file), and bare tensors.
@@ -73,7 +72,7 @@ class TextualInversionLoaderMixin:
             force_download: ignore the cache.
             use_safetensors: refuse pickles if True.
             proxies: must be None: they are read from HTTPS_PROXY.
-            resume_download: ignored: downloads always go on where they stopped.
+            resume_download: ignored: downloads always resume.
             mirror: ignored, as in diffusers.
 
         Raises:
@@ -91,27 +90,25 @@ class TextualInversionLoaderMixin:
             if isinstance(source, (Mapping, Tensor)):
                 content, name, stem = source, f"the {type(source).__name__} given", None
             else:
-                check_path("the word's file", source)
-                path = find_file(
-                    source,
-                    FILES,
-                    weight_name=weight_name,
-                    subfolder=subfolder,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    token=hf_token,
-                    local_files_only=local_files_only,
-                    force_download=force_download,
-                    use_safetensors=use_safetensors,
-                    proxies=proxies,
-                )
-                content, name, stem = read_file(path)[0], str(path), path.stem
-            for found, vectors in read_words(content, word, name, stem).items():
+                content, _, path = read_file(
+                    source, FILES, weight_name=weight_name, subfolder=subfolder, use_safetensors=use_safetensors,
+                    proxies=proxies, revision=revision, cache_dir=cache_dir, token=hf_token,
+                    local_files_only=local_files_only, force_download=force_download,
+                )  # fmt: skip
+                name, stem = str(path), path.stem
+            for found, vectors in _read_words(content, word, name, stem).items():
                 if found in words:
                     raise ValueError(f"the word {found!r} is given twice; pass token=... to rename one")
-                words[found] = check_vectors(found, vectors, encoder, name)
+                words[found] = _check_vectors(found, vectors, encoder, name)
         with self._turns.change("load_textual_inversion"):
-            add_words(words, tokenizer, encoder)
+            table = encoder.get_input_embeddings().weight.data
+            if len(tokenizer) != len(table):
+                raise ValueError(
+                    f"the tokenizer has {len(tokenizer)} tokens, the text encoder {len(table)}; they must be equal"
+                )
+            longer = torch.cat([table, *(vectors.to(table.device, table.dtype) for vectors in words.values())])
+            counts = {word: len(vectors) for word, vectors in words.items()}
+            _exchange(tokenizer, encoder, longer, lambda: tokenizer.add_words(counts))
 
     def unload_textual_inversion(
         self,
@@ -119,7 +116,7 @@ class TextualInversionLoaderMixin:
         tokenizer: CLIPTokenizer | None = None,
         text_encoder: CLIPTextModel | None = None,
     ) -> None:
-        """Forget words; the table of the text encoder shrinks again.
+        """Remove learnt words from the tokenizer, and their vectors from the text encoder.
 
         Args:
             tokens: one or several; all that were learnt if absent.
@@ -131,41 +128,16 @@ class TextualInversionLoaderMixin:
         """
         tokenizer, encoder = tokenizer or self.tokenizer, text_encoder or self.text_encoder
         with self._turns.change("unload_textual_inversion"):
-            remove_words(tokens, tokenizer, encoder)
+            learnt = tokenizer.learnt_words
+            chosen = list(learnt) if tokens is None else check_names("tokens", tokens)
+            gone = {index for word in chosen for index in learnt.get(word, ())}
+            table = encoder.get_input_embeddings().weight.data
+            kept = [index for index in range(len(table)) if index not in gone]
+            _exchange(tokenizer, encoder, table[kept], lambda: tokenizer.remove_words(chosen))
 
 
-def remove_words(tokens: str | Sequence[str] | None, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
-    """Let tokenizer and encoder forget words, all that were learnt if None, both or neither.
-
-    Raises:
-        ValueError: a word that was not learnt.
-    """
-    learnt = tokenizer.learnt_words
-    chosen = list(learnt) if tokens is None else check_names("tokens", tokens)
-    for word in chosen:
-        if word not in learnt:
-            raise ValueError(f"{word!r} was not learnt; the learnt words are {', '.join(learnt) or 'none'}")
-    gone = {index for word in chosen for index in learnt[word]}
-    table = encoder.get_input_embeddings().weight.data
-    first = min((index for ids in learnt.values() for index in ids), default=len(table))
-    kept = [index for index in range(first, len(table)) if index not in gone]
-    rest = torch.cat([table[:first], table[kept]]) if kept else table[:first]
-    exchange(tokenizer, encoder, rest, lambda: tokenizer.remove_words(chosen))
-
-
-def read_words(content: Any, token: str | None, name: str, stem: str | None) -> dict[str, Tensor]:
-    """Find the words and their vectors in what a file holds.
-
-    Args:
-        content: of the file.
-        token: the word to use instead.
-        name: of the file, for errors.
-        stem: of the file's name, the word of files without one.
-
-    Raises:
-        CheckpointError: no known form.
-        ValueError: a word is missing, or one is given for several.
-    """
+def _read_words(content: Any, token: str | None, name: str, stem: str | None) -> dict[str, Tensor]:
+    """Find the words and their vectors in what a file holds; `token` replaces its word, `stem` is used without any."""
     if isinstance(content, Tensor):
         if token is None:
             raise ValueError(f"{name} holds a tensor without a word; pass token=...")
@@ -174,19 +146,17 @@ def read_words(content: Any, token: str | None, name: str, stem: str | None) -> 
         raise CheckpointError(f"{name} holds a {type(content).__name__}, expected vectors by word")
     if "clip_g" in content or "clip_l" in content:
         raise CheckpointError(f"{name} is made for Stable Diffusion XL: it has vectors for two text encoders")
-    found: dict[Any, Any]
+    found: dict[Any, Any] = dict(content)
     if "string_to_param" in content:
         vectors = content["string_to_param"]
         [vector] = vectors.values() if isinstance(vectors, Mapping) and len(vectors) == 1 else [None]
         found = {token or content.get("name") or stem: vector}
     elif "emb_params" in content:
         found = {token or stem: content["emb_params"]}
-    else:
-        found = dict(content)
-        if token is not None:
-            if len(found) > 1:
-                raise ValueError(f"{name} has {len(found)} words ({', '.join(map(str, found))}); token must be None")
-            found = {token: next(iter(found.values()))}
+    elif token is not None:
+        if len(found) > 1:
+            raise ValueError(f"{name} has {len(found)} words ({', '.join(map(str, found))}); token must be None")
+        found = {token: next(iter(found.values()))}
     for word, vector in found.items():
         if word is None:
             raise ValueError(f"{name} holds vectors without a word; pass token=...")
@@ -195,22 +165,17 @@ def read_words(content: Any, token: str | None, name: str, stem: str | None) -> 
     return found
 
 
-def check_vectors(word: str, vectors: Tensor, encoder: CLIPTextModel, name: str) -> Tensor:
-    """Reshape the vectors of a word to (n, C), or refuse them.
-
-    Raises:
-        CheckpointError: of a wrong shape, or not finite.
-        ValueError: a word that no prompt can hold.
-    """
+def _check_vectors(word: str, vectors: Tensor, encoder: CLIPTextModel, name: str) -> Tensor:
+    """Reshape the vectors of a word to (n, C), or refuse them."""
     width = encoder.config.hidden_size
     if any("\ud800" <= letter <= "\udfff" for letter in word):
         raise ValueError(f"{name}: the word {word!r} must be valid Unicode; pass token=...")
-    if not word.strip() or word != word.strip() or any(letter.isspace() for letter in word):
+    if not word or any(letter.isspace() for letter in word):
         raise ValueError(f"{name}: the word {word!r} must be one word without spaces; pass token=...")
     if vectors.ndim not in (1, 2) or not vectors.numel() or not vectors.is_floating_point():
         raise CheckpointError(f"{name}: the vectors of {word!r} must be (n, {width}), got {tuple(vectors.shape)}")
     if vectors.shape[-1] != width:
-        kind = CONTEXTS.get(vectors.shape[-1], "another model")
+        kind = CROSS_ATTENTION_DIMS.get(vectors.shape[-1], "another model")
         raise CheckpointError(
             f"{name}: the vectors of {word!r} have {vectors.shape[-1]} channels and are made for {kind}; here {width}"
         )
@@ -219,29 +184,13 @@ def check_vectors(word: str, vectors: Tensor, encoder: CLIPTextModel, name: str)
     return vectors.detach().reshape(-1, width)
 
 
-def add_words(words: Mapping[str, Tensor], tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
-    """Teach the words to the tokenizer and append their vectors (n, C) to the encoder's table.
-
-    Raises:
-        ValueError: a word is known already, or tokenizer and encoder do not fit each other.
-    """
-    table = encoder.get_input_embeddings().weight.data
-    if len(tokenizer) != len(table):
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the text encoder {len(table)}; they must be equal"
-        )
-    longer = torch.cat([table, *(vectors.to(table.device, table.dtype) for vectors in words.values())])
-    counts = {word: len(vectors) for word, vectors in words.items()}
-    exchange(tokenizer, encoder, longer, lambda: tokenizer.add_words(counts))
-
-
-def exchange(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, table: Tensor, change_words: Callable[[], None]) -> None:
+def _exchange(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, table: Tensor, change: Callable[[], None]) -> None:
     """Change the words of a tokenizer and the table (V, C) of an encoder, both or neither."""
     embedding = encoder.get_input_embeddings()
     weight = nn.Parameter(table, requires_grad=embedding.weight.requires_grad)
     before = dict(vars(tokenizer)), embedding.weight, embedding.num_embeddings, encoder.config.vocab_size
     try:
-        change_words()
+        change()
         embedding.weight, embedding.num_embeddings, encoder.config.vocab_size = weight, len(table), len(table)
     except BaseException:
         vars(tokenizer).update(before[0])

@@ -1,6 +1,6 @@
-"""PEFT's adapters in a network: its layers are injected, switched and trained by the `peft` package.
+"""PEFT's adapters in a network: the `peft` package (`pip install peft`) injects, switches and trains its layers.
 
-They need `pip install peft`. Files of adapters, which are merged into the weights, are `depthdiff.adapters`' business.
+Adapters from files, merged into the weights, are in `depthdiff.adapters`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from depthdiff.config import CheckpointError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SETTINGS = "lora_adapter_metadata"
-"""Key of a file's header under which diffusers writes PEFT's settings."""
+"""Key of PEFT's settings in the header of diffusers' files."""
 LOWER = ".lora_A.weight"
 
 
 class PeftAdapterMixin:
-    """Base of the networks that host PEFT's layers."""
+    """Base of the networks into which PEFT's layers can be injected."""
 
     _hf_peft_config_loaded = False
     peft_config: dict[str, Any]
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
-        """Inject an adapter with random weights, and train and use it alone.
+        """Inject an adapter with random weights, and activate it alone.
 
         Args:
             adapter_config: of peft, such as `LoraConfig(r=4, target_modules=["to_q", "to_v"])`.
@@ -77,20 +77,18 @@ class PeftAdapterMixin:
         return [] if layer is None else list(layer.active_adapters)
 
     def disable_adapters(self) -> None:
-        """Compute without adapters, which stay."""
-        self._switch(False)
+        """Compute without adapters, and keep them."""
+        self._need([])
+        for layer in self._tuner_layers():
+            layer.enable_adapters(enabled=False)
 
     def enable_adapters(self) -> None:
         """Compute with the active adapters."""
-        self._switch(True)
+        self._need([])
+        for layer in self._tuner_layers():
+            layer.enable_adapters(enabled=True)
 
-    def disable_lora(self) -> None:
-        """Compute without adapters, which stay."""
-        self._switch(False)
-
-    def enable_lora(self) -> None:
-        """Compute with the active adapters."""
-        self._switch(True)
+    disable_lora, enable_lora = disable_adapters, enable_adapters
 
     def set_adapters(
         self, adapter_names: str | list[str], weights: float | Sequence[float | None] | None = None
@@ -138,14 +136,14 @@ class PeftAdapterMixin:
             layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names)
 
     def unfuse_lora(self) -> None:
-        """Take fused adapters out of the weights again."""
+        """Remove fused adapters from the weights."""
         self._need([])
         for layer in self._tuner_layers():
             layer.unmerge()
             layer.scaling.update(vars(layer).pop("_scaling_before_fusing", {}))
 
     def unload_lora(self) -> None:
-        """Put the layers back that PEFT's stand in the place of."""
+        """Remove all adapters: restore the layers that PEFT's replace."""
         self._need([])
         for name, layer in list(self.named_modules()):  # type: ignore[attr-defined]
             if isinstance(layer, _peft().tuners.tuners_utils.BaseTunerLayer):
@@ -166,7 +164,7 @@ class PeftAdapterMixin:
         """Write an adapter's weights and settings into a folder, as diffusers does.
 
         Args:
-            save_directory: the folder; made where it does not exist.
+            save_directory: the folder; made if it does not exist.
             adapter_name: of the adapter.
             upcast_before_saving: write float32.
             safe_serialization: must be True: pickles are not written.
@@ -196,11 +194,11 @@ class PeftAdapterMixin:
         subfolder: str | None = None,
         **hub: Any,
     ) -> None:
-        """Inject an adapter with the weights of a file or of a dict, such as `save_lora_adapter` wrote.
+        """Inject an adapter with the weights of a file or dict, such as those that `save_lora_adapter` writes.
 
         Args:
             pretrained_model_name_or_path_or_dict: a folder, a Hub id, a file, or tensors by name.
-            prefix: of the keys that are meant; None for keys without one.
+            prefix: of the keys to read; None for keys without one.
             hotswap: must be False.
             adapter_name: a name that is not in use; "default_0" and so on if None.
             weight_name: of the file; "pytorch_lora_weights.safetensors" if None.
@@ -208,7 +206,7 @@ class PeftAdapterMixin:
             **hub: see `depthdiff.checkpoint.hub.fetch`.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or fits no layer.
+            CheckpointError: the file is missing or damaged, or does not fit any layer.
             ValueError: the name is in use.
         """
         refuse_values("load_lora_adapter", hotswap=(hotswap, False))
@@ -222,7 +220,8 @@ class PeftAdapterMixin:
             given = {key: tensor.get() for key, tensor in open_safetensors(path).items()}
         start = "" if prefix is None else f"{prefix}."
         state = {key.removeprefix(start): tensor for key, tensor in given.items() if key.startswith(start)}
-        state = {_to_peft(key): tensor for key, tensor in state.items()}
+        for old, new in ((".lora.down.", ".lora_A."), (".lora.up.", ".lora_B.")):  # diffusers' older files
+            state = {key.replace(old, new): tensor for key, tensor in state.items()}
         ranks = {key.removesuffix(LOWER): len(tensor) for key, tensor in state.items() if key.endswith(LOWER)}
         if not ranks:
             raise CheckpointError(f"{source} has no key such as '{start}...{LOWER}'; pass another prefix")
@@ -247,7 +246,7 @@ class PeftAdapterMixin:
         save_function: None = None,
         safe_serialization: bool = True,
     ) -> None:
-        """Write the active adapter; the name that older training scripts use for `save_lora_adapter`."""
+        """Write the active adapter: the name of `save_lora_adapter` in older training scripts."""
         refuse_values("save_attn_procs", save_function=(save_function, None))
         name = self.active_adapters()[0]
         if is_main_process:
@@ -256,16 +255,11 @@ class PeftAdapterMixin:
     def load_attn_procs(
         self, pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor], **kwargs: Any
     ) -> None:
-        """Inject an adapter whose keys have no prefix; the name that older scripts use for `load_lora_adapter`."""
+        """Inject an adapter whose keys have no prefix: the name of `load_lora_adapter` in older scripts."""
         self.load_lora_adapter(pretrained_model_name_or_path_or_dict, **{"prefix": None, **kwargs})
 
-    def _switch(self, on: bool) -> None:
-        self._need([])
-        for layer in self._tuner_layers():
-            layer.enable_adapters(enabled=on)
-
     def _need(self, names: list[str]) -> None:
-        """Refuse what needs an adapter where there is none of that name."""
+        """Refuse names without an adapter."""
         if not self._hf_peft_config_loaded:
             raise ValueError("No adapter loaded. Please load an adapter first, with add_adapter")
         for name in names:
@@ -278,7 +272,7 @@ class PeftAdapterMixin:
 
     @contextmanager
     def _scaled_adapters(self, kwargs: dict[str, Any] | None) -> Iterator[None]:
-        """Multiply PEFT's adapters by the "scale" of `cross_attention_kwargs` for one call; None counts as 1."""
+        """Multiply PEFT's adapters by the "scale" of `cross_attention_kwargs` for one call; None is 1."""
         scale = (kwargs or {}).get("scale")
         if not self._hf_peft_config_loaded or scale is None or scale == 1:
             yield
@@ -294,15 +288,7 @@ class PeftAdapterMixin:
                 layer.scaling.update(scaling)
 
 
-def _to_peft(key: str) -> str:
-    """Spell a key of diffusers' older files as PEFT does."""
-    for old, new in ((".lora.down.", ".lora_A."), (".lora.up.", ".lora_B.")):
-        key = key.replace(old, new)
-    return key
-
-
 def _peft() -> Any:
-    """Import peft."""
     try:
         import peft
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Prompts to numbers: CLIP's tokenizer, with its start, end, padding and truncation around the byte pairs of `bpe.py`.
+"""CLIP's tokenizer: start, end, padding and truncation around the byte-pair encoding of `bpe.py`.
 
 Letters: B prompts, L tokens.
 """
@@ -15,16 +15,16 @@ import torch
 from tokenizers import AddedToken
 
 from depthdiff.checkpoint.hub import fetch
-from depthdiff.checks import check_flag, check_names, check_number, check_path
+from depthdiff.checks import check_flag, check_names, check_number, check_path, show
 from depthdiff.config import BaseOutput
-from depthdiff.tokenizer.bpe import END_OF_WORD, ROLES, as_special, build_bpe, group_words, read_merges, text_of
+from depthdiff.tokenizer import bpe
+from depthdiff.tokenizer.bpe import one_of, read_ids, read_texts, text_of
 from depthdiff.tokenizer.files import FILES, read_tokenizer, write_tokenizer
-from depthdiff.tokenizer.inputs import check_token, list_added, one_of, read_ids, read_texts, read_words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-MOST_TOKENS = 2**20
+MAX_TOKENS = 2**20
 UNLIMITED = int(1e30)
 """`model_max_length` of a tokenizer whose files name none, as in transformers."""
 
@@ -34,7 +34,7 @@ TRUNCATION: dict[Any, bool] = {None: False, False: False, "do_not_truncate": Fal
 
 @dataclass
 class BatchEncoding(BaseOutput):
-    """What the tokenizer hands back.
+    """The tokenizer's result.
 
     Attributes:
         input_ids: (B, L) int64 tensor or array; or lists, flat for a single text.
@@ -52,18 +52,18 @@ class BatchEncoding(BaseOutput):
 class CLIPTokenizer:
     """CLIP's tokenizer, with the interface and the ids of transformers' class of that name.
 
-    A special token is cut out wherever its text stands in a prompt. Stable Diffusion 2 pads with "!", so every "!" of
-    a prompt becomes id 0 there, not the "!</w>" of the vocabulary.
+    A special token is matched wherever its text occurs in a prompt. Stable Diffusion 2 pads with "!", so every "!" of
+    a prompt becomes id 0, not the "!</w>" of the vocabulary.
 
     Args:
         vocab: every token and its id.
-        merges: the pairs to merge, most wanted first; each two tokens, or both in one text "left right".
+        merges: the pairs to merge, in order; each two tokens, or both in one text "left right".
         bos_token: put before every text; a text, or an `AddedToken` with flags.
         eos_token: put after every text.
-        unk_token: stands for what the vocabulary cannot spell.
+        unk_token: replaces what the vocabulary cannot spell.
         pad_token: fills the short texts of a batch.
         model_max_length: L that the text encoder takes; unlimited if None.
-        added_tokens: tokens that are cut out before the byte pairs, ready-made; what `vocab` lacks gets the next ids.
+        added_tokens: tokens that are matched before the byte pairs; what `vocab` lacks gets the next ids.
 
     Attributes:
         bos_token_id: and `eos_token_id`, `unk_token_id`, `pad_token_id`: the ids of these tokens.
@@ -87,19 +87,23 @@ class CLIPTokenizer:
         added_tokens: Iterable[AddedToken] = (),
     ) -> None:
         roles = (bos_token, eos_token, unk_token, pad_token)
-        for name, token in zip(ROLES, roles, strict=True):
-            check_token(name, token)
-        self.bos_token, self.eos_token, self.unk_token, self.pad_token = map(text_of, roles)
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = map(text_of, roles, bpe.ROLES)
         longest = UNLIMITED if model_max_length is None else model_max_length
         self.model_max_length = check_number("model_max_length", longest, 1, whole=True)
-        self.merges = read_merges(merges, vocab)
-        self._backend = build_bpe(vocab, self.merges, self.unk_token)
+        self.merges = bpe.read_merges(merges, vocab)
+        self._backend = bpe.build_bpe(vocab, self.merges, self.unk_token)
         texts = self.special_tokens_map.values()
-        added = [as_special(token) if token.content in texts else token for token in list_added(added_tokens)]
+        several = isinstance(added_tokens, (Iterator, Sequence, set, frozenset, Mapping))
+        listed: list[Any] = list(added_tokens) if several else [added_tokens]
+        if not all(isinstance(token, AddedToken) for token in listed):
+            raise TypeError(f"added_tokens must be AddedTokens, got {show(added_tokens)}")
+        added = [bpe.as_special(token) if token.content in texts else token for token in listed]
         known = {token.content for token in added}
-        self._backend.add_tokens(added + [as_special(token) for token in roles if text_of(token) not in known])
+        self._backend.add_tokens(
+            added + [bpe.as_special(token) for token, text in zip(roles, texts, strict=True) if text not in known]
+        )
         self._vocab = vocab
-        self._learnt = group_words(self.added_tokens_decoder)
+        self._learnt = bpe.group_words(self.added_tokens_decoder)
         self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = map(
             self.convert_tokens_to_ids, texts
         )
@@ -118,8 +122,8 @@ class CLIPTokenizer:
     ) -> Self:
         """Load the tokenizer from a folder or from the Hub.
 
-        `tokenizer.json` is read where there is one, else `vocab.json` and `merges.txt`. `special_tokens_map.json` wins
-        over `tokenizer_config.json`, unless the latter lists its `added_tokens_decoder`: so does transformers.
+        `tokenizer.json` is read if there is one, else `vocab.json` and `merges.txt`. As in transformers,
+        `special_tokens_map.json` overrides `tokenizer_config.json`, unless the latter has an `added_tokens_decoder`.
 
         Args:
             pretrained_model_name_or_path: a folder that holds the files, or a Hub id.
@@ -134,23 +138,16 @@ class CLIPTokenizer:
             CheckpointError: a file is missing or damaged.
         """
         folder = fetch(
-            pretrained_model_name_or_path,
-            (),
-            optional=FILES,
-            subfolder=subfolder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
+            pretrained_model_name_or_path, (), optional=FILES, subfolder=subfolder, revision=revision,
+            cache_dir=cache_dir, token=token, local_files_only=local_files_only, force_download=force_download,
+        )  # fmt: skip
         return read_tokenizer(cls, folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the vocabulary, the merges and the special tokens into files that transformers loads with equal ids.
 
         Args:
-            save_directory: the folder; made where it does not exist.
+            save_directory: the folder; made if it does not exist.
         """
         check_path("save_directory", save_directory)
         write_tokenizer(self, save_directory)
@@ -179,17 +176,15 @@ class CLIPTokenizer:
             `.input_ids` and `.attention_mask`, (B, L) int64; lists if `return_tensors` is None, flat for a single text.
 
         Raises:
-            TypeError: `text` is no text.
+            TypeError: `text` is not a text.
             ValueError: an unknown option, no text, or texts of different lengths for one tensor.
         """
         texts = read_texts(text)
-        pad, cut = one_of("padding", padding, PADDING), one_of("truncation", truncation, TRUNCATION)
+        cut = one_of("truncation", truncation, TRUNCATION)
         one_of("return_tensors", return_tensors, dict.fromkeys((None, "pt", "np")))
         cut = cut or (truncation is None and max_length is not None and padding is False)
         add_special_tokens = check_flag("add_special_tokens", add_special_tokens)
-        limit = self.model_max_length if max_length is None else check_number("max_length", max_length, 0, whole=True)
-        if pad == "limit" and UNLIMITED > limit > MOST_TOKENS:
-            raise ValueError(f"max_length must be at most {MOST_TOKENS} where texts are padded to it, got {limit:.3g}")
+        limit = self._limit(padding, max_length)
         room = limit - (2 if add_special_tokens else 0)
         if cut and room < 0:
             raise ValueError(f"max_length must leave room for the start and the end of a text, 2 tokens, got {limit}")
@@ -197,14 +192,22 @@ class CLIPTokenizer:
         rows = [row[:room] for row in rows] if cut else rows
         if add_special_tokens:
             rows = [[self.bos_token_id, *row, self.eos_token_id] for row in rows]
-        length = max(map(len, rows)) if pad == "longest" else limit if pad and limit < UNLIMITED else 0
-        batch = self._batch(rows, length, return_tensors)
+        batch = self._batch(rows, padding, limit, return_tensors)
         if return_tensors is None and isinstance(text, str):
             return BatchEncoding(batch.input_ids[0], batch.attention_mask[0])
         return batch
 
-    def _batch(self, rows: list[list[int]], length: int, return_tensors: Literal["pt", "np"] | None) -> BatchEncoding:
-        """Pad rows of ids to a length, and return them as lists, tensors or arrays."""
+    def _limit(self, padding: Any, max_length: Any) -> int:
+        """Return the largest number of tokens of a text."""
+        limit = self.model_max_length if max_length is None else check_number("max_length", max_length, 0, whole=True)
+        if one_of("padding", padding, PADDING) == "limit" and UNLIMITED > limit > MAX_TOKENS:
+            raise ValueError(f"max_length must be at most {MAX_TOKENS} where texts are padded to it, got {limit:.3g}")
+        return limit
+
+    def _batch(self, rows: list[list[int]], padding: Any, limit: int, return_tensors: Any) -> BatchEncoding:
+        """Pad rows of ids, and return them as lists, tensors or arrays."""
+        pad = PADDING[padding]
+        length = max(map(len, rows)) if pad == "longest" else limit if pad and limit < UNLIMITED else 0
         masks = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
         rows = [row + [self.pad_token_id] * (length - len(row)) for row in rows]
         if return_tensors is None:
@@ -213,9 +216,9 @@ class CLIPTokenizer:
             lengths = ", ".join(str(len(row)) for row in rows[:8])
             raise ValueError(f"text makes rows of {lengths} ids, no tensor; pass padding=True and truncation=True")
         ids, mask = np.array(rows, dtype=np.int64), np.array(masks, dtype=np.int64)
-        return (
-            BatchEncoding(ids, mask) if return_tensors == "np" else BatchEncoding(*map(torch.from_numpy, (ids, mask)))
-        )
+        if return_tensors == "np":
+            return BatchEncoding(ids, mask)
+        return BatchEncoding(torch.from_numpy(ids), torch.from_numpy(mask))
 
     def encode(self, text: str, **options: Any) -> Any:
         """Return the ids of one text: `.input_ids` of `__call__` with the same options."""
@@ -240,7 +243,7 @@ class CLIPTokenizer:
         if ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens) for row in ids]
         text = self._backend.decode(ids, skip_special_tokens=check_flag("skip_special_tokens", skip_special_tokens))
-        return text.replace(END_OF_WORD, " ").strip()
+        return text.replace(bpe.END_OF_WORD, " ").strip()
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
         """Turn (B, L) ids into B texts: see `decode`."""
@@ -275,17 +278,11 @@ class CLIPTokenizer:
         return dict(self._learnt)
 
     def add_words(self, words: Mapping[str, int]) -> None:
-        """Learn words that stand for one vector or several each; their ids follow the last one, in order.
+        """Add words of one vector or several each (word, word_1, ...), all or none; their ids follow the last one.
 
-        A word is found in any case; one that begins or ends in a letter or digit only where it stands alone.
-
-        Args:
-            words: word -> number of its vectors; the further ones are tokens of their own, `word_1` and so on.
-
-        Raises:
-            ValueError: a word or one of its further tokens is a token already; nothing has changed then.
+        A word is matched in any case; one that begins or ends in a letter or digit only as a word of its own.
         """
-        words = read_words(words)
+        words = bpe.read_words(words)
         known, lowered = self.get_vocab(), {word.lower() for word in self._learnt}
         names: list[str] = []
         counts = {word: len(ids) for word, ids in self._learnt.items()}
@@ -305,19 +302,19 @@ class CLIPTokenizer:
             names += tokens
         alone = {name: name[0].isalnum() or name[-1].isalnum() for name in names}
         new = [AddedToken(name, single_word=alone[name], normalized=True) for name in names]
-        self._replace([*self._added(), *new])
+        self._replace([*(token for _, token in sorted(self.added_tokens_decoder.items())), *new])
 
     def add_tokens(
         self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
     ) -> int:
-        """Add tokens that stand for one vector each, as training scripts do before they resize the embeddings.
+        """Add tokens of one vector each, as training scripts do before they resize the embeddings.
 
         Args:
             new_tokens: one or several; those that are tokens already are left out.
-            special_tokens: not used: an added token is cut out of a text either way.
+            special_tokens: ignored: an added token is matched either way.
 
         Returns:
-            How many were added; `len(tokenizer)` grows by that.
+            The number of added tokens, by which `len(tokenizer)` grows.
 
         Raises:
             ValueError: a token that no text can hold.
@@ -337,25 +334,16 @@ class CLIPTokenizer:
         max_length: int | None = None,
         return_tensors: Literal["pt", "np"] | None = None,
     ) -> BatchEncoding:
-        """Fill the short ones of texts that are ids already.
-
-        Args:
-            encoded_inputs: a dict with "input_ids", B lists of ids.
-            padding: as in `__call__`.
-            max_length: as in `__call__`.
-            return_tensors: as in `__call__`.
+        """Pad texts that are ids already, B lists of them under "input_ids"; the options are those of `__call__`.
 
         Raises:
             ValueError: an unknown option, or texts of different lengths for one tensor.
         """
         rows = [[int(index) for index in row] for row in encoded_inputs["input_ids"]]
-        pad = one_of("padding", padding, PADDING)
-        limit = self.model_max_length if max_length is None else check_number("max_length", max_length, 0, whole=True)
-        length = max(map(len, rows)) if pad == "longest" else limit if pad and limit < UNLIMITED else 0
-        return self._batch(rows, length, return_tensors)
+        return self._batch(rows, padding, self._limit(padding, max_length), return_tensors)
 
     def remove_words(self, words: Iterable[str]) -> None:
-        """Forget learnt words; the ids of those that stay close up."""
+        """Remove learnt words; the ids of the others move up."""
         words = check_names("words", words)
         for word in words:
             if word not in self._learnt:
@@ -363,17 +351,14 @@ class CLIPTokenizer:
         gone = {index for word in words for index in self._learnt[word]}
         self._replace([token for index, token in sorted(self.added_tokens_decoder.items()) if index not in gone])
 
-    def _added(self) -> list[AddedToken]:
-        return [token for _, token in sorted(self.added_tokens_decoder.items())]
-
     def _replace(self, added: list[AddedToken]) -> None:
-        """Take other added tokens, all or none."""
-        backend = build_bpe(self._vocab, self.merges, self.unk_token)
+        """Replace the added tokens, all or none."""
+        backend = bpe.build_bpe(self._vocab, self.merges, self.unk_token)
         backend.add_tokens(added)
-        vars(self).update(_backend=backend, _learnt=group_words(backend.get_added_tokens_decoder()))
+        vars(self).update(_backend=backend, _learnt=bpe.group_words(backend.get_added_tokens_decoder()))
 
     def _spell_out(self, ids: list[int]) -> list[int]:
-        """Put all vectors of a learnt word in the place of its first."""
+        """Replace the first id of a learnt word by those of all its vectors."""
         longer = {group[0]: group for group in self._learnt.values() if len(group) > 1}
         return [one for index in ids for one in longer.get(index, [index])] if longer else ids
 
@@ -387,18 +372,18 @@ class CLIPTokenizer:
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """The tokens that are cut out before the byte pairs, by id."""
+        """The tokens that are matched before the byte pairs, by id."""
         return self._backend.get_added_tokens_decoder()
 
     @property
     def added_tokens_encoder(self) -> dict[str, int]:
-        """The ids of the tokens that are cut out before the byte pairs, by text."""
+        """The ids of the tokens that are matched before the byte pairs, by text."""
         return {token.content: index for index, token in self.added_tokens_decoder.items()}
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
         """The tokens with a role, by the role's name."""
-        return dict(zip(ROLES, (self.bos_token, self.eos_token, self.unk_token, self.pad_token), strict=True))
+        return dict(zip(bpe.ROLES, (self.bos_token, self.eos_token, self.unk_token, self.pad_token), strict=True))
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -410,3 +395,9 @@ class CLIPTokenizer:
     def all_special_ids(self) -> list[int]:
         """The ids of `all_special_tokens`."""
         return self.convert_tokens_to_ids(self.all_special_tokens)
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Build the tokenizer of Stable Diffusion 2: it pads with "!", id 0, and cuts texts to 77 tokens."""
+    vocab, merges = bpe.read_vocabulary()
+    return CLIPTokenizer(vocab, merges, pad_token="!", model_max_length=77)

@@ -1,4 +1,4 @@
-"""From a tokenizer's published files to the tokenizer and back."""
+"""A tokenizer's published files, read and written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.transaction import check_folder
 from depthdiff.checkpoint.write import write_text
 from depthdiff.config import CheckpointError
-from depthdiff.tokenizer.bpe import END_OF_WORD, ROLES, as_special, flags, text_of
+from depthdiff.tokenizer.bpe import END_OF_WORD, ROLES, flags
 
 logger = logging.getLogger(__name__)
 
@@ -24,21 +24,23 @@ FILES = ("tokenizer.json", "vocab.json", "merges.txt", *SETTINGS)
 
 
 def read_tokenizer(cls: type[Any], folder: Path) -> Any:
-    """Build a tokenizer from the files in `folder`.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or they do not fit together.
-    """
-    whole = folder / "tokenizer.json"
-    if whole.is_file():
-        source, tokenizer = whole, read_json(whole)
+    """Build a tokenizer from the files in `folder`, or raise CheckpointError."""
+    source: Path = folder / "tokenizer.json"
+    listed: list[Any] = []
+    if source.is_file():
+        tokenizer = read_json(source)
         model, listed = tokenizer.get("model"), tokenizer.get("added_tokens") or []
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
-            raise CheckpointError(f"{whole} holds no byte-pair model; it is damaged or of another kind of tokenizer")
+            raise CheckpointError(f"{source} holds no byte-pair model; it is damaged or of another kind of tokenizer")
         vocab, merges = model.get("vocab") or {}, model["merges"]
     else:
-        source, listed = folder / "merges.txt", []
-        vocab, merges = read_json(folder / "vocab.json"), _read_lines(source)
+        source = folder / "merges.txt"
+        vocab = read_json(folder / "vocab.json")
+        try:
+            lines = [line.rstrip("\r") for line in source.read_text(encoding="utf-8").split("\n")]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{source} cannot be read: {error}") from error
+        merges = [line for line in lines if line and not line.startswith("#version")]
     try:
         built = cls(vocab, merges, **_read_settings(folder, listed))
     except CheckpointError:
@@ -53,11 +55,10 @@ def read_tokenizer(cls: type[Any], folder: Path) -> Any:
 
 
 def write_tokenizer(tokenizer: Any, save_directory: str | os.PathLike[str]) -> None:
-    """Write `tokenizer` into the folder, in files that transformers and `read_tokenizer` load with equal ids."""
+    """Write a tokenizer into files that transformers and `read_tokenizer` load with equal ids."""
     folder = check_folder("save_directory", save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    added = tokenizer.added_tokens_decoder
-    roles = tokenizer.special_tokens_map
+    added, roles = tokenizer.added_tokens_decoder, tokenizer.special_tokens_map
     config = {
         "added_tokens_decoder": {str(i): flags(token) for i, token in sorted(added.items())},
         **roles,
@@ -72,24 +73,14 @@ def write_tokenizer(tokenizer: Any, save_directory: str | os.PathLike[str]) -> N
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Read `merges.txt` without its version."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    lines = [line.rstrip("\r") for line in lines]
-    return [line for line in lines if line and not line.startswith("#version")]
-
-
 def _read_settings(folder: Path, listed: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Gather the constructor's other arguments; `listed` are the added tokens of `tokenizer.json`."""
+    """Return the constructor's other arguments; `listed` are the added tokens of `tokenizer.json`."""
     config, roles, numbers = (read_json(folder / name) if (folder / name).is_file() else {} for name in SETTINGS)
-    if "added_tokens_decoder" in config:  # a newer file, which says all
+    if "added_tokens_decoder" in config:  # a newer file, which lists all
         added = {int(i): _token(value) for i, value in config["added_tokens_decoder"].items()}
     else:
         config = {**config, **roles}
-        special = {text_of(_token(config[name])) for name in ROLES if config.get(name)}
+        special = {_token(config[name]).content for name in ROLES if config.get(name)}
         added = {i: AddedToken(t, normalized=t not in special, special=t in special) for t, i in numbers.items()}
         added |= {record["id"]: _token(record) for record in listed}
     for side in ("padding_side", "truncation_side"):
@@ -97,18 +88,17 @@ def _read_settings(folder: Path, listed: Iterable[Mapping[str, Any]]) -> dict[st
             raise CheckpointError(f"{folder}: {side} is {config[side]!r}; implemented here: 'right'")
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     ordered = [token for _, token in sorted(added.items())]
-    known = {text_of(token) for token in ordered}
-    ordered += [_token(value) for value in extra if text_of(_token(value)) not in known]
+    known = {token.content for token in ordered}
+    ordered += [token for token in map(_token, extra) if token.content not in known]
     limit = config.get("model_max_length")
     return {
         **{name: _token(config[name]) for name in ROLES if config.get(name)},
         "model_max_length": None if limit is None else int(limit),
-        "added_tokens": [as_special(token) if isinstance(token, str) else token for token in ordered],
+        "added_tokens": ordered,
     }
 
 
-def _token(value: Any) -> str | AddedToken:
+def _token(value: Any) -> AddedToken:
     """Read a token as the files write it: a text, or an object with flags."""
-    if isinstance(value, str):
-        return value
-    return AddedToken(**{"special": True, **{key: flag for key, flag in value.items() if key not in ("__type", "id")}})
+    given: dict[str, Any] = {"content": value} if isinstance(value, str) else value
+    return AddedToken(**{"special": True, **{key: flag for key, flag in given.items() if key not in ("__type", "id")}})

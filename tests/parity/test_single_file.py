@@ -15,7 +15,8 @@ from transformers import CLIPTokenizer as TheirTokenizer
 
 from depthdiff import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from depthdiff.checkpoint.tables import TABLES
-from depthdiff.tokenizer.vocabulary import clip_tokenizer, read_vocabulary
+from depthdiff.tokenizer import clip_tokenizer
+from depthdiff.tokenizer.bpe import read_vocabulary
 from tests.ldm import SMALL, random_twins
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer as Reference
 
-from depthdiff.tokenizer import CLIPTokenizer
-from depthdiff.tokenizer.vocabulary import clip_tokenizer
+from depthdiff.tokenizer import CLIPTokenizer, clip_tokenizer
 
 DATA = Path(__file__).parents[1] / "data" / "tokenizer"
 

@@ -1,7 +1,4 @@
-"""LoRA in the pipeline: adapters are merged into the weights, so that a step costs what it costs without them.
-
-See `depthdiff.adapters.merging` for how.
-"""
+"""The pipeline's methods for LoRA. Adapters are merged into the weights, so a step costs as much as without them."""
 
 from __future__ import annotations
 
@@ -14,23 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from depthdiff.adapters.files import find_file, read_file
-from depthdiff.adapters.lora import read_lora
-from depthdiff.adapters.merging import AdapterState, Merging
-from depthdiff.adapters.names import COMPONENTS
-from depthdiff.adapters.saving import lora_state, prefixed, write_layers
+from depthdiff.adapters.formats import COMPONENTS, LORA_FILE, lora_state, prefixed, read_file, read_lora, write_layers
+from depthdiff.adapters.merging import AdapterState, Merging, Weight, check_weight, component_weight, scaled
 from depthdiff.adapters.textual_inversion import TextualInversionLoaderMixin
-from depthdiff.adapters.weights import Weight, check_components, check_weight, component_weight, scaled
-from depthdiff.checks import check_flag, check_names, check_number, check_path, check_text, nearest
+from depthdiff.checks import check_flag, check_names, check_number, check_text, nearest
 
 logger = logging.getLogger(__name__)
 
-LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors",
-              "adapter_model.bin")  # fmt: skip
+LORA_FILES = (LORA_FILE, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
 
 
 class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
-    """Adds LoRA and learnt words to the components. Names and arguments are those of diffusers' mixin."""
+    """Adds LoRA and textual inversion to the pipeline. Names and arguments are those of diffusers' mixin."""
 
     # Loading
 
@@ -52,14 +44,14 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         resume_download: bool | None = None,
         low_cpu_mem_usage: bool | None = None,
     ) -> None:
-        """Load a LoRA, LoCon, LoHa, LoKr or DoRA into UNet and text encoder; it becomes the one that is active.
+        """Load a LoRA, LoCon, LoHa, LoKr or DoRA into UNet and text encoder; it becomes the only active one.
 
-        The forms of diffusers (old and new), PEFT, kohya and LyCORIS are read; see `depthdiff.adapters.names`.
+        The forms of diffusers (old and new), PEFT, kohya and LyCORIS are read; see `depthdiff.adapters.formats`.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder, a Hub id, or tensors by name.
             adapter_name: for the methods below; "default_0" and so on if absent.
-            hotswap: take the place of a loaded adapter of that name.
+            hotswap: replace a loaded adapter of that name.
             weight_name: of the file in the folder or repository.
             subfolder: of the folder or repository.
             revision: branch, tag or commit on the Hub.
@@ -69,7 +61,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             force_download: ignore the cache.
             use_safetensors: refuse pickles if True.
             proxies: must be None: they are read from HTTPS_PROXY.
-            resume_download: ignored: downloads always go on where they stopped.
+            resume_download: ignored: downloads always resume.
             low_cpu_mem_usage: ignored.
 
         Raises:
@@ -78,35 +70,25 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         """
         check_text("adapter_name", adapter_name)
         name = self._free_name(adapter_name, hotswap)
-        if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
-            settings: dict[str, Any] = {}
-            state, source = pretrained_model_name_or_path_or_dict, f"adapter {name!r}"
-        else:
-            check_path("the adapter's name", pretrained_model_name_or_path_or_dict)
-            path = find_file(
-                pretrained_model_name_or_path_or_dict,
-                LORA_FILES,
-                weight_name=weight_name,
-                subfolder=subfolder,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-                force_download=force_download,
-                use_safetensors=use_safetensors,
-                proxies=proxies,
-            )
-            (state, settings), source = read_file(path), str(path)
-        lora = read_lora(name, state, settings, self._adapted(), source)
-        for note in lora.notes:
-            logger.warning(note)
+        given = pretrained_model_name_or_path_or_dict
+        state: Any = given
+        settings: dict[str, Any] = {}
+        source: object = f"adapter {name!r}"
+        if not isinstance(given, Mapping):
+            state, settings, source = read_file(
+                given, LORA_FILES, weight_name=weight_name, subfolder=subfolder, use_safetensors=use_safetensors,
+                proxies=proxies, revision=revision, cache_dir=cache_dir, token=token,
+                local_files_only=local_files_only, force_download=force_download,
+            )  # fmt: skip
+        lora = read_lora(name, state, settings, self._adapted(), str(source))
+        for warning in lora.warnings:
+            logger.warning(warning)
         with self._turns.change("load_lora_weights"):
             name = self._free_name(adapter_name, hotswap)  # another thread may have loaded one meanwhile
             lora = replace(lora, name=name)
             self._become(replace(self._adapters, loras={**self._adapters.loras, name: lora}, active={name: 1.0}))
 
     def _free_name(self, adapter_name: str | None, hotswap: bool) -> str:
-        """Return the name of a new adapter, or refuse one that is taken."""
         loras = self._adapters.loras
         if adapter_name is None:
             return next(name for name in map("default_{}".format, itertools.count()) if name not in loras)
@@ -117,12 +99,12 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         return adapter_name
 
     def unload_lora_weights(self) -> None:
-        """Forget all adapters; what is fused stays fused until `unfuse_lora`, as in diffusers."""
+        """Delete all adapters; fused ones stay in the weights until `unfuse_lora`, as in diffusers."""
         with self._turns.change("unload_lora_weights"):
             self._become(AdapterState(fused=self._adapters.fused))
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Forget some adapters; where none of the active ones is left, the first of the others becomes active."""
+        """Delete adapters; if no active one is left, the first of the others becomes active."""
         with self._turns.change("delete_adapters"):
             gone = set(self._known(adapter_names))
             loras = {name: lora for name, lora in self._adapters.loras.items() if name not in gone}
@@ -131,7 +113,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
                 active = {next(iter(loras)): 1.0}
             self._become(replace(self._adapters, loras=loras, active=active))
 
-    # Which adapters count, and how much
+    # Which adapters are used, and how much
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight | None] | None = None
@@ -142,14 +124,13 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             adapter_names: one or several.
             adapter_weights: one for all, or one each; 1 if absent. A weight is a number, or a dict with numbers for
                 "unet" and "text_encoder", or for "down", "mid" and "up" inside "unet", and for "block_1" and so on
-                inside these; see `depthdiff.adapters.weights.Weight`.
+                inside these; see `depthdiff.adapters.merging.Weight`.
 
         Raises:
             ValueError: an unknown name, or weights of another number or form.
         """
-        names = self._known(adapter_names)
-        one = not isinstance(adapter_weights, (list, tuple))
-        weights: list[Any] = [adapter_weights] * len(names) if one else list(adapter_weights)  # type: ignore[arg-type]
+        names, given = self._known(adapter_names), adapter_weights
+        weights: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"adapter_weights must be one, or one for each of {len(names)} names, got {len(weights)}")
         chosen = {name: 1.0 if weight is None else weight for name, weight in zip(names, weights, strict=True)}
@@ -160,18 +141,17 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             self._become(replace(self._adapters, active=chosen))
 
     def get_active_adapters(self) -> list[str]:
-        """Name the adapters that count, also while they are disabled."""
+        """List the active adapters, also while they are disabled."""
         return list(self._adapters.active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Name the loaded adapters by the component that they change."""
-        lists = {
-            part: [name for name, lora in self._adapters.loras.items() if part in lora.deltas] for part in COMPONENTS
-        }
-        return {part: names for part, names in lists.items() if names}
+        """List the loaded adapters by the component that they change."""
+        loras = self._adapters.loras.items()
+        lists = {component: [name for name, lora in loras if component in lora.deltas] for component in COMPONENTS}
+        return {component: names for component, names in lists.items() if names}
 
     def enable_lora(self) -> None:
-        """Let the active adapters count again."""
+        """Use the active adapters again."""
         with self._turns.change("enable_lora"):
             self._become(replace(self._adapters, enabled=True))
 
@@ -184,7 +164,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
 
     @property
     def num_fused_loras(self) -> int:
-        """How many adapters are fused."""
+        """The number of fused adapters."""
         return len(self.fused_loras)
 
     @property
@@ -199,7 +179,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         safe_fusing: bool = False,
         adapter_names: str | Sequence[str] | None = None,
     ) -> None:
-        """Make adapters part of the weights: they are saved with them, and neither scales nor switches touch them.
+        """Make adapters part of the weights: they are saved with them, and scales and switches do not change them.
 
         Args:
             components: "unet", "text_encoder" or both.
@@ -210,7 +190,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         Raises:
             ValueError: no adapter, an unknown one, or a result that is not finite; nothing has changed then.
         """
-        components = check_components(components)
+        components = _check_components(components)
         lora_scale = check_number("lora_scale", lora_scale, -1e6, 1e6)
         check_flag("safe_fusing", safe_fusing)
         with self._turns.change("fuse_lora"):
@@ -219,19 +199,18 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
                 raise ValueError("fuse_lora needs an adapter, and none is active; call load_lora_weights first")
             state = self._adapters
             fused = dict(state.fused)
-            for component in components:
-                for name in names:
-                    share, lora = component_weight(state.active.get(name, 1.0), component), state.loras[name]
-                    known = [one for one, _ in fused.get(component, ())]
-                    if component in lora.deltas and lora not in known:
-                        fused[component] = (*fused.get(component, ()), (lora, scaled(share, lora_scale)))
+            for component, name in itertools.product(components, names):
+                weight, lora = component_weight(state.active.get(name, 1.0), component), state.loras[name]
+                before = fused.get(component, ())
+                if component in lora.deltas and all(lora is not one for one, _ in before):
+                    fused[component] = (*before, (lora, scaled(weight, lora_scale)))
             self._become(replace(state, fused=fused))
 
     def unfuse_lora(self, components: str | Sequence[str] = COMPONENTS) -> None:
-        """Take fused adapters out of the weights again, bit for bit."""
+        """Remove fused adapters from the weights, bit for bit."""
+        gone = _check_components(components)
         with self._turns.change("unfuse_lora"):
-            gone = check_components(components)
-            fused = {component: shares for component, shares in self._adapters.fused.items() if component not in gone}
+            fused = {component: scales for component, scales in self._adapters.fused.items() if component not in gone}
             self._become(replace(self._adapters, fused=fused))
 
     # Saving
@@ -255,13 +234,13 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             unet_lora_layers: a module, or tensors by name, such as `down_blocks...to_q.lora_A.weight`.
             text_encoder_lora_layers: the same, such as `text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight`.
             transformer_lora_layers: must be None: this model has no transformer.
-            is_main_process: write at all; of several processes one should.
+            is_main_process: whether to write; of several processes one should.
             weight_name: of the file; "pytorch_lora_weights.safetensors" if absent.
             save_function: called with tensors and path instead of writing.
             safe_serialization: must be True: pickles are not written.
 
         Raises:
-            ValueError: no layers, keys that are no LoRA's, or `safe_serialization=False`.
+            ValueError: no layers, keys that are not a LoRA's, or `safe_serialization=False`.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must be True, got False: pickles are not written")
@@ -274,7 +253,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
     def save_lora_adapter(
         self, adapter_name: str, save_directory: str | os.PathLike[str], weight_name: str | None = None
     ) -> None:
-        """Write a loaded adapter: LoRA in the layout of diffusers, LoHa, LoKr, DoRA and the like in that of LyCORIS.
+        """Write a loaded adapter: LoRA in the layout of diffusers, all other methods in that of LyCORIS.
 
         Args:
             adapter_name: of the adapter.
@@ -293,3 +272,11 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
                     f"no adapter is called {name!r}, loaded: {loaded}{nearest(name, self._adapters.loras)}"
                 )
         return names
+
+
+def _check_components(components: str | Sequence[str]) -> list[str]:
+    names = check_names("components", components)
+    for name in names or ["none"]:
+        if name not in COMPONENTS:
+            raise ValueError(f"components must be among {', '.join(COMPONENTS)}, got {name!r}")
+    return names
