@@ -15,13 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.hub import read_json
 from depthdiff.checkpoint.loading import build, check_class
 from depthdiff.checkpoint.mapped import give_back
 from depthdiff.checkpoint.remap import Table, split_part
-from depthdiff.checkpoint.saving import INDEX, model_index, owned_files, write_config, write_json
+from depthdiff.checkpoint.save import (
+    INDEX,
+    Entry,
+    model_index,
+    owned_files,
+    write_config,
+    write_json,
+    write_safetensors,
+)
 from depthdiff.checkpoint.single_file import check_known, find_single_file, open_single_file, read_config
-from depthdiff.checkpoint.stream import Entry, write_safetensors
 from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.tables_ldm import KEPT, PREFIXES, TABLES_LDM
 from depthdiff.checkpoint.transaction import check_folder, replacing, settle

@@ -10,10 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.header import FLOATS, ITEM_SIZES, is_pickle, read_start
-from depthdiff.checkpoint.hub import BUNDLED, bundled
-from depthdiff.checkpoint.kinds import refuse_other_kinds
+from depthdiff.checkpoint.hub import BUNDLED, bundled, read_json, refuse_other_kinds
 from depthdiff.checkpoint.loading import build, check_class
 from depthdiff.checkpoint.single_file import LDM, open_single_file
 from depthdiff.checkpoint.tables import TABLES

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.hub import commit_of, fetch, naming_the_cache
-from depthdiff.checkpoint.kinds import describe_folder, refuse_other_kinds
+from depthdiff.checkpoint.hub import commit_of, describe_folder, fetch, naming_the_cache, read_json, refuse_other_kinds
 from depthdiff.checkpoint.loading import DType, check_dtype, check_names, load_model
 from depthdiff.checkpoint.weights import has_weights, suffixes, weight_files
 from depthdiff.config import CheckpointError

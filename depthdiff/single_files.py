@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from depthdiff.checkpoint.geometry import SCHEDULER
-from depthdiff.checkpoint.hub import fetch_config
-from depthdiff.checkpoint.kinds import CHANNELS, DEPTH_MODEL, name_kind
+from depthdiff.checkpoint.hub import CHANNELS, DEPTH_MODEL, fetch_config, name_kind
 from depthdiff.checkpoint.loading import check_dtype
 from depthdiff.checkpoint.single_file import (
     LDM,

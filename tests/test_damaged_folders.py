@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save
 
 from depthdiff import CheckpointError, CLIPTextModel
-from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.header import read_header
+from depthdiff.checkpoint.hub import read_json
 from depthdiff.checkpoint.tables import TABLES
 
 CONFIG = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from depthdiff.adapters.deltas import Delta, rank
 from depthdiff.adapters.lora import Lora
 from depthdiff.adapters.names import COMPONENTS, KOHYA, split_key
-from depthdiff.checkpoint.stream import tensor_entry, write_safetensors
+from depthdiff.checkpoint.save import tensor_entry, write_safetensors
 from depthdiff.checkpoint.transaction import check_folder, making
 from depthdiff.checkpoint.write import check_plain_name
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from depthdiff.checkpoint.files import parse_json
+from depthdiff.checkpoint.hub import parse_json
 from depthdiff.config import CheckpointError
 
 ITEM_SIZES = {

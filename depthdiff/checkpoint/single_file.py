@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.geometry import INFER, Shapes, guessed_wrongly
 from depthdiff.checkpoint.header import is_pickle, read_start
-from depthdiff.checkpoint.hub import fetch
+from depthdiff.checkpoint.hub import fetch, read_json
 from depthdiff.checkpoint.loading import build, check_dtype, fill
 from depthdiff.checkpoint.remap import Table
 from depthdiff.checkpoint.tables import TABLES

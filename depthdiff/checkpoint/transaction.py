@@ -19,12 +19,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.write import PREFIX, check_target, flush_folder, fresh_name, hold, keep_mode, write_text
 from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError
 
 JOURNAL = "journal.json"
+MAX_JOURNAL = 2**23
+"""Bytes; a journal names the few files of a checkpoint."""
 
 
 def check_folder(argument: str, folder: Any) -> Path:
@@ -133,8 +134,7 @@ def _settle(root: Path, locks: _Locks) -> None:
     """Finish what journals in a locked folder say."""
     for name in _unfinished(root):
         if (root / name / JOURNAL).is_file():
-            journal = read_json(root / name / JOURNAL)
-            _check_journal(root, name, journal)
+            journal = _read_journal(root, name)
             for part in sorted(journal):
                 locks.add(root / part)
             _finish(root, name, journal)
@@ -275,21 +275,28 @@ def _finish(folder: Path, name: str, journal: Mapping[str, Any]) -> None:
         shutil.rmtree(folder / part / name, ignore_errors=True)
 
 
-def _check_journal(folder: Path, name: str, journal: Mapping[str, Any]) -> None:
-    """Refuse a journal that is none of ours.
+def _read_journal(folder: Path, name: str) -> dict[str, dict[str, list[str]]]:
+    """Read a journal, and refuse one that is not ours.
 
     It may change files in the folder and in folders in it, and in one that a link leads to only if the save has left
     its own folder there.
     """
-    good = all(not part or _is_plain(part) for part in journal)
+    path = folder / name / JOURNAL
+    try:
+        with path.open("rb") as file:
+            journal = json.loads(file.read(MAX_JOURNAL))
+        good = isinstance(journal, dict) and all(not part or _is_plain(part) for part in journal)
+    except (ValueError, RecursionError):
+        good = False
     for part, changes in journal.items() if good else ():
         staged = folder / part / name
         good = good and staged.is_dir() and not staged.is_symlink()
-        good = good and isinstance(changes, Mapping) and changes.keys() == {"replace", "remove"}
+        good = good and isinstance(changes, dict) and changes.keys() == {"replace", "remove"}
         lists = changes.values() if good else ()
         good = good and all(isinstance(names, list) and all(map(_is_plain, names)) for names in lists)
     if not good:
-        raise CheckpointError(f"{folder / name / JOURNAL} is damaged or leads out of its folder; delete {name} there")
+        raise CheckpointError(f"{path} is damaged or leads out of its folder; delete {name} there")
+    return journal
 
 
 def _is_plain(name: object) -> bool:

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.header import FLOATS, read_header
+from depthdiff.checkpoint.hub import read_json
 from depthdiff.checkpoint.mapped import give_back
 from depthdiff.checkpoint.pickles import is_weight, read_pickle
 from depthdiff.checkpoint.remap import Table, split_part
