@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from depthdiff.checkpoint.hub import read_json
+from depthdiff.checkpoint.ldm import KEPT, PREFIXES, TABLES, TABLES_LDM, Table, split_part
 from depthdiff.checkpoint.loading import build, check_class
 from depthdiff.checkpoint.mapped import give_back
-from depthdiff.checkpoint.remap import Table, split_part
 from depthdiff.checkpoint.save import (
     INDEX,
     Entry,
@@ -29,8 +29,6 @@ from depthdiff.checkpoint.save import (
     write_safetensors,
 )
 from depthdiff.checkpoint.single_file import check_known, find_single_file, open_single_file, read_config
-from depthdiff.checkpoint.tables import TABLES
-from depthdiff.checkpoint.tables_ldm import KEPT, PREFIXES, TABLES_LDM
 from depthdiff.checkpoint.transaction import check_folder, replacing, settle
 from depthdiff.checkpoint.weights import DTYPES, Source, check_floats, open_folder
 from depthdiff.checkpoint.write import check_target, files_below, refuse_same_file

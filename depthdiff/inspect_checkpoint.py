@@ -12,9 +12,9 @@ from typing import Any
 
 from depthdiff.checkpoint.header import FLOATS, ITEM_SIZES, is_pickle, read_start
 from depthdiff.checkpoint.hub import BUNDLED, bundled, read_json, refuse_other_kinds
+from depthdiff.checkpoint.ldm import TABLES
 from depthdiff.checkpoint.loading import build, check_class
 from depthdiff.checkpoint.single_file import LDM, open_single_file
-from depthdiff.checkpoint.tables import TABLES
 from depthdiff.checkpoint.weights import Source, open_folder
 from depthdiff.config import CheckpointError
 from depthdiff.models.base import Network

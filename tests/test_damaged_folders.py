@@ -21,7 +21,7 @@ from safetensors.torch import save
 from depthdiff import CheckpointError, CLIPTextModel
 from depthdiff.checkpoint.header import read_header
 from depthdiff.checkpoint.hub import read_json
-from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.ldm import TABLES
 
 CONFIG = {
     "architectures": ["CLIPTextModel"], "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12,

@@ -18,10 +18,9 @@ from depthdiff import (
     UNet2DConditionModel,
 )
 from depthdiff.checkpoint.geometry import INFER, Shapes
+from depthdiff.checkpoint.ldm import IGNORED, IGNORED_PREFIXES, KEPT, PREFIXES, TABLES, TABLES_LDM
 from depthdiff.checkpoint.loading import build
 from depthdiff.checkpoint.single_file import find_single_file, open_single_file
-from depthdiff.checkpoint.tables import TABLES
-from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, KEPT, PREFIXES, TABLES_LDM
 from depthdiff.inspect_checkpoint import inspect
 from depthdiff.registry import CLASSES
 from tests.ldm import FULL, SMALL, key_lists, random_twins

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from depthdiff.checkpoint.header import ITEM_SIZES
 from depthdiff.checkpoint.hub import DIFFUSERS_VERSION
-from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.ldm import TABLES
 from depthdiff.checkpoint.transaction import check_folder, replacing
 from depthdiff.checkpoint.weights import DTYPES, check_variant, weight_files
 from depthdiff.checkpoint.write import write_text, writing

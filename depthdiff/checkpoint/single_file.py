@@ -20,10 +20,8 @@ import torch
 from depthdiff.checkpoint.geometry import INFER, Shapes, guessed_wrongly
 from depthdiff.checkpoint.header import is_pickle, read_start
 from depthdiff.checkpoint.hub import fetch, read_json
+from depthdiff.checkpoint.ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES, TABLES_LDM, Table
 from depthdiff.checkpoint.loading import build, check_dtype, fill
-from depthdiff.checkpoint.remap import Table
-from depthdiff.checkpoint.tables import TABLES
-from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES_LDM
 from depthdiff.checkpoint.weights import Source, open_pickle, open_safetensors, read_tensors
 from depthdiff.checks import check_path, check_places
 from depthdiff.config import CheckpointError

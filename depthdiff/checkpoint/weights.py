@@ -19,10 +19,9 @@ from torch import Tensor
 
 from depthdiff.checkpoint.header import FLOATS, read_header
 from depthdiff.checkpoint.hub import read_json
+from depthdiff.checkpoint.ldm import TABLES, Table, split_part
 from depthdiff.checkpoint.mapped import give_back
 from depthdiff.checkpoint.pickles import is_weight, read_pickle
-from depthdiff.checkpoint.remap import Table, split_part
-from depthdiff.checkpoint.tables import TABLES
 from depthdiff.config import CheckpointError
 
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
