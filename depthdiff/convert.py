@@ -18,7 +18,6 @@ from torch import Tensor
 from depthdiff.checkpoint.hub import read_json
 from depthdiff.checkpoint.ldm import KEPT, PREFIXES, TABLES, TABLES_LDM, Table, split_part
 from depthdiff.checkpoint.loading import build, check_class
-from depthdiff.checkpoint.mapped import give_back
 from depthdiff.checkpoint.save import (
     INDEX,
     Entry,
@@ -30,7 +29,7 @@ from depthdiff.checkpoint.save import (
 )
 from depthdiff.checkpoint.single_file import check_known, find_single_file, open_single_file, read_config
 from depthdiff.checkpoint.transaction import check_folder, replacing, settle
-from depthdiff.checkpoint.weights import DTYPES, Source, check_floats, open_folder
+from depthdiff.checkpoint.weights import DTYPE_NAMES, Source, check_floats, give_back, open_folder
 from depthdiff.checkpoint.write import check_target, files_below, refuse_same_file
 from depthdiff.config import CheckpointError
 from depthdiff.registry import CLASSES
@@ -201,7 +200,7 @@ def make_entries(
         own = parts[0].dtype if len({part.dtype for part in parts}) == 1 else "F32"
         shape = shapes.get(new, parts[0].shape)
         read = partial(_read, old, sources, table, shape)
-        kind = own if dtype is None else DTYPES[dtype]
+        kind = own if dtype is None else DTYPE_NAMES[dtype]
         entries.append(Entry(prefix + new, kind, shape, read, partial(_give_back, parts)))
     return entries
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -10,12 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from depthdiff.checkpoint.header import FLOATS, ITEM_SIZES, is_pickle, read_start
 from depthdiff.checkpoint.hub import BUNDLED, bundled, read_json, refuse_other_kinds
 from depthdiff.checkpoint.ldm import TABLES
 from depthdiff.checkpoint.loading import build, check_class
 from depthdiff.checkpoint.single_file import LDM, open_single_file
-from depthdiff.checkpoint.weights import Source, open_folder
+from depthdiff.checkpoint.weights import DTYPE_NAMES, FLOAT_NAMES, Source, is_pickle, open_folder, read_start
 from depthdiff.config import CheckpointError
 from depthdiff.models.base import Network
 from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class
@@ -23,6 +23,7 @@ from depthdiff.single_files import refuse_other_unets
 
 LAYOUTS = {LDM: "single file of Stability's own code (ldm)", "diffusers": "folder of diffusers"}
 Config = Mapping[str, Any]
+BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass
@@ -145,8 +146,7 @@ SIZES = {
 
 def _inspect_file(report: Report) -> None:
     report.nbytes = report.path.stat().st_size
-    start, _ = read_start(report.path)
-    report.form = "pickle" if is_pickle(start) else "safetensors"
+    report.form = "pickle" if is_pickle(read_start(report.path)) else "safetensors"
     file = open_single_file(report.path)
     report.layout = LAYOUTS[next(iter(file.parts.values())).layout]
     report.ignored = file.ignored
@@ -234,11 +234,9 @@ def _inspect_part(report: Report, name: str, folder: Path) -> None:
 
 def _count(part: Component, sources: Mapping[str, Source]) -> None:
     for source in sources.values():
-        count = 1
-        for size in source.shape:
-            count *= size
-        part.nbytes += count * ITEM_SIZES.get(source.dtype, 0)
-        part.parameters += count if source.dtype in FLOATS else 0
+        count = math.prod(source.shape)
+        part.nbytes += count * BYTES.get(source.dtype, 0)
+        part.parameters += count if source.dtype in FLOAT_NAMES else 0
     part.dtypes = dict(Counter(source.dtype for source in sources.values()).most_common())
 
 
@@ -262,7 +260,9 @@ def _inspect_network(
     found = names.compare(published, wanted)
     part.ignored, part.missing, part.unknown = found.ignored, found.missing, found.unknown
     part.problems += found.faults(len(published), len(wanted))
-    strange = [key for key, source in sources.items() if source.dtype not in FLOATS and key in found.pairs.values()]
+    strange = [
+        key for key, source in sources.items() if source.dtype not in FLOAT_NAMES and key in found.pairs.values()
+    ]
     part.problems += [f"{key!r} holds no floating-point numbers" for key in strange[:1]]
 
 

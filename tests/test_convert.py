@@ -193,7 +193,7 @@ import resource, sys, torch
 from pathlib import Path
 from depthdiff.checkpoint.save import Entry, write_safetensors
 from depthdiff.checkpoint.weights import open_safetensors
-from depthdiff.checkpoint.mapped import give_back
+from depthdiff.checkpoint.weights import give_back
 def peak():
     [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024

@@ -9,9 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from depthdiff.checkpoint.header import read_header
 from depthdiff.checkpoint.hub import fetch, parse_json, read_json
-from depthdiff.checkpoint.pickles import read_tensors_anyhow
+from depthdiff.checkpoint.weights import read_header, read_tensors_anyhow
 from depthdiff.config import CheckpointError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from depthdiff.checkpoint.hub import DIFFUSERS_VERSION, fetch, fetch_config, naming_the_cache, read_json
+from depthdiff.checkpoint.ldm import TABLES
 from depthdiff.checkpoint.transaction import check_folder
-from depthdiff.checkpoint.weights import check_variant, has_weights, read_weights, suffixes, weight_files
+from depthdiff.checkpoint.weights import check_variant, has_weights, open_folder, read_tensors, suffixes, weight_files
 from depthdiff.checkpoint.write import write_text
 from depthdiff.checks import FLOATS, brief, show
 from depthdiff.config import CheckpointError, FrozenDict, constructor_fields, to_plain
@@ -73,7 +74,8 @@ def load_model(
         model = build(cls, config, folder / "config.json", overrides or {})
         wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         dtype = torch.float32 if torch_dtype is None else torch_dtype
-        state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors, copy)
+        name, sources = open_folder(cls, folder, variant, use_safetensors)
+        state = read_tensors(name, sources, TABLES[cls.__name__], wanted, None if dtype == "auto" else dtype, copy)
     return fill(model, state)
 
 

@@ -18,21 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthdiff.checkpoint.header import ITEM_SIZES
 from depthdiff.checkpoint.hub import DIFFUSERS_VERSION
 from depthdiff.checkpoint.ldm import TABLES
 from depthdiff.checkpoint.transaction import check_folder, replacing
-from depthdiff.checkpoint.weights import DTYPES, check_variant, weight_files
+from depthdiff.checkpoint.weights import DTYPE_NAMES, check_variant, weight_files
 from depthdiff.checkpoint.write import write_text, writing
 from depthdiff.config import CheckpointError
 
-NAMES = DTYPES | {
-    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
-    **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
-}
-"""torch's dtype -> the format's name of it."""
-
-TORCH_DTYPES = {name: dtype for dtype, name in NAMES.items()}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 ALIGNMENT = 8
 
 
@@ -57,7 +50,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Its size in the file."""
-        return ITEM_SIZES[self.dtype] * torch.Size(self.shape).numel()
+        return TORCH_DTYPES[self.dtype].itemsize * torch.Size(self.shape).numel()
 
 
 def tensor_entry(key: str, tensor: Tensor) -> Entry:
@@ -66,10 +59,10 @@ def tensor_entry(key: str, tensor: Tensor) -> Entry:
     Raises:
         ValueError: of a dtype or layout that the format does not have.
     """
-    if tensor.dtype not in NAMES or tensor.layout != torch.strided or tensor.is_meta:
+    if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
         kind = f"{tensor.dtype} and {tensor.layout} on {tensor.device}"
         raise ValueError(f"{key!r} must be a dense tensor of numbers to be saved, got {kind}")
-    return Entry(key, NAMES[tensor.dtype], tuple(tensor.shape), tensor.detach, lambda: None)
+    return Entry(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.detach, lambda: None)
 
 
 def write_safetensors(
@@ -87,7 +80,7 @@ def write_safetensors(
         CheckpointError: two tensors of one name, or one of another shape than was said.
         OSError: the file cannot be written.
     """
-    ordered = sorted(entries, key=lambda entry: (-ITEM_SIZES[entry.dtype], entry.key))
+    ordered = sorted(entries, key=lambda entry: (-TORCH_DTYPES[entry.dtype].itemsize, entry.key))
     with writing(path, follow=follow) as file:
         file.write(_header(path, ordered, metadata or {}))
         for entry in ordered:

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from depthdiff.checkpoint.geometry import INFER, Shapes, guessed_wrongly
-from depthdiff.checkpoint.header import is_pickle, read_start
 from depthdiff.checkpoint.hub import fetch, read_json
 from depthdiff.checkpoint.ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES, TABLES_LDM, Table
 from depthdiff.checkpoint.loading import build, check_dtype, fill
-from depthdiff.checkpoint.weights import Source, open_pickle, open_safetensors, read_tensors
+from depthdiff.checkpoint.weights import Source, is_pickle, open_pickle, open_safetensors, read_start, read_tensors
 from depthdiff.checks import check_path, check_places
 from depthdiff.config import CheckpointError
 
@@ -167,13 +166,7 @@ def open_single_file(path: Path) -> SingleFile:
     Raises:
         CheckpointError: the file is damaged, holds more than tensors, or is of a kind that this package cannot use.
     """
-    start, _ = read_start(path)
-    try:
-        sources = open_pickle(path) if is_pickle(start) else open_safetensors(path)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    sources = open_pickle(path) if is_pickle(read_start(path)) else open_safetensors(path)
     file = SingleFile(path)
     for component, layout in () if _has_prefix(sources) else MARKS:
         if all(mark in sources for mark in MARKS[component, layout]):

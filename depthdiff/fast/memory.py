@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from depthdiff.checkpoint.mapped import advise
+from depthdiff.checkpoint.weights import advise
 
 LARGE_BYTES = 2**25
 """Of memory that glibc gets anew from the system, unless told otherwise: `DEFAULT_MMAP_THRESHOLD_MAX` in malloc.c."""
