@@ -203,8 +203,7 @@ def _inspect_folder(report: Report) -> None:
             part = Component(name, kind.__name__)
             report.components.append(part)
             part.problems += _problems(partial(kind.from_pretrained, folder, subfolder=name))
-    where = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
-    report.problems += _problems(lambda: refuse_other_kinds(folder, index, *where))
+    report.problems += _problems(lambda: refuse_other_kinds(folder, index, folder))
 
 
 def _inspect_part(report: Report, name: str, folder: Path) -> None:

@@ -99,7 +99,8 @@ def load_components(
     where["revision"] = commit_of(folder) or where.get("revision")  # so that all files are of one state
     with naming_the_cache(folder):
         index = read_json(folder / "model_index.json")
-        refuse_other_kinds(name_or_path, index, *(folder / name for name in told))
+        if "unet" not in overrides:
+            refuse_other_kinds(name_or_path, index, folder)
     kinds = {name: component_class(name, index, name_or_path) for name in COMPONENT_CLASSES if name not in overrides}
     folder = fetch_components(name_or_path, kinds, variant, use_safetensors, where)
     parts = dict(overrides)

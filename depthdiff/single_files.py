@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from depthdiff.checkpoint.geometry import SCHEDULER
-from depthdiff.checkpoint.hub import CHANNELS, DEPTH_MODEL, fetch_config, name_kind
+from depthdiff.checkpoint.hub import fetch_config, refuse_other_unet
 from depthdiff.checkpoint.loading import check_dtype
 from depthdiff.checkpoint.single_file import (
     LDM,
@@ -239,27 +239,15 @@ def load_into(
 
 
 def refuse_other_unets(file: SingleFile, prediction_type: str) -> None:
-    """Refuse a file whose UNet does not take depth.
-
-    Raises:
-        CheckpointError: names what it is, and what would do.
-    """
+    """Refuse a file whose UNet does not take depth; errors as in `refuse_other_unet`."""
     if "unet" not in file.parts:
         return
     part = file.parts["unet"]
-    ldm = part.layout == LDM
-    first, width = part.shapes.get("input_blocks.0.0.weight" if ldm else "conv_in.weight", ()), None
-    for key, shape in part.shapes.items():
-        if key.endswith("attn2.to_k.weight") and len(shape) == 2:
-            width = shape[1]
-    if len(first) != 4 or first[1] == CHANNELS:
-        return
-    kind, useful = name_kind({"in_channels": first[1], "cross_attention_dim": width}, prediction_type)
-    raise CheckpointError(
-        f"{file.path} is {kind}: its UNet takes {first[1]} channels, depth-to-image needs {CHANNELS}, the last being "
-        f"depth. It is good for {useful}. Use a depth-to-image checkpoint such as {DEPTH_MODEL}, or pass the UNet of "
-        "one as unet=..."
-    )
+    first = part.shapes.get("input_blocks.0.0.weight" if part.layout == LDM else "conv_in.weight", ())
+    widths = [s[1] for key, s in part.shapes.items() if key.endswith("attn2.to_k.weight") and len(s) == 2]
+    if len(first) == 4:
+        width = widths[-1] if widths else None
+        refuse_other_unet(file.path, {"in_channels": first[1], "cross_attention_dim": width}, prediction_type)
 
 
 def make_scheduler(prediction_type: str | None) -> PNDMScheduler:

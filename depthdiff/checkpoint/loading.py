@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from depthdiff.checkpoint.hub import DIFFUSERS_VERSION, fetch, fetch_config, naming_the_cache, read_json
+from depthdiff.checkpoint.hub import DIFFUSERS_VERSION, HUB_ARGUMENTS, fetch, fetch_config, naming_the_cache, read_json
 from depthdiff.checkpoint.ldm import TABLES
 from depthdiff.checkpoint.transaction import check_folder
 from depthdiff.checkpoint.weights import check_variant, has_weights, open_folder, read_tensors, suffixes, weight_files
@@ -286,7 +286,3 @@ class ConfigMixin:
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the config to a file."""
         write_text(Path(json_file_path), self.to_json_string())
-
-
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-"""Arguments of every loader that concern the Hub."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from depthdiff.checkpoint.loading import HUB_ARGUMENTS, ConfigMixin, load_model
+from depthdiff.checkpoint.hub import HUB_ARGUMENTS
+from depthdiff.checkpoint.loading import ConfigMixin, load_model
 from depthdiff.checkpoint.save import save_model
 from depthdiff.checkpoint.single_file import load_single_model
 from depthdiff.checks import check_flag, nearest, show
