@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from depthdiff.checkpoint.hub import DIFFUSERS_VERSION, HUB_ARGUMENTS, fetch, fetch_config, naming_the_cache, read_json
-from depthdiff.checkpoint.ldm import TABLES
+from depthdiff.checkpoint.ldm import TABLES, Table
 from depthdiff.checkpoint.transaction import check_folder
-from depthdiff.checkpoint.weights import check_variant, has_weights, open_folder, read_tensors, suffixes, weight_files
+from depthdiff.checkpoint.weights import (
+    Source,
+    check_variant,
+    has_weights,
+    open_folder,
+    read_tensors,
+    suffixes,
+    weight_files,
+)
 from depthdiff.checkpoint.write import write_text
 from depthdiff.checks import FLOATS, brief, show
 from depthdiff.config import CheckpointError, FrozenDict, constructor_fields, to_plain
@@ -44,22 +51,10 @@ def load_model(
     overrides: Mapping[str, Any] | None = None,
     **where: Any,
 ) -> Any:
-    """Load a network.
+    """Load a network; see `depthdiff.models.base.Network.from_pretrained`.
 
-    Args:
-        cls: the network's class.
-        name_or_path: a folder or a Hub id.
-        subfolder: of it.
-        torch_dtype: of the weights; float32 if absent, the file's own for "auto".
-        variant: of the weight file, such as "fp16".
-        use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
-        copy: weights into memory of the process's own, rather than map them.
-        overrides: settings that replace those of the config.
-        **where: as in `fetch`.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or does not fit the config.
-        ValueError: an argument that no file can have.
+    `copy` reads weights into memory of the process's own instead of mapping them, and `overrides` are settings that
+    replace those of the config; `where` is as in `fetch`.
     """
     check_dtype(torch_dtype)
     check_names(variant, use_safetensors)
@@ -72,21 +67,23 @@ def load_model(
         config = read_json(folder / "config.json")
         check_class(config, cls.__name__, folder)
         model = build(cls, config, folder / "config.json", overrides or {})
-        wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        dtype = torch.float32 if torch_dtype is None else torch_dtype
         name, sources = open_folder(cls, folder, variant, use_safetensors)
-        state = read_tensors(name, sources, TABLES[cls.__name__], wanted, None if dtype == "auto" else dtype, copy)
-    return fill(model, state)
+        return fill(model, name, sources, TABLES[cls.__name__], torch_dtype, copy)
 
 
-def fill(model: Any, state: Mapping[str, Tensor]) -> Any:
-    """Put weights into a network that `build` made, and set it to evaluation mode."""
+def fill(
+    model: Any, name: str, sources: dict[str, Source], table: Table, torch_dtype: DType, copy: bool = False
+) -> Any:
+    """Read the weights of a network that `build` made from the file `name`, and set it to evaluation mode."""
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    dtype = torch.float32 if torch_dtype is None else torch_dtype
+    state = read_tensors(name, sources, table, wanted, None if isinstance(dtype, str) else dtype, copy)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves out the drawing of first weights, which on the meta device costs a second and draws nothing."""
+    """Skips the drawing of first weights, which on the meta device costs a second and draws nothing."""
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -99,16 +96,10 @@ class Unfilled(TorchFunctionMode):
 
 
 def build(cls: type[Any], config: Mapping[str, Any], source: object, overrides: Mapping[str, Any] = EMPTY) -> Any:
-    """Build a network without memory for its weights.
-
-    Args:
-        cls: the network's class.
-        config: the parsed JSON of its config.
-        source: name of where the config is from, for errors.
-        overrides: settings that replace those of the config.
+    """Build a network without memory for its weights; `source` is the name of the config, for errors.
 
     Raises:
-        CheckpointError: the config describes no network of this class.
+        CheckpointError: the config does not describe a network of this class.
     """
     try:
         with torch.device("meta"), Unfilled():
@@ -117,15 +108,11 @@ def build(cls: type[Any], config: Mapping[str, Any], source: object, overrides: 
         raise CheckpointError(f"{source}: {error}") from error
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
         reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{source} describes no network that can be built: {reason}") from error
+        raise CheckpointError(f"{source} does not describe a network that can be built: {reason}") from error
 
 
 def check_dtype(dtype: object) -> None:
-    """Refuse a dtype in which no weights can be.
-
-    Raises:
-        ValueError: neither a floating-point dtype nor "auto" nor None.
-    """
+    """Refuse a dtype in which no weights can be."""
     known = dtype is None or (isinstance(dtype, str) and dtype == "auto")
     if not known and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
         found = repr(dtype) if isinstance(dtype, torch.dtype) else brief(dtype)
@@ -133,22 +120,14 @@ def check_dtype(dtype: object) -> None:
 
 
 def check_names(variant: object, use_safetensors: object) -> None:
-    """Refuse what cannot be part of a file's name, and a choice of form that is none.
-
-    Raises:
-        ValueError: always names the argument.
-    """
+    """Refuse a variant that cannot be part of a file's name, and a `use_safetensors` that is not a choice."""
     check_variant(variant)
     if use_safetensors is not None and not isinstance(use_safetensors, bool):
         raise ValueError(f"use_safetensors must be True, False or None, got {brief(use_safetensors)}")
 
 
 def check_class(config: Mapping[str, Any], wanted: str, folder: Path) -> None:
-    """Refuse a config that says it belongs to another class; old ones say nothing.
-
-    Raises:
-        CheckpointError: with both names.
-    """
+    """Refuse a config that says it belongs to another class; old ones say nothing."""
     found = [config["_class_name"]] if "_class_name" in config else config.get("architectures") or [wanted]
     if wanted not in found:
         raise CheckpointError(f"{folder / 'config.json'} describes a {found[0]}, expected a {wanted}")

@@ -29,13 +29,7 @@ MAX_JOURNAL = 2**23
 
 
 def check_folder(argument: str, folder: Any) -> Path:
-    """Return the absolute path of a folder that may not exist yet, or refuse what cannot be one.
-
-    Raises:
-        TypeError: not a path.
-        ValueError: an empty path, or one that no file system can hold.
-        NotADirectoryError: it, or what it would be in, is a file.
-    """
+    """Return the absolute path of a folder that may not exist yet, or refuse what cannot be one."""
     check_path(argument, folder)
     if not os.fspath(folder):
         raise ValueError(f'{argument} must name a folder, got an empty text; "." is the present one')
@@ -59,8 +53,7 @@ def replacing(folder: Path, parts: Mapping[str, Sequence[str]]) -> Iterator[Call
         A function from the name of a part to the folder into which its new files are to be written.
 
     Raises:
-        OSError: a file is where a folder is needed or the other way round, or the files cannot be written. Nothing has
-            changed then.
+        OSError: the files cannot be written, or are where folders are needed or vice versa; nothing has changed then.
     """
     made = _make_folders(folder)
     name = fresh_name()
@@ -141,14 +134,9 @@ def _settle(root: Path, locks: _Locks) -> None:
 
 
 class _Lock:
-    """A folder's lock, which waits for whoever holds it; given back when it is forgotten, too.
+    """A folder's lock, released when it is forgotten, too; `works` is whether the file system has such locks.
 
-    Args:
-        folder: that exists.
-        wait: raise BlockingIOError if False and another holds it.
-
-    Attributes:
-        works: whether the file system has such locks.
+    It waits for whoever holds it, or raises BlockingIOError if `wait` is False.
     """
 
     def __init__(self, folder: Path, wait: bool = True) -> None:
@@ -158,7 +146,7 @@ class _Lock:
             self.works = hold(self.descriptor, wait)
 
     def close(self) -> None:
-        """Give it back."""
+        """Release it."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
