@@ -158,31 +158,20 @@ def load_single_components(
     prediction_type: str | None = None,
     **where: Any,
 ) -> dict[str, Any]:
-    """Load every component of a pipeline that is not in `overrides`.
-
-    Args:
-        name: of the file, as in `find_single_file`.
-        overrides: ready components by name, returned as they are.
-        config: folder or Hub id whose configs, tokenizer, scheduler and preprocessor are used; if None, configs are
-            inferred from shapes, and the others are the published ones.
-        torch_dtype: of the weights; float32 if None; for "auto" see `loading.computing_dtype`.
-        prediction_type: what the UNet predicts; "epsilon" if None.
-        **where: as in `depthdiff.checkpoint.hub.fetch`.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, lacks a network, or is of another kind of model.
-        ValueError: `prediction_type` beside a scheduler.
-    """
+    """Load every component of a pipeline that is not in `overrides`; see `FromSingleFileMixin.from_single_file`."""
     check_dtype(torch_dtype)
     check_places(**where)
     if prediction_type is not None and "scheduler" in overrides:
         raise ValueError("prediction_type and scheduler both say what the UNet predicts; give one of them")
-    scheduler = overrides["scheduler"] if "scheduler" in overrides else make_scheduler(prediction_type)
+    predicted = "epsilon" if prediction_type is None else prediction_type
+    scheduler = None
+    if "scheduler" not in overrides:
+        scheduler = PNDMScheduler(**dict[str, Any](SCHEDULER), prediction_type=predicted)
     file = open_single_file(find_single_file(name, **where))
     from_where = {key: value for key, value in where.items() if key != "revision"}
     missing = [component for component in NETWORKS if component not in file.parts and component not in overrides]
     if "unet" not in overrides:
-        refuse_other_unets(file, prediction_type or "epsilon")
+        refuse_other_unets(file, predicted)
     check_known(file)
     if missing:
         arguments = ", ".join(f"{component}=..." for component in missing)
@@ -190,7 +179,7 @@ def load_single_components(
             f"{file.path} holds {' and '.join(file.parts)} alone; pass the rest as {arguments}, or load a whole "
             "pipeline and call its load_single_file with this file"
         )
-    parts = {**overrides, "scheduler": scheduler}
+    parts = {"scheduler": scheduler, **overrides}
     for component in NETWORKS:
         if component not in parts:
             values = None if config is None else read_config(config, component, **from_where)
@@ -212,19 +201,14 @@ def load_single_components(
 def load_into(
     networks: Mapping[str, Any], name: str | os.PathLike[str], *, prediction_type: str = "epsilon", **where: Any
 ) -> dict[str, Any]:
-    """Load the networks that a file holds, with the configs, dtypes and devices of those given.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds networks that do not fit.
-        ValueError: a network that it holds lies in fewer bits than it works in.
-    """
+    """Load the networks that a file holds, with the configs, dtypes and devices of those given."""
     file = open_single_file(find_single_file(name, **where))
     refuse_other_unets(file, prediction_type)
     check_known(file)
     absent = [component for component in file.parts if component not in networks]
     if absent:
         raise CheckpointError(
-            f"{file.path} holds a {absent[0]}, which the pipeline has not; load it as {absent[0]}=..."
+            f"{file.path} holds a {absent[0]}, which the pipeline does not have; load it as {absent[0]}=..."
         )
     for component in file.parts:
         network = networks[component]
@@ -248,17 +232,6 @@ def refuse_other_unets(file: SingleFile, prediction_type: str) -> None:
     if len(first) == 4:
         width = widths[-1] if widths else None
         refuse_other_unet(file.path, {"in_channels": first[1], "cross_attention_dim": width}, prediction_type)
-
-
-def make_scheduler(prediction_type: str | None) -> PNDMScheduler:
-    """Make the published scheduler, for a UNet that predicts what is told.
-
-    Raises:
-        ValueError: nothing that a UNet predicts.
-    """
-    return PNDMScheduler(
-        **dict[str, Any](SCHEDULER), prediction_type="epsilon" if prediction_type is None else prediction_type
-    )
 
 
 def _bundled_tokenizer(file: SingleFile, text_encoder: Any) -> Any:
