@@ -2,7 +2,7 @@
 
 Both directions keep the bits of every weight that a network here reads, and of what both layouts have a place for. Not
 kept, for the other layout has no place for it: of a single file, the text tower's last layer with `text_projection` and
-`logit_scale`, the vision transformer's `head`, and what `tables_ldm.IGNORED` lists; of a folder, `position_ids`.
+`logit_scale`, the vision transformer's `head`, and what `ldm.IGNORED` lists; of a folder, `position_ids`.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class FromSingleFileMixin(DiffusionPipeline):
             torch_dtype: of all weights; float32 if absent; "auto" is the files' own where there is a CUDA device,
                 else bfloat16 if the processor has it, with a float32 depth net, else float32.
             dtype: another name of `torch_dtype`.
-            prediction_type: what the UNet predicts, which no weight tells; "epsilon" if absent.
+            prediction_type: what the UNet predicts, which cannot be seen in weights; "epsilon" if absent.
             revision: branch, tag or commit on the Hub, of the file.
             cache_dir: where downloads are stored; huggingface_hub's own cache if absent.
             token: for gated repositories.
@@ -109,7 +109,7 @@ class FromSingleFileMixin(DiffusionPipeline):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> list[str]:
-        """Put the networks that a file holds in the place of the pipeline's: a fine-tuned UNet, a better autoencoder.
+        """Replace the pipeline's networks by those that a file holds: a fine-tuned UNet, a better autoencoder.
 
         They keep the configs, dtypes and devices of those they replace. All are replaced or none.
 
@@ -128,7 +128,7 @@ class FromSingleFileMixin(DiffusionPipeline):
         Raises:
             CheckpointError: the file is missing, damaged, or its networks are of another geometry.
             ValueError: adapters are loaded or offloading is on; both hold on to the present weights. Or the file has
-                a UNet, and the pipeline's lies in fewer bits than it works in.
+                a UNet, and the pipeline's is stored in fewer bits than it computes in.
         """
         if self.device.type == "meta" or self._offload_device is not None:
             raise ValueError("load_single_file needs weights in place; call remove_all_hooks() first")
@@ -189,7 +189,7 @@ def load_single_components(
     if config is not None:
         if prediction_type is None and "scheduler" not in overrides:
             del parts["scheduler"]
-        parts |= _small_components(config, [slot for slot in COMPONENT_CLASSES if slot not in parts], from_where)
+        parts |= _small_components(config, [name for name in COMPONENT_CLASSES if name not in parts], from_where)
         return parts
     if "tokenizer" not in parts:
         parts["tokenizer"] = _bundled_tokenizer(file, parts["text_encoder"])

@@ -498,7 +498,7 @@ def test_archives_that_swell(folder, state):
             archive.writestr(name, content)
     assert "2 programs" in str(watched(folder, ["pytorch_model.bin"]))
     torch.save({**state, "epoch": 3}, path)
-    assert "'epoch' is no tensor but int" in str(watched(folder, ["pytorch_model.bin"]))
+    assert "'epoch' is not a tensor but int" in str(watched(folder, ["pytorch_model.bin"]))
     torch.save(state, path)
     content, part = path.read_bytes(), f"{program[:-8]}data/0".encode()
     end = content.index(b"PK\x01\x02")  # the list of parts, where each says its size: one says a hundred million

@@ -1,6 +1,7 @@
 """From the shapes in a single file to the configs that its authors kept elsewhere.
 
-What shapes do not tell is as in the published model: heads of 64 channels, norms of 32 groups, GELU, patches of 16.
+What does not follow from them is as in the published model: heads of 64 channels, norms of 32 groups, GELU, patches
+of 16.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ NOT_IN_SHAPES: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("num_attention_heads", "hidden_act", "layer_norm_eps"),
     "depth_estimator": ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_size", "qkv_bias"),
 }  # fmt: skip
-"""Component -> what of its config changes results, and no shape tells."""
+"""Component -> the settings that change results and do not follow from shapes."""
 
 
 def guessed_wrongly(component: str, own: Mapping[str, Any], guess: Mapping[str, Any]) -> list[str]:

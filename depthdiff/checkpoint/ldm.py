@@ -184,7 +184,7 @@ class Comparison:
     wrong: list[str] = field(default_factory=list)
 
     def faults(self, published: int, wanted: int) -> list[str]:
-        """Say what does not fit, the plainest first; `published` and `wanted` are the numbers of keys."""
+        """List what does not fit, the plainest first; `published` and `wanted` are the numbers of keys."""
         faults = self.twice[:1]
         if self.unknown:
             faults.append(

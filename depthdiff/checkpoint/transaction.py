@@ -213,7 +213,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _check_part(folder: Path, part: str, patterns: Sequence[str]) -> None:
-    """Refuse a file in the place of a part, and a folder or a read-only file in that of one of its files."""
+    """Refuse a file where a part is needed, and a folder or a read-only file where one of its files is."""
     place = folder / part
     if os.path.lexists(place) and not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder is needed; move it away", str(place))

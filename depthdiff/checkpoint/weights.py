@@ -171,7 +171,7 @@ def _open_safetensors(path: Path, most: int) -> safe_open:
     if is_pickle(start):
         raise CheckpointError(f"{path} is a pickle under the name of a safetensors file; name it .bin")
     if start[8:9] != b"{":
-        raise CheckpointError(f"{path} is no safetensors file: it does not begin with a header; download it again")
+        raise CheckpointError(f"{path} is not a safetensors file: it does not begin with a header; download it again")
     length = int.from_bytes(start[:8], "little")
     if length > most:
         raise CheckpointError(f"{path} claims a header of {length:,} bytes, at most {most:,} are read; is it damaged?")
@@ -226,7 +226,7 @@ def open_pickle(path: Path) -> dict[str, Source]:
     for key, tensor in content.items():
         if not _is_weight(tensor):
             raise CheckpointError(
-                f"{path}: {key[:80]!r} is no tensor but {type(tensor).__name__}; is it a file of weights?"
+                f"{path}: {key[:80]!r} is not a tensor but {type(tensor).__name__}; is it a file of weights?"
             )
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: {key[:80]!r} claims more numbers than the file holds; it is damaged")
