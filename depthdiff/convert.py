@@ -2,7 +2,7 @@
 
 Both directions keep the bits of every weight that a network here reads, and of what both layouts have a place for. Not
 kept, for the other layout has no place for it: of a single file, the text tower's last layer with `text_projection` and
-`logit_scale`, the vision transformer's `head`, and what `tables_ldm.IGNORED` lists; of a folder, `position_ids`.
+`logit_scale`, the vision transformer's `head`, and what `ldm.IGNORED` lists; of a folder, `position_ids`.
 """
 
 from __future__ import annotations
@@ -15,33 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.hub import read_json
+from depthdiff.checkpoint.ldm import KEPT, PREFIXES, TABLES, TABLES_LDM, Table, split_part
 from depthdiff.checkpoint.loading import build, check_class
-from depthdiff.checkpoint.mapped import give_back
-from depthdiff.checkpoint.remap import Table, split_part
-from depthdiff.checkpoint.saving import INDEX, model_index, owned_files, write_config, write_json
+from depthdiff.checkpoint.save import (
+    INDEX,
+    Entry,
+    model_index,
+    owned_files,
+    write_config,
+    write_json,
+    write_safetensors,
+)
 from depthdiff.checkpoint.single_file import check_known, find_single_file, open_single_file, read_config
-from depthdiff.checkpoint.stream import Entry, write_safetensors
-from depthdiff.checkpoint.tables import TABLES
-from depthdiff.checkpoint.tables_ldm import KEPT, PREFIXES, TABLES_LDM
 from depthdiff.checkpoint.transaction import check_folder, replacing, settle
-from depthdiff.checkpoint.weights import DTYPES, Source, check_floats, open_folder
+from depthdiff.checkpoint.weights import DTYPE_NAMES, Source, check_floats, give_back, open_folder
 from depthdiff.checkpoint.write import check_target, files_below, refuse_same_file
 from depthdiff.config import CheckpointError
 from depthdiff.registry import CLASSES
 from depthdiff.single_files import load_single_components, refuse_other_unets
 
-KEPT_TABLE = Table(KEPT)
-
 
 def to_single_file(folder: Path, target: Path, *, dtype: torch.dtype | None = None, variant: str | None = None) -> None:
     """Write the networks of a folder into one file.
 
-    Args:
-        folder: with `model_index.json` and a folder for every network.
-        target: the file; one that exists is replaced whole.
-        dtype: to cast to; None leaves the folder's own.
-        variant: of the folder's weight files, such as "fp16".
+    `dtype` None leaves the folder's own; `variant` is of its weight files, such as "fp16".
 
     Raises:
         CheckpointError: the folder is damaged, its networks have no place in a single file, or the target is one of
@@ -60,10 +58,9 @@ def to_single_file(folder: Path, target: Path, *, dtype: torch.dtype | None = No
         check_class(config, cls.__name__, place)
         model = build(cls, config, place / "config.json")
         name, sources = open_folder(cls, place, variant)
-        names = Names(TABLES[cls.__name__], TABLES_LDM[cls.__name__](model.config), model, convolve=True)
-        kept = _kept(sources, back=False) if component == "depth_estimator" else {}
-        rows = names.convert(name, sources) | {key: [old] for key, old in kept.items()}
-        entries += make_entries(PREFIXES[component], rows, names.shapes, sources, names.source, dtype)
+        tables = TABLES[cls.__name__], TABLES_LDM[cls.__name__](model.config)
+        kept = KEPT if component == "depth_estimator" else {}
+        entries += _convert(name, model, sources, *tables, dtype, kept, prefix=PREFIXES[component], convolve=True)
     write_safetensors(target, entries, follow=True)
 
 
@@ -77,12 +74,8 @@ def to_folder(
 ) -> None:
     """Write the networks of a single file, with what else a pipeline needs, into a folder.
 
-    Args:
-        file: as in `find_single_file`.
-        target: the folder; of what it holds, only files of the names that are written are replaced, all or none.
-        dtype: to cast to; None leaves the file's own.
-        config: as in `load_single_components`.
-        prediction_type: what the UNet predicts; "epsilon" if None.
+    Of what the target holds, only files of the names that are written are replaced, all or none. `dtype` None leaves
+    the file's own; `config` and `prediction_type` are as in `from_single_file`.
 
     Raises:
         CheckpointError: the file is damaged or lacks a network, or it is inside the target.
@@ -112,98 +105,64 @@ def to_folder(
         for component, model in models.items():
             write_config(model, staged(component))
             part = opened.parts[component]
-            names = Names(part.table(model), TABLES[CLASSES[component].__name__], model, convolve=False)
-            kept = _kept(part.sources, back=True) if component == "depth_estimator" else {}
-            rows = names.convert(str(file), part.sources) | {key: [old] for key, old in kept.items()}
-            entries = make_entries("", rows, names.shapes, part.sources, names.source, dtype)
+            tables = part.table(model), TABLES[CLASSES[component].__name__]
+            kept = {new: old for old, new in KEPT.items()} if component == "depth_estimator" else {}
+            entries = _convert(str(file), model, part.sources, *tables, dtype, kept)
             write_safetensors(staged(component) / f"{model.weights_name}.safetensors", entries)
         for name, other in components.items():
             if name not in models:
                 other.save_pretrained(staged(name))
 
 
-class Names:
-    """The keys of a network in two layouts.
-
-    Args:
-        source: the table of the layout that is read.
-        target: the table of the layout that is written.
-        model: the network; its weights are not read.
-        convolve: write layers that may be 1x1 convolutions as such, as the single file does.
-    """
-
-    def __init__(self, source: Table, target: Table, model: Any, *, convolve: bool) -> None:
-        self.source, self.target, self.convolve = source, target, convolve
-        self.wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def convert(self, name: str, sources: Mapping[str, Source]) -> dict[str, list[str]]:
-        """Return, for every key to be written, the keys to be read, several where they are stacked.
-
-        Raises:
-            CheckpointError: the file `name` does not fit the network, or the network the layout.
-        """
-        pairs = self.source.assign(name, self.source.cut({k: s.shape for k, s in sources.items()}), self.wanted)
-        check_floats(pairs.values(), sources)
-        stacks: dict[str, dict[int, str]] = {}
-        for ours, key in pairs.items():
-            try:
-                part, whole = split_part(self.target.published(ours))
-            except KeyError as error:
-                raise CheckpointError(f"{name}: the layer {ours!r} has no name in the other layout") from error
-            stacks.setdefault(whole, {})[part or 0] = key
-            shape = self.wanted[ours]
-            if part is not None:
-                shape = (shape[0] * self.target.parts(whole), *shape[1:])
-            convolved = self.convolve and len(shape) == 2 and self.target.is_reshaped(ours)
-            self.shapes[whole] = (*shape, 1, 1) if convolved else shape
-        return {whole: [parts[i] for i in sorted(parts)] for whole, parts in stacks.items()}
-
-
-def _kept(sources: Mapping[str, Source], *, back: bool) -> dict[str, str]:
-    """Find tensors that no network reads but both layouts have: new key -> old key."""
-    translate = KEPT_TABLE.published if back else KEPT_TABLE.ours
-    found = {}
-    for key in sources:
-        try:
-            found[str(translate(key))] = key
-        except KeyError:  # an ordinary tensor
-            continue
-    return found
-
-
-def make_entries(
-    prefix: str,
-    rows: Mapping[str, list[str]],
-    shapes: Mapping[str, tuple[int, ...]],
+def _convert(
+    name: str,
+    model: Any,
     sources: Mapping[str, Source],
-    table: Table,
+    old: Table,
+    new: Table,
     dtype: torch.dtype | None,
+    kept: Mapping[str, str],
+    *,
+    prefix: str = "",
+    convolve: bool = False,
 ) -> list[Entry]:
-    """Say how every tensor is read, and how its file's pages are given back.
+    """List the tensors to write in the layout of table `new`, and how each is read from the file `name` of table `old`.
 
-    Args:
-        prefix: of the keys to be written.
-        rows: key to be written -> keys to be read.
-        shapes: key to be written -> shape; that of the tensor read if absent.
-        sources: key to be read -> tensor.
-        table: of the layout that is read.
-        dtype: to cast to; None leaves the file's own.
+    `kept` are layers that no network reads, old name -> new; with `convolve`, layers that may be 1x1 convolutions are
+    written as such.
     """
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    pairs = old.assign(name, old.cut({key: source.shape for key, source in sources.items()}), wanted)
+    check_floats(pairs.values(), sources)
+    stacks: dict[str, dict[int, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ours, key in pairs.items():
+        try:
+            part, whole = split_part(new.published(ours))
+        except KeyError as error:
+            raise CheckpointError(f"{name}: the layer {ours!r} has no name in the other layout") from error
+        stacks.setdefault(whole, {})[part or 0] = key
+        shape = wanted[ours]
+        if part is not None:
+            shape = (shape[0] * new.parts(whole), *shape[1:])
+        shapes[whole] = (*shape, 1, 1) if convolve and len(shape) == 2 and new.is_reshaped(ours) else shape
+    rows = {whole: [parts[i] for i in sorted(parts)] for whole, parts in stacks.items()}
+    for one, other in kept.items():
+        rows |= {f"{other}.{leaf}": [f"{one}.{leaf}"] for leaf in ("weight", "bias") if f"{one}.{leaf}" in sources}
     entries = []
-    for new, old in rows.items():
-        parts = [sources[split_part(key)[1]] for key in old]
+    for key, keys in rows.items():
+        parts = [sources[split_part(key)[1]] for key in keys]
         own = parts[0].dtype if len({part.dtype for part in parts}) == 1 else "F32"
-        shape = shapes.get(new, parts[0].shape)
-        read = partial(_read, old, sources, table, shape)
-        kind = own if dtype is None else DTYPES[dtype]
-        entries.append(Entry(prefix + new, kind, shape, read, partial(_give_back, parts)))
+        shape = shapes.get(key, parts[0].shape)
+        read = partial(_read, keys, sources, old, shape)
+        kind = own if dtype is None else DTYPE_NAMES[dtype]
+        entries.append(Entry(prefix + key, kind, shape, read, partial(_give_back, parts)))
     return entries
 
 
-def _read(old: list[str], sources: Mapping[str, Source], table: Table, shape: tuple[int, ...]) -> Tensor:
+def _read(keys: list[str], sources: Mapping[str, Source], table: Table, shape: tuple[int, ...]) -> Tensor:
     tensors = []
-    for key in old:
+    for key in keys:
         part, whole = split_part(key)
         tensor = sources[whole].get()
         tensors.append(tensor if part is None else tensor.chunk(table.parts(whole))[part])

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.hub import fetch
+from depthdiff.checkpoint.hub import fetch, read_json
 from depthdiff.checkpoint.transaction import check_folder
 from depthdiff.checkpoint.write import write_text
 from depthdiff.checks import brief, check_dense, check_number, check_tensor, plain, show

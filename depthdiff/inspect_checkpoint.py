@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -10,14 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.header import FLOATS, ITEM_SIZES, is_pickle, read_start
-from depthdiff.checkpoint.hub import BUNDLED, bundled
-from depthdiff.checkpoint.kinds import refuse_other_kinds
+from depthdiff.checkpoint.hub import BUNDLED, bundled, read_json, refuse_other_kinds
+from depthdiff.checkpoint.ldm import TABLES
 from depthdiff.checkpoint.loading import build, check_class
 from depthdiff.checkpoint.single_file import LDM, open_single_file
-from depthdiff.checkpoint.tables import TABLES
-from depthdiff.checkpoint.weights import Source, open_folder
+from depthdiff.checkpoint.weights import DTYPE_NAMES, FLOAT_NAMES, Source, is_pickle, open_folder, read_start
 from depthdiff.config import CheckpointError
 from depthdiff.models.base import Network
 from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class
@@ -25,23 +23,15 @@ from depthdiff.single_files import refuse_other_unets
 
 LAYOUTS = {LDM: "single file of Stability's own code (ldm)", "diffusers": "folder of diffusers"}
 Config = Mapping[str, Any]
+BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass
 class Component:
-    """One part of a checkpoint.
+    """One part of a checkpoint: what it holds, and in `problems` why it will not load.
 
-    Attributes:
-        name: such as "unet".
-        kind: the class that loads it.
-        parameters: how many weights a network has, those that are ignored included.
-        nbytes: their size.
-        dtypes: type of numbers -> how many tensors.
-        config: the most telling sizes.
-        ignored: keys that no layer reads.
-        missing: keys that are not there.
-        unknown: keys that match no layer.
-        problems: why it will not load; empty where it will.
+    `parameters` counts the weights of a network, those that are ignored included; `dtypes` is the type of numbers ->
+    how many tensors; `ignored`, `missing` and `unknown` are keys.
     """
 
     name: str
@@ -58,17 +48,10 @@ class Component:
 
 @dataclass
 class Report:
-    """What `inspect` found.
+    """What `inspect` found: the parts, and why the whole will not load.
 
-    Attributes:
-        path: of the file or folder.
-        layout: of its names, or "unknown".
-        form: "safetensors", "pickle", or both.
-        nbytes: of all its weight files.
-        components: its parts.
-        ignored: keys of a single file that belong to no network -> the reason.
-        problems: why it will not load as a whole.
-        remedies: what to do about parts that are not there.
+    `ignored` are keys of a single file that belong to no network -> the reason; `remedies` says what to do about parts
+    that are not there.
     """
 
     path: Path
@@ -82,11 +65,11 @@ class Report:
 
     @property
     def loads(self) -> bool:
-        """Whether it will load: a whole pipeline, or a part of one into a pipeline."""
+        """Return whether it will load: a whole pipeline, or a part of one into a pipeline."""
         return not self.problems and not any(component.problems for component in self.components)
 
     def text(self) -> str:
-        """Say it all in lines."""
+        """Return the report as lines of text."""
         lines = [f"{self.path}: {self.layout}{f', {self.form}' if self.form else ''}, {self.nbytes:,} bytes"]
         for part in self.components:
             lines += _describe(part)
@@ -112,16 +95,10 @@ def _describe(part: Component) -> list[str]:
 
 
 def inspect(path: str | os.PathLike[str]) -> Report:
-    """Infer what a file or folder is and whether it will load, without reading tensors.
+    """Infer what a file or folder, or "mini", is and whether it will load, without reading tensors.
 
     A pickle's program is run by torch's interpreter, which knows nothing but tensors; those in files of torch before
-    version 1.6 cannot be mapped and are read.
-
-    Args:
-        path: a single file, a pipeline's folder, a network's folder, or "mini".
-
-    Returns:
-        A report; what is wrong with the checkpoint is in it and is not raised.
+    version 1.6 cannot be mapped and are read. What is wrong with the checkpoint is in the report and is not raised.
     """
     place = bundled() if path == BUNDLED else Path(path)
     report = Report(place)
@@ -147,8 +124,7 @@ SIZES = {
 
 def _inspect_file(report: Report) -> None:
     report.nbytes = report.path.stat().st_size
-    start, _ = read_start(report.path)
-    report.form = "pickle" if is_pickle(start) else "safetensors"
+    report.form = "pickle" if is_pickle(read_start(report.path)) else "safetensors"
     file = open_single_file(report.path)
     report.layout = LAYOUTS[next(iter(file.parts.values())).layout]
     report.ignored = file.ignored
@@ -157,22 +133,15 @@ def _inspect_file(report: Report) -> None:
         report.problems.append(f"{len(file.unknown)} keys belong to no network, first: {first}")
     for component in (name for name in CLASSES if name in file.parts):
         part = file.parts[component]
-        needs_config = part.layout != LDM
         found = Component(component, CLASSES[component].__name__)
         report.components.append(found)
         _count(found, part.sources)
-        if needs_config:
+        if part.layout != LDM:
             report.remedies.append(f"{component} comes without a config; load it into a pipeline, or pass config=...")
             continue
-
-        def config(part: Any = part) -> Config:
-            return part.infer(str(report.path))
-
+        config = partial(part.infer, str(report.path))
         _inspect_network(found, CLASSES[component], config, part.sources, part.table)
-    try:
-        refuse_other_unets(file, "epsilon")
-    except CheckpointError as error:
-        report.problems.append(str(error))
+    report.problems += _problems(partial(refuse_other_unets, file, "epsilon"))
     missing = [component for component in CLASSES if component not in file.parts]
     if missing:
         report.remedies.append(f"it has no {', '.join(missing)}: load it into a pipeline with load_single_file")
@@ -205,12 +174,10 @@ def _inspect_folder(report: Report) -> None:
             part = Component(name, kind.__name__)
             report.components.append(part)
             part.problems += _problems(partial(kind.from_pretrained, folder, subfolder=name))
-    where = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
-    report.problems += _problems(lambda: refuse_other_kinds(folder, index, *where))
+    report.problems += _problems(partial(refuse_other_kinds, folder, index, folder))
 
 
 def _inspect_part(report: Report, name: str, folder: Path) -> None:
-    """Look at a network in its own folder."""
     cls = CLASSES[name]
     part = Component(name, cls.__name__)
     report.components.append(part)
@@ -236,11 +203,9 @@ def _inspect_part(report: Report, name: str, folder: Path) -> None:
 
 def _count(part: Component, sources: Mapping[str, Source]) -> None:
     for source in sources.values():
-        count = 1
-        for size in source.shape:
-            count *= size
-        part.nbytes += count * ITEM_SIZES.get(source.dtype, 0)
-        part.parameters += count if source.dtype in FLOATS else 0
+        count = math.prod(source.shape)
+        part.nbytes += count * BYTES.get(source.dtype, 0)
+        part.parameters += count if source.dtype in FLOAT_NAMES else 0
     part.dtypes = dict(Counter(source.dtype for source in sources.values()).most_common())
 
 
@@ -251,7 +216,6 @@ def _inspect_network(
     sources: Mapping[str, Source],
     table: Callable[[Any], Any],
 ) -> None:
-    """Compare a network's tensors with what its config promises."""
     try:
         model = build(cls, config(), part.name)
     except CheckpointError as error:
@@ -264,7 +228,9 @@ def _inspect_network(
     found = names.compare(published, wanted)
     part.ignored, part.missing, part.unknown = found.ignored, found.missing, found.unknown
     part.problems += found.faults(len(published), len(wanted))
-    strange = [key for key, source in sources.items() if source.dtype not in FLOATS and key in found.pairs.values()]
+    strange = [
+        key for key, source in sources.items() if source.dtype not in FLOAT_NAMES and key in found.pairs.values()
+    ]
     part.problems += [f"{key!r} holds no floating-point numbers" for key in strange[:1]]
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 import depthdiff.fast as fast
 from depthdiff.checkpoint.hub import BUNDLED
-from depthdiff.checkpoint.saving import model_index, save_components
+from depthdiff.checkpoint.save import model_index, save_components
 from depthdiff.checks import check_flag, check_number, nearest, show
 from depthdiff.config import FrozenDict
 from depthdiff.devices import DeviceMixin, device_of

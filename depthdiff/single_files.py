@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from depthdiff.checkpoint.geometry import SCHEDULER
-from depthdiff.checkpoint.hub import fetch_config
-from depthdiff.checkpoint.kinds import CHANNELS, DEPTH_MODEL, name_kind
+from depthdiff.checkpoint.hub import fetch_config, refuse_other_unet
 from depthdiff.checkpoint.loading import check_dtype
 from depthdiff.checkpoint.single_file import (
     LDM,
@@ -68,7 +67,7 @@ class FromSingleFileMixin(DiffusionPipeline):
             torch_dtype: of all weights; float32 if absent; "auto" is the files' own where there is a CUDA device,
                 else bfloat16 if the processor has it, with a float32 depth net, else float32.
             dtype: another name of `torch_dtype`.
-            prediction_type: what the UNet predicts, which no weight tells; "epsilon" if absent.
+            prediction_type: what the UNet predicts, which cannot be seen in weights; "epsilon" if absent.
             revision: branch, tag or commit on the Hub, of the file.
             cache_dir: where downloads are stored; huggingface_hub's own cache if absent.
             token: for gated repositories.
@@ -110,7 +109,7 @@ class FromSingleFileMixin(DiffusionPipeline):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> list[str]:
-        """Put the networks that a file holds in the place of the pipeline's: a fine-tuned UNet, a better autoencoder.
+        """Replace the pipeline's networks by those that a file holds: a fine-tuned UNet, a better autoencoder.
 
         They keep the configs, dtypes and devices of those they replace. All are replaced or none.
 
@@ -129,7 +128,7 @@ class FromSingleFileMixin(DiffusionPipeline):
         Raises:
             CheckpointError: the file is missing, damaged, or its networks are of another geometry.
             ValueError: adapters are loaded or offloading is on; both hold on to the present weights. Or the file has
-                a UNet, and the pipeline's lies in fewer bits than it works in.
+                a UNet, and the pipeline's is stored in fewer bits than it computes in.
         """
         if self.device.type == "meta" or self._offload_device is not None:
             raise ValueError("load_single_file needs weights in place; call remove_all_hooks() first")
@@ -159,31 +158,20 @@ def load_single_components(
     prediction_type: str | None = None,
     **where: Any,
 ) -> dict[str, Any]:
-    """Load every component of a pipeline that is not in `overrides`.
-
-    Args:
-        name: of the file, as in `find_single_file`.
-        overrides: ready components by name, returned as they are.
-        config: folder or Hub id whose configs, tokenizer, scheduler and preprocessor are used; if None, configs are
-            inferred from shapes, and the others are the published ones.
-        torch_dtype: of the weights; float32 if None; for "auto" see `loading.computing_dtype`.
-        prediction_type: what the UNet predicts; "epsilon" if None.
-        **where: as in `depthdiff.checkpoint.hub.fetch`.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, lacks a network, or is of another kind of model.
-        ValueError: `prediction_type` beside a scheduler.
-    """
+    """Load every component of a pipeline that is not in `overrides`; see `FromSingleFileMixin.from_single_file`."""
     check_dtype(torch_dtype)
     check_places(**where)
     if prediction_type is not None and "scheduler" in overrides:
         raise ValueError("prediction_type and scheduler both say what the UNet predicts; give one of them")
-    scheduler = overrides["scheduler"] if "scheduler" in overrides else make_scheduler(prediction_type)
+    predicted = "epsilon" if prediction_type is None else prediction_type
+    scheduler = None
+    if "scheduler" not in overrides:
+        scheduler = PNDMScheduler(**dict[str, Any](SCHEDULER), prediction_type=predicted)
     file = open_single_file(find_single_file(name, **where))
     from_where = {key: value for key, value in where.items() if key != "revision"}
     missing = [component for component in NETWORKS if component not in file.parts and component not in overrides]
     if "unet" not in overrides:
-        refuse_other_unets(file, prediction_type or "epsilon")
+        refuse_other_unets(file, predicted)
     check_known(file)
     if missing:
         arguments = ", ".join(f"{component}=..." for component in missing)
@@ -191,7 +179,7 @@ def load_single_components(
             f"{file.path} holds {' and '.join(file.parts)} alone; pass the rest as {arguments}, or load a whole "
             "pipeline and call its load_single_file with this file"
         )
-    parts = {**overrides, "scheduler": scheduler}
+    parts = {"scheduler": scheduler, **overrides}
     for component in NETWORKS:
         if component not in parts:
             values = None if config is None else read_config(config, component, **from_where)
@@ -201,7 +189,7 @@ def load_single_components(
     if config is not None:
         if prediction_type is None and "scheduler" not in overrides:
             del parts["scheduler"]
-        parts |= _small_components(config, [slot for slot in COMPONENT_CLASSES if slot not in parts], from_where)
+        parts |= _small_components(config, [name for name in COMPONENT_CLASSES if name not in parts], from_where)
         return parts
     if "tokenizer" not in parts:
         parts["tokenizer"] = _bundled_tokenizer(file, parts["text_encoder"])
@@ -213,19 +201,14 @@ def load_single_components(
 def load_into(
     networks: Mapping[str, Any], name: str | os.PathLike[str], *, prediction_type: str = "epsilon", **where: Any
 ) -> dict[str, Any]:
-    """Load the networks that a file holds, with the configs, dtypes and devices of those given.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds networks that do not fit.
-        ValueError: a network that it holds lies in fewer bits than it works in.
-    """
+    """Load the networks that a file holds, with the configs, dtypes and devices of those given."""
     file = open_single_file(find_single_file(name, **where))
     refuse_other_unets(file, prediction_type)
     check_known(file)
     absent = [component for component in file.parts if component not in networks]
     if absent:
         raise CheckpointError(
-            f"{file.path} holds a {absent[0]}, which the pipeline has not; load it as {absent[0]}=..."
+            f"{file.path} holds a {absent[0]}, which the pipeline does not have; load it as {absent[0]}=..."
         )
     for component in file.parts:
         network = networks[component]
@@ -240,38 +223,15 @@ def load_into(
 
 
 def refuse_other_unets(file: SingleFile, prediction_type: str) -> None:
-    """Refuse a file whose UNet does not take depth.
-
-    Raises:
-        CheckpointError: names what it is, and what would do.
-    """
+    """Refuse a file whose UNet does not take depth; errors as in `refuse_other_unet`."""
     if "unet" not in file.parts:
         return
     part = file.parts["unet"]
-    ldm = part.layout == LDM
-    first, width = part.shapes.get("input_blocks.0.0.weight" if ldm else "conv_in.weight", ()), None
-    for key, shape in part.shapes.items():
-        if key.endswith("attn2.to_k.weight") and len(shape) == 2:
-            width = shape[1]
-    if len(first) != 4 or first[1] == CHANNELS:
-        return
-    kind, useful = name_kind({"in_channels": first[1], "cross_attention_dim": width}, prediction_type)
-    raise CheckpointError(
-        f"{file.path} is {kind}: its UNet takes {first[1]} channels, depth-to-image needs {CHANNELS}, the last being "
-        f"depth. It is good for {useful}. Use a depth-to-image checkpoint such as {DEPTH_MODEL}, or pass the UNet of "
-        "one as unet=..."
-    )
-
-
-def make_scheduler(prediction_type: str | None) -> PNDMScheduler:
-    """Make the published scheduler, for a UNet that predicts what is told.
-
-    Raises:
-        ValueError: nothing that a UNet predicts.
-    """
-    return PNDMScheduler(
-        **dict[str, Any](SCHEDULER), prediction_type="epsilon" if prediction_type is None else prediction_type
-    )
+    first = part.shapes.get("input_blocks.0.0.weight" if part.layout == LDM else "conv_in.weight", ())
+    widths = [s[1] for key, s in part.shapes.items() if key.endswith("attn2.to_k.weight") and len(s) == 2]
+    if len(first) == 4:
+        width = widths[-1] if widths else None
+        refuse_other_unet(file.path, {"in_channels": first[1], "cross_attention_dim": width}, prediction_type)
 
 
 def _bundled_tokenizer(file: SingleFile, text_encoder: Any) -> Any:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from depthdiff import AutoencoderKL, CLIPTextModel, DPTForDepthEstimation, UNet2DConditionModel
-from depthdiff.checkpoint.tables_ldm import PREFIXES
+from depthdiff.checkpoint.ldm import PREFIXES
 
 KEYS = Path(__file__).parent.parent / "tests" / "data" / "keys_ldm.txt.gz"
 UNET = {

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from depthdiff import CheckpointError, StableDiffusionDepth2ImgPipeline
-from depthdiff.checkpoint.stream import Entry, write_safetensors
+from depthdiff.checkpoint.save import Entry, write_safetensors
 from depthdiff.convert import to_folder, to_single_file
 from tests.ldm import SMALL, random_twins
 
@@ -191,9 +191,9 @@ def test_a_stack_of_two_types_loses_nothing(place, tmp_path):
 PEAK = """
 import resource, sys, torch
 from pathlib import Path
-from depthdiff.checkpoint.stream import Entry, write_safetensors
+from depthdiff.checkpoint.save import Entry, write_safetensors
 from depthdiff.checkpoint.weights import open_safetensors
-from depthdiff.checkpoint.mapped import give_back
+from depthdiff.checkpoint.weights import give_back
 def peak():
     [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024

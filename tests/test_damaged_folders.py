@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save
 
 from depthdiff import CheckpointError, CLIPTextModel
-from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.header import read_header
-from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.hub import read_json
+from depthdiff.checkpoint.ldm import TABLES
+from depthdiff.checkpoint.weights import read_header
 
 CONFIG = {
     "architectures": ["CLIPTextModel"], "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12,
@@ -348,6 +348,8 @@ HARMLESS = {
     "other_keys",
     "wrong_length",
     "wrong_shape",
+    "repeated_key",  # the library takes the last
+    "junk_in_entry",  # and ignores a fourth item
 }
 """Faults that a file may have and still say plainly what its tensors are, such as other bytes for a weight."""
 
@@ -373,7 +375,7 @@ def test_safetensors(folder, state, fault, count):
                 ours = TABLES["CLIPTextModel"].ours(key)
                 assert torch.equal(mine[ours].nan_to_num(1e9), value.nan_to_num(1e9))
     assert loaded == (count if fault is not_finite else 0) or fault.__name__ in HARMLESS
-    assert loaded < 60 or fault is not_finite
+    assert loaded < 60 or fault in (not_finite, repeated_key)
 
 
 # Pickles
@@ -496,7 +498,7 @@ def test_archives_that_swell(folder, state):
             archive.writestr(name, content)
     assert "2 programs" in str(watched(folder, ["pytorch_model.bin"]))
     torch.save({**state, "epoch": 3}, path)
-    assert "'epoch' is no tensor but int" in str(watched(folder, ["pytorch_model.bin"]))
+    assert "'epoch' is not a tensor but int" in str(watched(folder, ["pytorch_model.bin"]))
     torch.save(state, path)
     content, part = path.read_bytes(), f"{program[:-8]}data/0".encode()
     end = content.index(b"PK\x01\x02")  # the list of parts, where each says its size: one says a hundred million
@@ -614,10 +616,7 @@ def test_links(folder, state):
 
 
 MESSAGES = {
-    "cut off": (
-        lambda w: w[:-100],
-        r"is cut off: its header promises [\d,]+ bytes of weights, there are [\d,]+; .*download it",
-    ),
+    "cut off": (lambda w: w[:-100], r"is damaged or cut off: .*Download it again"),
     "Git-LFS pointer": (
         lambda w: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3463726504\n",
         "is a Git-LFS pointer, a note of where the file of 3,463,726,504 bytes is; run `git lfs pull`",
@@ -647,27 +646,27 @@ def test_what_lies_there_instead_is_named(folder, state, case):
             CLIPTextModel.from_pretrained(folder)
 
 
-PLACES = {  # of two tensors of 8 bytes, bytes of data, message
-    "overlap": ([0, 8], [4, 12], 12, "'b' overlaps the tensor before it"),
-    "same place": ([0, 8], [0, 8], 8, "'b' overlaps the tensor before it"),
-    "gap": ([0, 8], [12, 20], 20, "'b' leaves a gap before it"),
-    "beyond the end": ([0, 8], [8, 16], 12, "promises 16 bytes of weights, there are 12"),
-    "more than promised": ([0, 8], [8, 16], 20, "has 4 bytes more than its header promises"),
-    "too small": ([0, 8], [8, 12], 12, "'b'.* needs 8 bytes, its place has 4"),
-    "backwards": ([0, 8], [16, 8], 16, "'b'.* needs 8 bytes, its place has -8"),
-    "before the data": ([-8, 0], [0, 8], 8, "'a'.* must be whole numbers from 0"),
-    "truth value": ([False, 8], [8, 16], 16, "'a'.* must be whole numbers from 0"),
-    "fraction": ([0.0, 8.0], [8, 16], 16, "'a'.* must be whole numbers from 0"),
+PLACES = {  # of two tensors of 8 bytes, bytes of data
+    "overlap": ([0, 8], [4, 12], 12),
+    "same place": ([0, 8], [0, 8], 8),
+    "gap": ([0, 8], [12, 20], 20),
+    "beyond the end": ([0, 8], [8, 16], 12),
+    "more than promised": ([0, 8], [8, 16], 20),
+    "too small": ([0, 8], [8, 12], 12),
+    "backwards": ([0, 8], [16, 8], 16),
+    "before the data": ([-8, 0], [0, 8], 8),
+    "truth value": ([False, 8], [8, 16], 16),
+    "fraction": ([0.0, 8.0], [8, 16], 16),
 }
 
 
 @pytest.mark.parametrize("case", PLACES)
-def test_places_are_checked_before_the_library_sees_the_file(tmp_path, case):
-    first, second, size, message = PLACES[case]
+def test_places_are_checked_by_the_library(tmp_path, case):
+    first, second, size = PLACES[case]
     places = {"a": first, "b": second}
     header = {key: {"dtype": "F32", "shape": [2], "data_offsets": place} for key, place in places.items()}
     (tmp_path / "x.safetensors").write_bytes(pack(header, bytes(size)))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors is damaged or cut off: .*Download it again"):
         read_header(tmp_path / "x.safetensors")
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from depthdiff import AutoencoderKL, CheckpointError, StableDiffusionDepth2ImgPipeline
-from depthdiff.checkpoint import pickles
+from depthdiff.checkpoint import weights
 from tests.ldm import Geometry, random_twins
 
 TINY = Geometry(channels=(32, 64), attended=(True, False), layers=1, context=64, vae=(32, 64), vae_layers=1,
@@ -145,7 +145,7 @@ def test_damaged_safetensors(tensors, tmp_path, rounds):
             expected = load_file(path)["first_stage_model.encoder.conv_in.weight"]
             assert torch.equal(state["encoder.conv_in.weight"], expected)
         path.unlink()
-    assert loaded <= rounds / 10
+    assert loaded <= rounds / 4  # a name that is there twice is, as in the library, the last
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
@@ -196,11 +196,11 @@ def test_pickles_with_code_are_refused_and_not_run(tensors, tmp_path, form):
 
 def test_torch_refuses_what_the_look_through_would_have_let_by(tensors, tmp_path, monkeypatch):
     mark = tmp_path / "mark"
-    monkeypatch.setattr(pickles, "_refuse_code", lambda path, names: None)
+    monkeypatch.setattr(weights, "_is_harmless", lambda name: True)
     for number, attack in enumerate(attacks(mark)):
         torch.save({"state_dict": dict(tensors), "extra": attack}, tmp_path / f"{number}.ckpt")
         with pytest.raises(CheckpointError, match="cannot be read as a pickle of tensors"):
-            pickles.read_pickle(tmp_path / f"{number}.ckpt")
+            weights.open_pickle(tmp_path / f"{number}.ckpt")
         assert not mark.exists()
 
 
@@ -230,10 +230,10 @@ def test_the_look_through_lets_by_what_makes_tensors_alone(tmp_path):
             place = (number + len(full)) % 5
             path.write_bytes(b"".join(program if i == place else nothing for i in range(5)))
             with pytest.raises(CheckpointError, match=rf"it would use {re.escape(full)}\. Nothing of it was run"):
-                pickles.read_pickle(path)
+                weights.open_pickle(path)
     path.write_bytes(b"\x80\x02\x82\x07." + nothing * 4)
     with pytest.raises(CheckpointError, match=r"it would use extension\.7\. Nothing"):
-        pickles.read_pickle(path)
+        weights.open_pickle(path)
 
 
 def test_archives_that_unpack_to_more_or_elsewhere(tensors, tmp_path):

@@ -3,9 +3,8 @@
 import pytest
 
 from depthdiff.checkpoint.geometry import INFER, Shapes
+from depthdiff.checkpoint.ldm import PREFIXES, TABLES_LDM, split_part
 from depthdiff.checkpoint.loading import build
-from depthdiff.checkpoint.remap import split_part
-from depthdiff.checkpoint.tables_ldm import PREFIXES, TABLES_LDM
 from depthdiff.registry import CLASSES
 from tests.ldm import FULL, SMALL, key_lists
 

@@ -104,11 +104,11 @@ def test_overrides_are_not_fetched(hub, tmp_path):
 
 def test_offline_without_a_cache(hub, tmp_path):
     error = error_of(load(hub, tmp_path, HF_HUB_OFFLINE="1"))
-    assert "CheckpointError: owner/depth is no folder here, is not in the cache" in error
+    assert "CheckpointError: owner/depth is not a folder here, is not in the cache" in error
 
 
 def test_no_such_repository_or_revision(hub, tmp_path):
-    assert "CheckpointError: owner/nothing is no folder here, and the Hub has no such" in error_of(
+    assert "CheckpointError: owner/nothing is not a folder here, and the Hub has no such" in error_of(
         load(hub, tmp_path, "owner/nothing")
     )
     assert "CheckpointError: owner/depth has no revision 'v9'" in error_of(

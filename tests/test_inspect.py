@@ -101,7 +101,7 @@ BAD = {
     "missing": "missing: 1 keys, first: out.0.bias",
     "lora": "is a LoRA",
     "nothing": "there is no such file or folder",
-    "text": "is no safetensors file|has 5 bytes",
+    "text": "is not a safetensors file|has 5 bytes",
 }
 
 

@@ -577,7 +577,7 @@ def test_files(pipe, tmp_path):
     (tmp_path / "readme.txt").write_text("hello")
     with pytest.raises(CheckpointError, match=r"must end in \.safetensors"):
         pipe.load_lora_weights(tmp_path / "readme.txt")
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         pipe.load_lora_weights("./nowhere")
 
 

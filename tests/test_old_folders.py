@@ -15,7 +15,7 @@ from depthdiff import (
     StableDiffusionDepth2ImgPipeline,
     UNet2DConditionModel,
 )
-from depthdiff.checkpoint.pickles import read_pickle
+from depthdiff.checkpoint.weights import open_pickle
 from tests.weights import realigned
 
 STEMS = {
@@ -207,9 +207,9 @@ def test_pickles_are_mapped(folder):
         torch.save(
             {"a": whole, "b": whole[:50_000], "c": whole.view(100, -1).T}, path, _use_new_zipfile_serialization=zipped
         )
-        content, mapped = read_pickle(path)
-        assert mapped is zipped
-        assert torch.equal(content["c"], whole.view(100, -1).T)
+        content = open_pickle(path)
+        assert {source.mapped for source in content.values()} == {zipped}
+        assert torch.equal(content["c"].get(), whole.view(100, -1).T)
 
 
 PLAIN = {

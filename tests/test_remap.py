@@ -5,8 +5,7 @@ import re
 import pytest
 
 from depthdiff import CheckpointError
-from depthdiff.checkpoint.remap import Table, nest
-from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.ldm import TABLES, Table, nest
 
 TOY = Table(
     {

@@ -12,7 +12,7 @@ import torch
 from random_checkpoint import build_pipeline
 
 from depthdiff import CheckpointError, CLIPTokenizer, StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
-from depthdiff.checkpoint.saving import owned_files
+from depthdiff.checkpoint.save import owned_files
 from depthdiff.checkpoint.transaction import replacing
 
 

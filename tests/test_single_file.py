@@ -18,10 +18,9 @@ from depthdiff import (
     UNet2DConditionModel,
 )
 from depthdiff.checkpoint.geometry import INFER, Shapes
+from depthdiff.checkpoint.ldm import IGNORED, IGNORED_PREFIXES, KEPT, PREFIXES, TABLES, TABLES_LDM
 from depthdiff.checkpoint.loading import build
 from depthdiff.checkpoint.single_file import find_single_file, open_single_file
-from depthdiff.checkpoint.tables import TABLES
-from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, KEPT, PREFIXES, TABLES_LDM
 from depthdiff.inspect_checkpoint import inspect
 from depthdiff.registry import CLASSES
 from tests.ldm import FULL, SMALL, key_lists, random_twins
@@ -378,7 +377,7 @@ def test_names_on_the_hub(monkeypatch, tmp_path, name):
 
     monkeypatch.setattr("depthdiff.checkpoint.single_file.fetch", fetch)
     assert find_single_file(name, token="t") == tmp_path / files[0]
-    assert seen == {"name": repo_id, "filenames": files, "revision": revision, "token": "t"}
+    assert {"revision": None, **seen} == {"name": repo_id, "filenames": files, "revision": revision, "token": "t"}
 
 
 def test_an_address_and_a_revision_must_agree(monkeypatch, tmp_path):
@@ -392,11 +391,11 @@ def test_an_address_and_a_revision_must_agree(monkeypatch, tmp_path):
 BAD_NAMES = {
     "owner/name/../../etc/a.ckpt": "leaves its repository",
     "https://example.com/owner/name/resolve/main/a.ckpt": "is on no Hub that is known here",
-    "https://example.com/a.ckpt": "is no file here",
-    "nothing.safetensors": "is no file here",
-    "owner/name": "is no file here",
-    "/no/such/a.safetensors": "is no file here",
-    "": "is no file here",
+    "https://example.com/a.ckpt": "is not a file here",
+    "nothing.safetensors": "is not a file here",
+    "owner/name": "is not a file here",
+    "/no/such/a.safetensors": "is not a file here",
+    "": "is not a file here",
 }
 
 

@@ -28,7 +28,7 @@ def lora(pipe, seed=0, strength=0.3):
     """Make a random adapter of some layers of both networks."""
     layers = []
     for component, ends in (("unet", ("attn1.to_q", "attn2.to_v")), ("text_encoder", ("fc1",))):
-        from depthdiff.checkpoint.tables import TABLES
+        from depthdiff.checkpoint.ldm import TABLES
 
         network = getattr(pipe, component)
         table = TABLES[type(network).__name__]

@@ -25,12 +25,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from depthdiff.adapters.methods import Delta, fits, make_delta, rank
-from depthdiff.checkpoint.files import parse_json, read_json
-from depthdiff.checkpoint.header import read_header
-from depthdiff.checkpoint.hub import fetch
-from depthdiff.checkpoint.pickles import read_tensors_anyhow
-from depthdiff.checkpoint.stream import tensor_entry, write_safetensors
+from depthdiff.checkpoint.hub import fetch, parse_json, read_json
+from depthdiff.checkpoint.save import tensor_entry, write_safetensors
 from depthdiff.checkpoint.transaction import check_folder, making
+from depthdiff.checkpoint.weights import read_header, read_tensors_anyhow
 from depthdiff.checkpoint.write import check_plain_name
 from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError

@@ -1,6 +1,7 @@
 """From the shapes in a single file to the configs that its authors kept elsewhere.
 
-What shapes do not tell is as in the published model: heads of 64 channels, norms of 32 groups, GELU, patches of 16.
+What does not follow from them is as in the published model: heads of 64 channels, norms of 32 groups, GELU, patches
+of 16.
 """
 
 from __future__ import annotations
@@ -31,27 +32,18 @@ SCHEDULER = {
 
 
 class Shapes:
-    """The shapes of a component's tensors, to be asked for sizes.
-
-    Args:
-        source: name of the file, for errors.
-        shapes: key -> shape.
-    """
+    """The shapes of a component's tensors, key -> shape, to be asked for sizes; `source` is the file, for errors."""
 
     def __init__(self, source: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.source, self.shapes = source, shapes
         self.stems = {".".join(parts[:i]) for parts in (key.split(".") for key in shapes) for i in range(len(parts))}
 
     def size(self, key: str, axis: int = 0) -> int:
-        """Return a tensor's size along an axis.
-
-        Raises:
-            CheckpointError: there is no such tensor, or it has no such axis.
-        """
+        """Return a tensor's size along an axis."""
         if key not in self.shapes or len(self.shapes[key]) <= axis or not self.shapes[key][axis]:
             found = self.shapes.get(key, "missing")
             raise CheckpointError(
-                f"{self.source}: {key!r}, which tells the network's sizes, is {found}; is the file whole?"
+                f"{self.source}: {key!r}, from which the network's sizes follow, is {found}; is the file whole?"
             )
         return self.shapes[key][axis]
 
@@ -60,11 +52,7 @@ class Shapes:
         return stem in self.stems or stem in self.shapes
 
     def count(self, template: str) -> int:
-        """Count the modules whose names `template` makes from 0, 1, 2 and so on.
-
-        Raises:
-            CheckpointError: there is none.
-        """
+        """Count the modules whose names `template` makes from 0, 1, 2 and so on; there must be one."""
         number = 0
         while self.has(template.format(number)):
             number += 1
@@ -73,17 +61,11 @@ class Shapes:
         return number
 
 
-def heads(channels: int) -> int:
-    """Return the number of heads of 64 channels; one where there are fewer."""
+def _heads(channels: int) -> int:
     return max(channels // HEAD_DIM, 1)
 
 
-def unet(shapes: Shapes) -> dict[str, Any]:
-    """Find the config of a UNet: one walk down its blocks and one up.
-
-    Raises:
-        CheckpointError: no UNet of latent diffusion, or one of an order that this package does not have.
-    """
+def _unet(shapes: Shapes) -> dict[str, Any]:
     widths: list[int] = []
     layers: list[int] = []
     attended: list[set[bool]] = []
@@ -101,15 +83,13 @@ def unet(shapes: Shapes) -> dict[str, Any]:
         layers[-1] += 1
         attended[-1].add(shapes.has(f"{here}.1.norm"))
     if not widths or fresh:
-        raise CheckpointError(f"{shapes.source}: its input_blocks are no UNet's; is the file whole?")
+        raise CheckpointError(f"{shapes.source}: its input_blocks are not a UNet's; is the file whole?")
     number, up_attended = 0, []
     for count in reversed(layers):
         up_attended.append({shapes.has(f"output_blocks.{number + j}.1.norm") for j in range(count + 1)})
         number += count + 1
     if any(len(kinds) > 1 for kinds in (*attended, *up_attended)):
         raise CheckpointError(f"{shapes.source}: a level of the UNet has attention after some layers only")
-    down = ["CrossAttnDownBlock2D" if kinds == {True} else "DownBlock2D" for kinds in attended]
-    up = ["CrossAttnUpBlock2D" if kinds == {True} else "UpBlock2D" for kinds in up_attended]
     middle = "middle_block.1"
     projection = f"{middle}.proj_in.weight"
     shapes.size(projection)
@@ -119,21 +99,16 @@ def unet(shapes: Shapes) -> dict[str, Any]:
         "out_channels": shapes.size("out.2.weight"),
         "block_out_channels": widths,
         "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
-        "down_block_types": down,
-        "up_block_types": up,
-        "attention_head_dim": [heads(width) for width in widths],
+        "down_block_types": ["CrossAttnDownBlock2D" if True in kinds else "DownBlock2D" for kinds in attended],
+        "up_block_types": ["CrossAttnUpBlock2D" if True in kinds else "UpBlock2D" for kinds in up_attended],
+        "attention_head_dim": [_heads(width) for width in widths],
         "cross_attention_dim": shapes.size(f"{middle}.transformer_blocks.0.attn2.to_k.weight", 1),
         "transformer_layers_per_block": shapes.count(middle + ".transformer_blocks.{}"),
         "use_linear_projection": len(shapes.shapes[projection]) == 2,
     }
 
 
-def vae(shapes: Shapes) -> dict[str, Any]:
-    """Find the config of an autoencoder.
-
-    Raises:
-        CheckpointError: a tensor that tells a size is missing.
-    """
+def _vae(shapes: Shapes) -> dict[str, Any]:
     levels = shapes.count("encoder.down.{}")
     return {
         "in_channels": shapes.size("encoder.conv_in.weight", 1),
@@ -150,13 +125,10 @@ def vae(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def text_encoder(shapes: Shapes) -> dict[str, Any]:
-    """Find the config of a text tower, whose last layer is not read.
+def _text_encoder(shapes: Shapes) -> dict[str, Any]:
+    """Leave out the last layer, which is not read, unless the file was made from a folder that lacks it.
 
-    A file that was made from a folder lacks that layer, and `text_projection` and `logit_scale`, which come after it.
-
-    Raises:
-        CheckpointError: a tensor that tells a size is missing.
+    Such a file lacks `text_projection` and `logit_scale` as well, which come after that layer.
     """
     width = shapes.size("token_embedding.weight", 1)
     layers = shapes.count("transformer.resblocks.{}")
@@ -166,7 +138,7 @@ def text_encoder(shapes: Shapes) -> dict[str, Any]:
         "hidden_size": width,
         "intermediate_size": shapes.size("transformer.resblocks.0.mlp.c_fc.weight"),
         "num_hidden_layers": layers - whole,
-        "num_attention_heads": heads(width),
+        "num_attention_heads": _heads(width),
         "max_position_embeddings": shapes.size("positional_embedding"),
         "hidden_act": "gelu",
         "bos_token_id": 0,  # these as in the published config; nothing reads them but the pooled output
@@ -175,12 +147,7 @@ def text_encoder(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def depth_estimator(shapes: Shapes) -> dict[str, Any]:
-    """Find the config of a hybrid depth net.
-
-    Raises:
-        CheckpointError: another form of depth net, or a tensor that tells a size is missing.
-    """
+def _depth_estimator(shapes: Shapes) -> dict[str, Any]:
     vit = "pretrained.model"
     backbone = f"{vit}.patch_embed.backbone"
     if not shapes.has(backbone):
@@ -198,7 +165,7 @@ def depth_estimator(shapes: Shapes) -> dict[str, Any]:
         "is_hybrid": True,
         "hidden_size": width,
         "num_hidden_layers": layers,
-        "num_attention_heads": heads(width),
+        "num_attention_heads": _heads(width),
         "intermediate_size": shapes.size(f"{vit}.blocks.0.mlp.fc1.weight"),
         "image_size": grid * PATCH,
         "patch_size": PATCH,
@@ -224,42 +191,34 @@ def depth_estimator(shapes: Shapes) -> dict[str, Any]:
 
 
 INFER: Mapping[str, Callable[[Shapes], dict[str, Any]]] = {
-    "unet": unet,
-    "vae": vae,
-    "text_encoder": text_encoder,
-    "depth_estimator": depth_estimator,
+    "unet": _unet,
+    "vae": _vae,
+    "text_encoder": _text_encoder,
+    "depth_estimator": _depth_estimator,
 }
-"""Component -> what finds its config."""
+"""Component -> what infers its config, or refuses a file that is not whole or of a geometry that is not here."""
 
-UNTOLD: Mapping[str, tuple[str, ...]] = {
+NOT_IN_SHAPES: Mapping[str, tuple[str, ...]] = {
     "unet": ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "upcast_attention", "flip_sin_to_cos",
              "freq_shift", "center_input_sample", "downsample_padding"),
     "vae": ("norm_num_groups", "scaling_factor", "act_fn"),
     "text_encoder": ("num_attention_heads", "hidden_act", "layer_norm_eps"),
     "depth_estimator": ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_size", "qkv_bias"),
 }  # fmt: skip
-"""Component -> what of its config changes results, and no shape tells."""
-
-BACKBONE_UNTOLD = ("num_groups", "hidden_act")
+"""Component -> the settings that change results and do not follow from shapes."""
 
 
 def guessed_wrongly(component: str, own: Mapping[str, Any], guess: Mapping[str, Any]) -> list[str]:
-    """List the settings that change results and that shapes alone would get wrong.
-
-    Args:
-        component: which.
-        own: the network's config.
-        guess: the settings that shapes give; the others are the defaults of the network.
-    """
-    wrong = [name for name in UNTOLD[component] if _levels(own, name) != _levels(guess, name)]
+    """List the settings of `own`, a network's config, that change results and that are not those of `guess`."""
+    wrong = [name for name in NOT_IN_SHAPES[component] if _levels(own, name) != _levels(guess, name)]
     backbone = own.get("backbone_config") if component == "depth_estimator" else None
     if backbone:
-        known = {"num_groups": 32, "hidden_act": "relu"} | dict(guess["backbone_config"])
-        wrong += [f"backbone's {name}" for name in BACKBONE_UNTOLD if backbone.get(name, known[name]) != known[name]]
+        for name, default in (("num_groups", 32), ("hidden_act", "relu")):
+            if backbone.get(name, default) != guess["backbone_config"].get(name, default):
+                wrong.append(f"backbone's {name}")
     return wrong
 
 
 def _levels(config: Mapping[str, Any], name: str) -> list[Any]:
-    """Return a setting once for each level, whether it is written once or as a list."""
     value, count = config[name], len(config.get("block_out_channels", (0,)))
     return list(value) if isinstance(value, (tuple, list)) else [value] * count

@@ -5,20 +5,35 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from depthdiff.checkpoint.files import read_json
-from depthdiff.checkpoint.hub import fetch, naming_the_cache
-from depthdiff.checkpoint.weights import check_variant, has_weights, read_weights, suffixes, weight_files
-from depthdiff.checks import FLOATS, brief
-from depthdiff.config import CheckpointError
+from depthdiff.checkpoint.hub import DIFFUSERS_VERSION, HUB_ARGUMENTS, fetch, fetch_config, naming_the_cache, read_json
+from depthdiff.checkpoint.ldm import TABLES, Table
+from depthdiff.checkpoint.transaction import check_folder
+from depthdiff.checkpoint.weights import (
+    Source,
+    check_variant,
+    has_weights,
+    open_folder,
+    read_tensors,
+    suffixes,
+    weight_files,
+)
+from depthdiff.checkpoint.write import write_text
+from depthdiff.checks import FLOATS, brief, show
+from depthdiff.config import CheckpointError, FrozenDict, constructor_fields, to_plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DType = torch.dtype | Literal["auto"] | None
 EMPTY: Mapping[str, Any] = {}
@@ -36,22 +51,10 @@ def load_model(
     overrides: Mapping[str, Any] | None = None,
     **where: Any,
 ) -> Any:
-    """Load a network.
+    """Load a network; see `depthdiff.models.base.Network.from_pretrained`.
 
-    Args:
-        cls: the network's class.
-        name_or_path: a folder or a Hub id.
-        subfolder: of it.
-        torch_dtype: of the weights; float32 if absent, the file's own for "auto".
-        variant: of the weight file, such as "fp16".
-        use_safetensors: True for these alone, False for pickles alone, None for pickles where there are no others.
-        copy: weights into memory of the process's own, rather than map them.
-        overrides: settings that replace those of the config.
-        **where: as in `fetch`.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or does not fit the config.
-        ValueError: an argument that no file can have.
+    `copy` reads weights into memory of the process's own instead of mapping them, and `overrides` are settings that
+    replace those of the config; `where` is as in `fetch`.
     """
     check_dtype(torch_dtype)
     check_names(variant, use_safetensors)
@@ -64,20 +67,23 @@ def load_model(
         config = read_json(folder / "config.json")
         check_class(config, cls.__name__, folder)
         model = build(cls, config, folder / "config.json", overrides or {})
-        wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        dtype = torch.float32 if torch_dtype is None else torch_dtype
-        state = read_weights(cls, folder, variant, wanted, None if dtype == "auto" else dtype, use_safetensors, copy)
-    return fill(model, state)
+        name, sources = open_folder(cls, folder, variant, use_safetensors)
+        return fill(model, name, sources, TABLES[cls.__name__], torch_dtype, copy)
 
 
-def fill(model: Any, state: Mapping[str, Tensor]) -> Any:
-    """Put weights into a network that `build` made, and set it to evaluation mode."""
+def fill(
+    model: Any, name: str, sources: dict[str, Source], table: Table, torch_dtype: DType, copy: bool = False
+) -> Any:
+    """Read the weights of a network that `build` made from the file `name`, and set it to evaluation mode."""
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    dtype = torch.float32 if torch_dtype is None else torch_dtype
+    state = read_tensors(name, sources, table, wanted, None if isinstance(dtype, str) else dtype, copy)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves out the drawing of first weights, which on the meta device costs a second and draws nothing."""
+    """Skips the drawing of first weights, which on the meta device costs a second and draws nothing."""
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -90,16 +96,10 @@ class Unfilled(TorchFunctionMode):
 
 
 def build(cls: type[Any], config: Mapping[str, Any], source: object, overrides: Mapping[str, Any] = EMPTY) -> Any:
-    """Build a network without memory for its weights.
-
-    Args:
-        cls: the network's class.
-        config: the parsed JSON of its config.
-        source: name of where the config is from, for errors.
-        overrides: settings that replace those of the config.
+    """Build a network without memory for its weights; `source` is the name of the config, for errors.
 
     Raises:
-        CheckpointError: the config describes no network of this class.
+        CheckpointError: the config does not describe a network of this class.
     """
     try:
         with torch.device("meta"), Unfilled():
@@ -108,15 +108,11 @@ def build(cls: type[Any], config: Mapping[str, Any], source: object, overrides: 
         raise CheckpointError(f"{source}: {error}") from error
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
         reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{source} describes no network that can be built: {reason}") from error
+        raise CheckpointError(f"{source} does not describe a network that can be built: {reason}") from error
 
 
 def check_dtype(dtype: object) -> None:
-    """Refuse a dtype in which no weights can be.
-
-    Raises:
-        ValueError: neither a floating-point dtype nor "auto" nor None.
-    """
+    """Refuse a dtype in which no weights can be."""
     known = dtype is None or (isinstance(dtype, str) and dtype == "auto")
     if not known and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
         found = repr(dtype) if isinstance(dtype, torch.dtype) else brief(dtype)
@@ -124,22 +120,148 @@ def check_dtype(dtype: object) -> None:
 
 
 def check_names(variant: object, use_safetensors: object) -> None:
-    """Refuse what cannot be part of a file's name, and a choice of form that is none.
-
-    Raises:
-        ValueError: always names the argument.
-    """
+    """Refuse a variant that cannot be part of a file's name, and a `use_safetensors` that is not a choice."""
     check_variant(variant)
     if use_safetensors is not None and not isinstance(use_safetensors, bool):
         raise ValueError(f"use_safetensors must be True, False or None, got {brief(use_safetensors)}")
 
 
 def check_class(config: Mapping[str, Any], wanted: str, folder: Path) -> None:
-    """Refuse a config that says it belongs to another class; old ones say nothing.
-
-    Raises:
-        CheckpointError: with both names.
-    """
+    """Refuse a config that says it belongs to another class; old ones say nothing."""
     found = [config["_class_name"]] if "_class_name" in config else config.get("architectures") or [wanted]
     if wanted not in found:
         raise CheckpointError(f"{folder / 'config.json'} describes a {found[0]}, expected a {wanted}")
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULTED = "_use_default_values"
+"""The key under which a config lists what was left at its default; never written to a file."""
+
+
+class ConfigMixin:
+    """Base of what is built from a config: its constructor's arguments, kept by `register_to_config`.
+
+    Attributes:
+        config_name: name of the config's file.
+        CHOICES: argument -> the values that are implemented; others are refused by name.
+        COUNTS: arguments that say how many layers there are.
+        POSITIVE: arguments that must be above 0.
+        ignore_for_config: arguments that the config does not keep.
+    """
+
+    config_name: ClassVar[str] = "config.json"
+    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    COUNTS: ClassVar[tuple[str, ...]] = ()
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
+    ignore_for_config: ClassVar[Sequence[str]] = ()
+    _internal_dict: FrozenDict
+
+    has_compatibles: ClassVar[bool] = False
+
+    @property
+    def config(self) -> FrozenDict:
+        """The constructor's arguments, as a dict whose items are attributes."""
+        return self._internal_dict
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Replace the config by one with these items changed or added; what was built before stays as it is."""
+        known = vars(self).get("_internal_dict", {})
+        object.__setattr__(self, "_internal_dict", FrozenDict({**known, **kwargs}))
+
+    def __getattr__(self, name: str) -> Any:
+        return self._from_config(name)
+
+    def _from_config(self, name: str) -> Any:
+        """Return an item of the config that is asked for as an attribute of its owner, as diffusers does."""
+        config = vars(self).get("_internal_dict", {})
+        if name.startswith("_") or name not in config:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        kind = type(self).__name__
+        warnings.warn(f"read {kind}.config.{name} instead of {kind}.{name}", FutureWarning, stacklevel=3)
+        return config[name]
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Build an object from a config, with random weights where it has any.
+
+        What the config left at its default is not taken over, so that another class keeps its own defaults. Keys of
+        other classes are kept in `config`.
+
+        Args:
+            config: of this class or another one, or the parsed JSON of a config file.
+            return_unused_kwargs: return what `kwargs` named in vain as well.
+            **kwargs: arguments of the constructor that replace those of the config.
+
+        Raises:
+            CheckpointError: a value that is not implemented, or of a wrong type.
+            ValueError: the config is not a dict.
+        """
+        if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+            raise ValueError(f"config must be a config or a dict with texts as keys, got {show(config)}")
+        defaulted = config.get(DEFAULTED, ())
+        if not isinstance(defaulted, (list, tuple)):
+            raise CheckpointError(f"{cls.__name__}: {DEFAULTED} must be a list of names, got {show(defaulted)}")
+        fields = constructor_fields(cls)
+        values = {key: value for key, value in config.items() if key not in defaulted and key != DEFAULTED}
+        unused = {key: value for key, value in kwargs.items() if key not in fields}
+        values |= {key: value for key, value in kwargs.items() if key in fields}
+        foreign = {key: values.pop(key) for key in list(values) if key not in fields}
+        try:
+            made = cls(**values)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"{cls.__name__}: {error}") from error
+        made.register_to_config(**foreign)
+        unknown = {key: value for key, value in foreign.items() if not key.startswith("_")}
+        if unknown and config.get("_class_name", cls.__name__) == cls.__name__:
+            logger.warning("%s ignores %s of its config, and keeps them", cls.__name__, ", ".join(map(repr, unknown)))
+        return (made, unused) if return_unused_kwargs else made
+
+    @classmethod
+    def load_config(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        return_unused_kwargs: bool = False,
+        *,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any] | tuple[dict[str, Any], dict[str, Any]]:
+        """Read the config file of a folder or repository.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a Hub id.
+            return_unused_kwargs: return what is not for the Hub as well.
+            subfolder: of the folder or repository.
+            **kwargs: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        config = fetch_config(pretrained_model_name_or_path, cls.config_name, subfolder=subfolder, **hub)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False) -> None:
+        """Write the config file into a folder, which is made where it does not exist.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: must be False: nothing is uploaded.
+        """
+        if push_to_hub is not False:
+            raise ValueError(f"push_to_hub must be False, got {push_to_hub!r}; upload the folder with huggingface_hub")
+        folder = check_folder("save_directory", save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.to_json_file(folder / self.config_name)
+
+    def to_json_string(self) -> str:
+        """Write the config as JSON, sorted, with the class it belongs to."""
+        head = {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
+        values = {name: to_plain(value) for name, value in self.config.items() if name != DEFAULTED}
+        return json.dumps(values | head, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the config to a file."""
+        write_text(Path(json_file_path), self.to_json_string())

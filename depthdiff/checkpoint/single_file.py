@@ -10,24 +10,21 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.geometry import INFER, Shapes, guessed_wrongly
-from depthdiff.checkpoint.header import is_pickle, read_start
-from depthdiff.checkpoint.hub import fetch
+from depthdiff.checkpoint.hub import HUB_ID, HubOptions, Name, fetch, read_json
+from depthdiff.checkpoint.ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES, TABLES_LDM, Table
 from depthdiff.checkpoint.loading import build, check_dtype, fill
-from depthdiff.checkpoint.remap import Table
-from depthdiff.checkpoint.tables import TABLES
-from depthdiff.checkpoint.tables_ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES_LDM
-from depthdiff.checkpoint.weights import Source, open_pickle, open_safetensors, read_tensors
+from depthdiff.checkpoint.weights import Source, is_pickle, open_pickle, open_safetensors, read_start
 from depthdiff.checks import check_path, check_places
 from depthdiff.config import CheckpointError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NETWORKS: dict[str, str] = {
     "unet": "UNet2DConditionModel",
@@ -71,13 +68,7 @@ HUB_HOSTS = ("https://huggingface.co", "https://hf.co", "https://www.huggingface
 
 @dataclass
 class Part:
-    """One network in a single file.
-
-    Attributes:
-        component: which.
-        layout: of its keys.
-        sources: key without prefix -> tensor.
-    """
+    """One network in a single file; `sources` are its tensors by key without prefix."""
 
     component: str
     layout: str
@@ -89,11 +80,7 @@ class Part:
         return {key: source.shape for key, source in self.sources.items()}
 
     def infer(self, source: str) -> dict[str, Any]:
-        """Find the network's config from its shapes.
-
-        Raises:
-            CheckpointError: they do not tell it.
-        """
+        """Infer the network's config from its shapes; `source` is the name of the file, for errors."""
         if self.layout != LDM:
             raise CheckpointError(
                 f"{source} holds one {self.component} in the layout of a folder and no config; name a folder or "
@@ -109,14 +96,7 @@ class Part:
 
 @dataclass
 class SingleFile:
-    """What a single file holds.
-
-    Attributes:
-        path: of the file.
-        parts: component -> its tensors.
-        ignored: keys that no network reads -> the reason.
-        unknown: keys that belong to no part.
-    """
+    """What a single file holds: its networks, keys that no network reads with the reason, and unknown keys."""
 
     path: Path
     parts: dict[str, Part] = field(default_factory=dict)
@@ -124,16 +104,11 @@ class SingleFile:
     unknown: list[str] = field(default_factory=list)
 
 
-def find_single_file(name: str | os.PathLike[str], *, revision: str | None = None, **where: Any) -> Path:
+def find_single_file(name: Name, **hub: Unpack[HubOptions]) -> Path:
     """Find a single file: on this machine, or on the Hub as "owner/name/file" or as the file's address there.
 
-    Args:
-        name: of the file.
-        revision: branch, tag or commit on the Hub.
-        **where: as in `depthdiff.checkpoint.hub.fetch`.
-
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: there is no such file, or one of the reasons of `fetch`.
         ValueError: the address names another revision.
     """
     check_path("the file's name", name)
@@ -148,76 +123,50 @@ def find_single_file(name: str | os.PathLike[str], *, revision: str | None = Non
 
         if found[1] not in (*HUB_HOSTS, constants.ENDPOINT.rstrip("/")):
             raise CheckpointError(f"{text} is on no Hub that is known here; download it and name the file")
-        if revision not in (None, found[3]):
-            raise ValueError(f"revision is {revision!r}, but the address names {found[3]!r}; give one of them")
-        repo_id, revision, file = found[2], found[3], found[4]
+        if hub.get("revision") not in (None, found[3]):
+            raise ValueError(f"revision is {hub['revision']!r}, but the address names {found[3]!r}; give one of them")
+        repo_id, hub["revision"], file = found[2], found[3], found[4]
     else:
         owner, _, rest = text.partition("/")
         repo_id, file = f"{owner}/{rest.partition('/')[0]}", rest.partition("/")[2]
-        local = not owner or owner in (".", "..", "~") or owner.endswith(":") or "\\" in text or path.suffix == ""
-        if local or not file.endswith(SUFFIXES) or "://" in text:
+        if not HUB_ID.fullmatch(repo_id) or owner in (".", "..") or not file.endswith(SUFFIXES):
             raise CheckpointError(
-                f"{text!r} is no file here, and names none on the Hub, which reads owner/name/file.safetensors"
+                f"{text!r} is not a file here, nor the name of one on the Hub: owner/name/file.safetensors"
             )
     if ".." in file.split("/"):
         raise CheckpointError(f"{text!r} leaves its repository")
-    return fetch(repo_id, [file], revision=revision, **where) / file
+    return fetch(repo_id, [file], **hub) / file
 
 
 def open_single_file(path: Path) -> SingleFile:
-    """Sort what a file holds by the network that it belongs to; no tensor is read.
-
-    Raises:
-        CheckpointError: the file is damaged, holds more than tensors, or is of a kind that this package cannot use.
-    """
-    start, _ = read_start(path)
-    try:
-        sources = open_pickle(path) if is_pickle(start) else open_safetensors(path)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    """Sort what a file holds by the network that it belongs to; no tensor is read."""
+    sources = open_pickle(path) if is_pickle(read_start(path)) else open_safetensors(path)
     file = SingleFile(path)
-    for component, layout in () if _has_prefix(sources) else MARKS:
-        if all(mark in sources for mark in MARKS[component, layout]):
-            file.parts[component] = Part(component, layout)
-            break
-    bare = next(iter(file.parts.values()), None)
+    bare, prefixes = None, tuple(PREFIXES.values())
+    if not any(key.startswith(prefixes) for key in sources):
+        alone = (key for key, marks in MARKS.items() if all(mark in sources for mark in marks))
+        bare = next((Part(component, layout) for component, layout in alone), None)
+    if bare is not None:
+        file.parts[bare.component] = bare
     for key, source in sources.items():
         _sort_in(file, bare, key, source)
     if not file.parts:
-        raise CheckpointError(f"{path} {_what_else(sources)}")
+        found = f"{_other_kind(sources) or 'holds no network that is known here'}; its first keys: {_first(sources)}"
+        raise CheckpointError(f"{path} {found if sources else 'holds no tensors'}")
     return file
 
 
 def lost_settings(file: SingleFile, folder: Path, classes: Mapping[str, type[Any]]) -> list[str]:
-    """List what the configs of a folder say that a single file made from it does not, each as "component: setting".
-
-    Args:
-        file: made from the folder.
-        folder: with a `config.json` for every network.
-        classes: component -> the class of its network.
-
-    Raises:
-        CheckpointError: a config is missing or damaged.
-    """
+    """List what the configs of a folder say that a single file made from it does not, each as "component: setting"."""
     lost = []
     for component, part in file.parts.items():
         source = folder / component / "config.json"
         own = build(classes[component], read_json(source), source).config
-        guess = defaults(classes[component]) | part.infer(str(file.path))
+        make = getattr(classes[component], "config_class", classes[component]).__init__
+        defaults = {name: one.default for name, one in inspect.signature(make).parameters.items()}
+        guess = defaults | part.infer(str(file.path))
         lost += [f"{component}: {name}" for name in guessed_wrongly(component, own, guess)]
     return lost
-
-
-def defaults(cls: type[Any]) -> dict[str, Any]:
-    """Return the settings that a network has unless it is told otherwise."""
-    make = getattr(cls, "config_class", cls).__init__
-    return {name: one.default for name, one in inspect.signature(make).parameters.items()}
-
-
-def _has_prefix(sources: Mapping[str, Source]) -> bool:
-    return any(key.startswith(tuple(PREFIXES.values())) for key in sources)
 
 
 def _sort_in(file: SingleFile, bare: Part | None, key: str, source: Source) -> None:
@@ -234,32 +183,20 @@ def _sort_in(file: SingleFile, bare: Part | None, key: str, source: Source) -> N
         file.unknown.append(key)
 
 
-def _what_else(keys: Mapping[str, Source]) -> str:
-    if not keys:
-        return "holds no tensors"
-    first = ", ".join(repr(key[:80]) for key in sorted(keys)[:3])
-    return f"{_other_kind(keys) or 'holds no network that is known here'}; its first keys: {first}"
+def _other_kind(keys: Iterable[str]) -> str | None:
+    return next((f"is {kind}" for prefix, kind in OTHERS if any(key.startswith(prefix) for key in keys)), None)
 
 
-def _other_kind(keys: Mapping[str, Any] | list[str]) -> str | None:
-    for prefix, kind in OTHERS:
-        if any(key.startswith(prefix) for key in keys):
-            return f"is {kind}"
-    return None
+def _first(keys: Iterable[str]) -> str:
+    return ", ".join(repr(key[:80]) for key in sorted(keys)[:3])
 
 
 def check_known(file: SingleFile) -> None:
-    """Refuse a file with keys that belong to no network.
-
-    Raises:
-        CheckpointError: counts them and names the first, or what the file is.
-    """
+    """Refuse a file with keys that belong to no network, and name what it is."""
     if file.unknown:
-        kind = _other_kind(file.unknown)
-        first = ", ".join(repr(key[:80]) for key in sorted(file.unknown)[:3])
-        raise CheckpointError(
-            f"{file.path}{f' {kind}:' if kind else ':'} {len(file.unknown)} keys belong to no network, first: {first}"
-        )
+        name = " ".join([str(file.path), *filter(None, [_other_kind(file.unknown)])])
+        first = _first(file.unknown)
+        raise CheckpointError(f"{name}: {len(file.unknown)} keys belong to no network, first: {first}")
 
 
 def load_part(
@@ -270,50 +207,26 @@ def load_part(
     torch_dtype: Any = None,
     source: object = None,
 ) -> Any:
-    """Load one network of a file.
+    """Load one network of a file, whose tensors are taken out of it.
 
-    Args:
-        file: as `open_single_file` returns it; the tensors of the part are taken out.
-        component: which.
-        cls: the network's class.
-        config: of the network; inferred from shapes if None.
-        torch_dtype: of the weights; float32 if None, the file's own for "auto".
-        source: name of where the config is from, for errors.
-
-    Raises:
-        CheckpointError: keys, shapes or dtypes are not those of a network that this package has.
+    The config is inferred from shapes if None; `source` is the name of where it is from, for errors.
     """
     part = file.parts[component]
     name = f"{file.path} ({component})"
     model = build(cls, part.infer(name) if config is None else config, name if source is None else source)
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    dtype = torch.float32 if torch_dtype is None else torch_dtype
-    state = read_tensors(name, part.sources, part.table(model), wanted, None if dtype == "auto" else dtype)
-    return fill(model, state)
+    return fill(model, name, part.sources, part.table(model), torch_dtype)
 
 
 def load_single_model(
     cls: type[Any],
-    name: str | os.PathLike[str],
+    name: Name,
     *,
-    config: str | os.PathLike[str] | None = None,
+    config: Name | None = None,
     subfolder: str | None = None,
     torch_dtype: Any = None,
     **where: Any,
 ) -> Any:
-    """Load one network from a single file that holds it, alone or with others.
-
-    Args:
-        cls: the network's class.
-        name: of the file, as in `find_single_file`.
-        config: folder or Hub id with a `config.json`; inferred from shapes if None.
-        subfolder: of `config`; the component's name in a pipeline if absent and there is such a folder.
-        torch_dtype: of the weights; float32 if None, the file's own for "auto".
-        **where: as in `depthdiff.checkpoint.hub.fetch`.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or has no such network.
-    """
+    """Load one network from a single file that holds it, alone or with others; see `Network.from_single_file`."""
     check_places(subfolder=subfolder, **where)
     from_where = {key: value for key, value in where.items() if key != "revision"}
     check_dtype(torch_dtype)
@@ -325,8 +238,8 @@ def load_single_model(
     return load_part(file, component, cls, values, torch_dtype, config)
 
 
-def read_config(name: str | os.PathLike[str], subfolder: str, **where: Any) -> dict[str, Any]:
-    """Read the `config.json` of a component, of a pipeline or of the component alone; errors as in `fetch`."""
+def read_config(name: Name, subfolder: str, **where: Any) -> dict[str, Any]:
+    """Read the `config.json` of a component, from its own folder or that of a pipeline; errors as in `fetch`."""
     check_path("config", name)
     alone = Path(name) / "config.json"
     if not alone.is_file():

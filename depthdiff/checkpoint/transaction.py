@@ -19,22 +19,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from depthdiff.checkpoint.files import read_json
 from depthdiff.checkpoint.write import PREFIX, check_target, flush_folder, fresh_name, hold, keep_mode, write_text
 from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError
 
 JOURNAL = "journal.json"
+MAX_JOURNAL = 2**23
+"""Bytes; a journal names the few files of a checkpoint."""
 
 
 def check_folder(argument: str, folder: Any) -> Path:
-    """Return the absolute path of a folder that may not exist yet, or refuse what cannot be one.
-
-    Raises:
-        TypeError: not a path.
-        ValueError: an empty path, or one that no file system can hold.
-        NotADirectoryError: it, or what it would be in, is a file.
-    """
+    """Return the absolute path of a folder that may not exist yet, or refuse what cannot be one."""
     check_path(argument, folder)
     if not os.fspath(folder):
         raise ValueError(f'{argument} must name a folder, got an empty text; "." is the present one')
@@ -58,8 +53,7 @@ def replacing(folder: Path, parts: Mapping[str, Sequence[str]]) -> Iterator[Call
         A function from the name of a part to the folder into which its new files are to be written.
 
     Raises:
-        OSError: a file is where a folder is needed or the other way round, or the files cannot be written. Nothing has
-            changed then.
+        OSError: the files cannot be written, or are where folders are needed or vice versa; nothing has changed then.
     """
     made = _make_folders(folder)
     name = fresh_name()
@@ -133,22 +127,16 @@ def _settle(root: Path, locks: _Locks) -> None:
     """Finish what journals in a locked folder say."""
     for name in _unfinished(root):
         if (root / name / JOURNAL).is_file():
-            journal = read_json(root / name / JOURNAL)
-            _check_journal(root, name, journal)
+            journal = _read_journal(root, name)
             for part in sorted(journal):
                 locks.add(root / part)
             _finish(root, name, journal)
 
 
 class _Lock:
-    """A folder's lock, which waits for whoever holds it; given back when it is forgotten, too.
+    """A folder's lock, released when it is forgotten, too; `works` is whether the file system has such locks.
 
-    Args:
-        folder: that exists.
-        wait: raise BlockingIOError if False and another holds it.
-
-    Attributes:
-        works: whether the file system has such locks.
+    It waits for whoever holds it, or raises BlockingIOError if `wait` is False.
     """
 
     def __init__(self, folder: Path, wait: bool = True) -> None:
@@ -158,7 +146,7 @@ class _Lock:
             self.works = hold(self.descriptor, wait)
 
     def close(self) -> None:
-        """Give it back."""
+        """Release it."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -225,7 +213,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _check_part(folder: Path, part: str, patterns: Sequence[str]) -> None:
-    """Refuse a file in the place of a part, and a folder or a read-only file in that of one of its files."""
+    """Refuse a file where a part is needed, and a folder or a read-only file where one of its files is."""
     place = folder / part
     if os.path.lexists(place) and not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder is needed; move it away", str(place))
@@ -275,21 +263,28 @@ def _finish(folder: Path, name: str, journal: Mapping[str, Any]) -> None:
         shutil.rmtree(folder / part / name, ignore_errors=True)
 
 
-def _check_journal(folder: Path, name: str, journal: Mapping[str, Any]) -> None:
-    """Refuse a journal that is none of ours.
+def _read_journal(folder: Path, name: str) -> dict[str, dict[str, list[str]]]:
+    """Read a journal, and refuse one that is not ours.
 
     It may change files in the folder and in folders in it, and in one that a link leads to only if the save has left
     its own folder there.
     """
-    good = all(not part or _is_plain(part) for part in journal)
+    path = folder / name / JOURNAL
+    try:
+        with path.open("rb") as file:
+            journal = json.loads(file.read(MAX_JOURNAL))
+        good = isinstance(journal, dict) and all(not part or _is_plain(part) for part in journal)
+    except (ValueError, RecursionError):
+        good = False
     for part, changes in journal.items() if good else ():
         staged = folder / part / name
         good = good and staged.is_dir() and not staged.is_symlink()
-        good = good and isinstance(changes, Mapping) and changes.keys() == {"replace", "remove"}
+        good = good and isinstance(changes, dict) and changes.keys() == {"replace", "remove"}
         lists = changes.values() if good else ()
         good = good and all(isinstance(names, list) and all(map(_is_plain, names)) for names in lists)
     if not good:
-        raise CheckpointError(f"{folder / name / JOURNAL} is damaged or leads out of its folder; delete {name} there")
+        raise CheckpointError(f"{path} is damaged or leads out of its folder; delete {name} there")
+    return journal
 
 
 def _is_plain(name: object) -> bool:

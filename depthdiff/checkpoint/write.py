@@ -36,14 +36,9 @@ def fresh_name() -> str:
 
 
 def check_target(path: str | os.PathLike[str], *, follow: bool = True) -> Path:
-    """Return where a file is to be written, or refuse the place.
+    """Return the absolute path of a file to write, or refuse the place.
 
-    Args:
-        path: of the file, which may exist.
-        follow: write to the file that a link leads to; else the link itself is replaced.
-
-    Returns:
-        The absolute path, links followed where `follow` says so.
+    With `follow` it is the file that a link leads to; else the link itself is replaced.
 
     Raises:
         ValueError: an empty path.
@@ -72,11 +67,7 @@ def check_target(path: str | os.PathLike[str], *, follow: bool = True) -> Path:
 
 
 def try_to_write(folder: Path, needed: int = 0) -> None:
-    """Make and remove a file in a folder, to know before long work that it can be written.
-
-    Args:
-        folder: that exists.
-        needed: bytes that will be written, for which there must be room.
+    """Make and remove a file, to know before long work that `needed` bytes can be written into a folder.
 
     Raises:
         OSError: a file cannot be made there, or there is not enough room.
@@ -91,11 +82,7 @@ def try_to_write(folder: Path, needed: int = 0) -> None:
 
 @contextmanager
 def writing(path: str | os.PathLike[str], *, follow: bool = True) -> Iterator[BinaryIO]:
-    """Open a file to write that appears under its name when the block has ended without an error.
-
-    Args:
-        path: of the file; one that exists is replaced and keeps its mode.
-        follow: see `check_target`.
+    """Open a file to write that replaces an old one, whose mode it keeps, when the block has ended without an error.
 
     Raises:
         ValueError: see `check_target`.
@@ -136,10 +123,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def hold(descriptor: int, wait: bool = True) -> bool:
-    """Lock an open file or folder until its descriptor is closed.
-
-    Returns:
-        Whether the file system has such locks.
+    """Lock an open file or folder until its descriptor is closed; return whether the file system has such locks.
 
     Raises:
         BlockingIOError: another holds it and `wait` is False.
@@ -201,11 +185,7 @@ def _is_ours(descriptor: int) -> bool:
 
 
 def check_plain_name(argument: str, name: object) -> None:
-    """Refuse a file name that could lead out of its folder.
-
-    Raises:
-        ValueError: not a name.
-    """
+    """Refuse a file name that could lead out of its folder."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set('/\\\0:*?"<>|'):
         raise ValueError(f"{argument} must be the name of a file, without a folder, got {name!r}")
 
@@ -226,11 +206,7 @@ def files_below(place: Path) -> list[Path]:
 
 
 def refuse_same_file(target: Path, sources: Iterable[Path]) -> None:
-    """Refuse to write over one of the files that are read, however either is spelt or linked.
-
-    Raises:
-        CheckpointError: names both.
-    """
+    """Refuse to write over one of the files that are read, however either is spelt or linked."""
     for source in sources if target.exists() else ():
         if os.path.samefile(source, target):
             raise CheckpointError(f"{target} is {source}, which is read and would be lost; name another file to write")

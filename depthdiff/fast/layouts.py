@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthdiff.checkpoint.mapped import give_back_unwritten
+from depthdiff.checkpoint.weights import give_back_unwritten
 from depthdiff.models.base import Network
 
 IMAGE_CHANNELS = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from depthdiff.checkpoint.mapped import advise
+from depthdiff.checkpoint.weights import advise
 
 HUGEPAGE_MIN_BYTES = 2**25
 """Size from which glibc always maps memory from the system: `DEFAULT_MMAP_THRESHOLD_MAX` in malloc.c."""

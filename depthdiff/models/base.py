@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from depthdiff.checkpoint.config_file import HUB_ARGUMENTS, ConfigMixin
-from depthdiff.checkpoint.loading import load_model
-from depthdiff.checkpoint.saving import save_model
+from depthdiff.checkpoint.hub import HUB_ARGUMENTS
+from depthdiff.checkpoint.loading import ConfigMixin, load_model
+from depthdiff.checkpoint.save import save_model
 from depthdiff.checkpoint.single_file import load_single_model
 from depthdiff.checks import check_flag, nearest, show
 from depthdiff.config import Config, constructor_fields

@@ -14,11 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from depthdiff.checkpoint.header import read_header
 from depthdiff.checkpoint.hub import fetch
-from depthdiff.checkpoint.stream import tensor_entry, write_safetensors
+from depthdiff.checkpoint.save import tensor_entry, write_safetensors
 from depthdiff.checkpoint.transaction import check_folder, making
-from depthdiff.checkpoint.weights import open_safetensors
+from depthdiff.checkpoint.weights import open_safetensors, read_header
 from depthdiff.checks import check_number, refuse_values, show
 from depthdiff.config import CheckpointError
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from depthdiff.checkpoint.config_file import ConfigMixin
+from depthdiff.checkpoint.loading import ConfigMixin
 from depthdiff.checks import check_dense, check_device, check_number, check_tensor, show
 from depthdiff.config import BaseOutput, FrozenDict
 from depthdiff.schedulers.schedule import (

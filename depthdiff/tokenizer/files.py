@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from depthdiff.checkpoint.files import read_json
+from depthdiff.checkpoint.hub import read_json
 from depthdiff.checkpoint.transaction import check_folder
 from depthdiff.checkpoint.write import write_text
 from depthdiff.config import CheckpointError

@@ -9,8 +9,8 @@ import torch
 from random_checkpoint import GEOMETRIES, build_pipeline
 
 from depthdiff import AutoencoderKL, UNet2DConditionModel, fast
-from depthdiff.checkpoint import mapped as pages
-from depthdiff.checkpoint.mapped import OF_FILE, PAGEMAP, PRESENT, give_back_unwritten, whole_pages
+from depthdiff.checkpoint import weights as pages
+from depthdiff.checkpoint.weights import OF_FILE, PAGEMAP, PRESENT, give_back_unwritten, whole_pages
 from depthdiff.fast import memory
 from depthdiff.fast.memory import advise_hugepage
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import depthdiff
-from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.ldm import TABLES
 from tests.parity.test_networks import DEPTHS, PLAIN, REFERENCES, UNETS, reference_network, text_config
 
 VAES = {

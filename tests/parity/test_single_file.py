@@ -14,7 +14,7 @@ from transformers import CLIPTextModel as TheirTextModel
 from transformers import CLIPTokenizer as TheirTokenizer
 
 from depthdiff import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
-from depthdiff.checkpoint.tables import TABLES
+from depthdiff.checkpoint.ldm import TABLES
 from depthdiff.tokenizer import clip_tokenizer
 from depthdiff.tokenizer.bpe import read_vocabulary
 from tests.ldm import SMALL, random_twins

@@ -1,25 +1,84 @@
-"""From components to files, in the layout of diffusers, all or nothing (see `depthdiff.checkpoint.transaction`)."""
+"""From components to files in the layout of diffusers, all or nothing (see `depthdiff.checkpoint.transaction`).
+
+A safetensors file is written tensor by tensor, so that the memory needed is that of the largest one: its header, which
+names the place of every tensor, comes first. Source: huggingface/safetensors, README.md, "Format".
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from depthdiff.checkpoint.files import DIFFUSERS_VERSION
-from depthdiff.checkpoint.stream import tensor_entry, write_safetensors
-from depthdiff.checkpoint.tables import TABLES
-from depthdiff.checkpoint.transaction import check_folder, replacing
-from depthdiff.checkpoint.weights import check_variant, weight_files
-from depthdiff.checkpoint.write import write_text
+import torch
+from torch import Tensor
 
+from depthdiff.checkpoint.hub import DIFFUSERS_VERSION
+from depthdiff.checkpoint.ldm import TABLES
+from depthdiff.checkpoint.transaction import check_folder, replacing
+from depthdiff.checkpoint.weights import DTYPE_NAMES, check_variant, weight_files
+from depthdiff.checkpoint.write import write_text, writing
+from depthdiff.config import CheckpointError
+
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 DIFFUSERS_CLASSES = ("AutoencoderKL", "UNet2DConditionModel", "PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler")
 INDEX = "model_index.json"
 SIZE = re.compile(r"[1-9]\d{0,14}(\.\d+)? *[KMGT]B", re.IGNORECASE)
 """Texts that huggingface_hub takes for a size."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: what `read` returns is cast to `dtype`, a name of safetensors; then `done` is called."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    done: Callable[[], None]
+
+
+def tensor_entry(key: str, tensor: Tensor) -> Entry:
+    """Describe a tensor that is in memory."""
+    if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
+        kind = f"{tensor.dtype} and {tensor.layout} on {tensor.device}"
+        raise ValueError(f"{key!r} must be a dense tensor of numbers to be saved, got {kind}")
+    return Entry(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.detach, lambda: None)
+
+
+def write_safetensors(
+    path: Path, entries: Iterable[Entry], *, follow: bool = False, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whole or not at all; `follow` is as in `check_target`."""
+    ordered = sorted(entries, key=lambda entry: (-TORCH_DTYPES[entry.dtype].itemsize, entry.key))
+    with writing(path, follow=follow) as file:
+        file.write(_header(path, ordered, metadata or {}))
+        for entry in ordered:
+            tensor = entry.read().to("cpu", TORCH_DTYPES[entry.dtype])
+            if tuple(tensor.shape) != entry.shape:
+                raise CheckpointError(f"{entry.key!r} is {tuple(tensor.shape)}, expected {entry.shape}")
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            entry.done()
+
+
+def _header(path: Path, entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
+    values: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata)}
+    begin = 0
+    for entry in entries:
+        if entry.key in values:
+            raise CheckpointError(f"{path}: two tensors would have the name {entry.key!r}")
+        end = begin + TORCH_DTYPES[entry.dtype].itemsize * math.prod(entry.shape)
+        values[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(values, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligns the tensors
+    return struct.pack("<Q", len(text)) + text
 
 
 def save_model(
@@ -30,17 +89,11 @@ def save_model(
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
 ) -> None:
-    """Write a network; see `depthdiff.models.base.Model.save_pretrained`.
-
-    Raises:
-        TypeError: a folder or a size of a wrong type.
-        ValueError: `safe_serialization` is False, weights have 8 bits, or a folder, variant or size that cannot be.
-        OSError: the folder cannot be written.
-    """
-    place = check_arguments(folder, safe_serialization, variant, max_shard_size)
+    """Write a network; arguments and errors are those of its `save_pretrained`."""
+    place = _check_arguments(folder, safe_serialization, variant, max_shard_size)
     _refuse_narrow_weights(model)
     with replacing(place, {"": owned_files(model, variant)}) as staged:
-        write_model(model, staged(""), variant, max_shard_size)
+        _write_model(model, staged(""), variant, max_shard_size)
 
 
 def save_components(
@@ -52,37 +105,25 @@ def save_components(
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
 ) -> None:
-    """Write a pipeline: `model_index.json` and a folder for every component that is not None.
-
-    Raises:
-        TypeError: a folder or a size of a wrong type.
-        ValueError: `safe_serialization` is False, weights have 8 bits, or a folder, variant or size that cannot be.
-        OSError: the folder cannot be written.
-    """
-    place = check_arguments(folder, safe_serialization, variant, max_shard_size)
+    """Write a pipeline: `model_index.json` and a folder for every component that is not None; errors as above."""
+    place = _check_arguments(folder, safe_serialization, variant, max_shard_size)
     parts: dict[str, tuple[str, ...]] = {"": (INDEX,)}
     for name, part in components.items():
-        if is_network(part):
+        if _is_network(part):
             _refuse_narrow_weights(part)
         if part is not None:
-            parts[name] = owned_files(part, variant) if is_network(part) else ()
+            parts[name] = owned_files(part, variant) if _is_network(part) else ()
     with replacing(place, parts) as staged:
         write_json(staged("") / INDEX, model_index(components, class_name))
         for name, part in components.items():
-            if is_network(part):
-                write_model(part, staged(name), variant, max_shard_size)
+            if _is_network(part):
+                _write_model(part, staged(name), variant, max_shard_size)
             elif part is not None:
                 part.save_pretrained(staged(name))
 
 
-def check_arguments(folder: object, safe_serialization: object, variant: object, max_shard_size: object) -> Path:
-    """Refuse arguments of saving that cannot be, before anything is written; return the folder's absolute path.
-
-    Raises:
-        TypeError: a folder or a size of a wrong type.
-        ValueError: `safe_serialization` is not True, or a folder, variant or size that cannot be.
-        NotADirectoryError: the folder is a file.
-    """
+def _check_arguments(folder: object, safe_serialization: object, variant: object, max_shard_size: object) -> Path:
+    """Refuse arguments that cannot be, before anything is written; return the folder's absolute path."""
     place = check_folder("save_directory", folder)
     if safe_serialization is not True:
         raise ValueError(f"safe_serialization must be True, got {safe_serialization!r}: pickles are never written")
@@ -97,8 +138,7 @@ def check_arguments(folder: object, safe_serialization: object, variant: object,
     return place
 
 
-def is_network(part: object) -> bool:
-    """Return whether a component has weights and a config to write."""
+def _is_network(part: object) -> bool:
     return hasattr(part, "weights_name")
 
 
@@ -108,7 +148,7 @@ def owned_files(model: Any, variant: str | None) -> tuple[str, ...]:
 
 
 def model_index(components: Mapping[str, Any], class_name: str) -> dict[str, Any]:
-    """Say what a pipeline is made of, as `model_index.json` does."""
+    """Make the content of `model_index.json`."""
     index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION}
     for name, part in sorted(components.items()):
         kind = type(part).__name__
@@ -122,7 +162,7 @@ def write_config(model: Any, folder: Path) -> None:
     write_text(folder / "config.json", model.to_json_string())
 
 
-def write_model(model: Any, folder: Path, variant: str | None, max_shard_size: int | str) -> None:
+def _write_model(model: Any, folder: Path, variant: str | None, max_shard_size: int | str) -> None:
     """Write `config.json` and the weights, in published names, into a folder."""
     write_config(model, folder)
     from huggingface_hub import split_torch_state_dict_into_shards  # deferred: takes 0.2 s to import
