@@ -676,7 +676,7 @@ def test_what_is_too_long_or_no_json_is_not_read(tmp_path):
         read_header(tmp_path / "x.safetensors")
     for content, message in (
         ("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n", "is a Git-LFS pointer"),
-        ("\n<!DOCTYPE html>", "it is a web page saved under this name"),
+        ("\n<!DOCTYPE html>", "is a web page saved under this name"),
     ):
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(CheckpointError, match=rf"x\.json .*{message}"):

@@ -129,7 +129,7 @@ def test_inspect_may_also_be_a_prompt(tmp_path, capsys):
         main(["inspect", "--help"])
     assert "depthdiff -- inspect IMAGE" in capsys.readouterr().out
     assert main(["--", "inspect", str(tmp_path / "no.png")]) == 1
-    assert "no.png is no file" in capsys.readouterr().err
+    assert "no.png is not a file" in capsys.readouterr().err
 
 
 SIZE = """
