@@ -200,7 +200,7 @@ FILES = {
     "weights missing": (damage(UNET_WEIGHTS, lambda p: p.unlink()), "no diffusion_pytorch_model.safetensors"),
     "weights cut off": (
         damage(UNET_WEIGHTS, lambda p: p.write_bytes(p.read_bytes()[:5000])),
-        r"safetensors is cut off|and its header alone",
+        r"safetensors is damaged or cut off: .* download interrupted",
     ),
     "weights that are a web page": (
         damage(UNET_WEIGHTS, lambda p: p.write_text("<!doctype html>" * 9)),
@@ -235,14 +235,18 @@ LOADS = {
     "no such folder": (
         lambda f: StableDiffusionDepth2ImgPipeline.from_pretrained("./nowhere"),
         CheckpointError,
-        "no folder",
+        "neither a folder nor a Hub id",
     ),
     "a file": (
         lambda f: StableDiffusionDepth2ImgPipeline.from_pretrained(f / "model_index.json"),
         CheckpointError,
         "is a file",
     ),
-    "empty name": (lambda f: StableDiffusionDepth2ImgPipeline.from_pretrained(""), CheckpointError, "no folder"),
+    "empty name": (
+        lambda f: StableDiffusionDepth2ImgPipeline.from_pretrained(""),
+        CheckpointError,
+        "neither a folder nor a Hub id",
+    ),
     "three-part name": (lambda f: UNet2DConditionModel.from_pretrained("a/b/c"), CheckpointError, "owner/name"),
     "dtype as text": (
         lambda f: StableDiffusionDepth2ImgPipeline.from_pretrained(f, torch_dtype="half"),

@@ -117,7 +117,7 @@ def test_several_pictures_depth_and_sheet(place, tiny_folder):
 
 
 FAILURES = {
-    "photo missing": (["two tigers", "nowhere.png"], "nowhere.png is no file"),
+    "photo missing": (["two tigers", "nowhere.png"], "nowhere.png is not a file"),
     "photo that is none": (["two tigers", "text.png"], "not a picture of a known type"),
     "model missing": (["two tigers", "photo.png", "--model", "./nowhere"], "'./nowhere' is not a folder"),
     "folder missing": (["two tigers", "photo.png", "-o", "no/a.png"], "does not exist; make it first"),
@@ -130,8 +130,8 @@ FAILURES = {
         ["two tigers", "photo.png", "--lora", "a.safetensors:much"],
         "--lora a.safetensors:much: 'much' must be",
     ),
-    "lora missing": (["two tigers", "photo.png", "--lora", "a.safetensors"], "lora a.safetensors is no file"),
-    "depth missing": (["two tigers", "photo.png", "--depth", "d.png"], "depth d.png is no file"),
+    "lora missing": (["two tigers", "photo.png", "--lora", "a.safetensors"], "lora a.safetensors is not a file"),
+    "depth missing": (["two tigers", "photo.png", "--depth", "d.png"], "depth d.png is not a file"),
 }
 
 

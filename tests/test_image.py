@@ -312,8 +312,8 @@ WRONG_IMAGES = {
     "NaN": (NAN, ValueError, "finite"),
     "infinity": (np.where(FLOAT > 0.5, np.inf, FLOAT), ValueError, "finite"),
     "minus infinity": (torch.full((3, 8, 8), -torch.inf), ValueError, "finite"),
-    "NaN in PIL": (Image.fromarray(NAN[..., 0]), ValueError, "mode F must lie in"),
-    "negative PIL": (Image.fromarray(np.array([[-5]], np.int32)), ValueError, "mode I must lie in .* got -5"),
+    "NaN in PIL": (Image.fromarray(NAN[..., 0]), ValueError, "mode F must be in"),
+    "negative PIL": (Image.fromarray(np.array([[-5]], np.int32)), ValueError, "mode I must be in .* got -5"),
     "too large PIL": (Image.fromarray(np.array([[70000]], np.int32)), ValueError, "70000"),
     "truncated file": (broken_file(), ValueError, "decoded"),
 }

@@ -64,7 +64,7 @@ def download(repo_id: str, patterns: list[str], **hub: Unpack[HubOptions]) -> Pa
     try:
         return Path(snapshot_download(repo_id, **options))
     except HFValidationError as error:
-        raise CheckpointError(f"{repo_id!r} is not a folder, and not a Hub id, which reads owner/name") from error
+        raise CheckpointError(f"{repo_id!r} is neither a folder nor a Hub id; a Hub id reads owner/name") from error
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repo_id} is gated: accept its conditions on its page and log in with `hf auth login`, or pass token=..."

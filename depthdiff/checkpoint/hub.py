@@ -143,7 +143,7 @@ def _refuse_paths(name: str) -> None:
     is_path = name.startswith((".", "~", os.sep)) or "\\" in name
     if is_path or not HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"{name[:80]!r} is not a folder, and not a Hub id: that reads owner/name, of letters, digits and -_."
+            f"{name[:80]!r} is neither a folder nor a Hub id; a Hub id reads owner/name, of letters, digits, '-', '_', '.'"
         )
 
 
