@@ -28,7 +28,7 @@ REAL = ("bool", "uint", "int", "float8_", "float16", "bfloat16", "float32", "flo
 """The beginnings of the names of torch's real dtypes."""
 
 WHITE = {"uint8": 255, "uint16": 65535}
-SLACK = 1e-3  # by which float images may leave their range, since resampling does that
+SLACK = 1e-3  # by which float images may exceed their range, since resampling can overshoot
 
 
 def read_images(image: ImageInput, name: str = "image") -> list[Image.Image] | Tensor:

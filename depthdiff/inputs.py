@@ -86,7 +86,7 @@ def check_latents(latents: object, channels: int) -> None:
 def check_embeds(
     prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None, width: int, length: int | None = None
 ) -> None:
-    """Refuse embeddings (B, L, C) unlike each other, or whose C or L differ from `width` of the UNet or `length`."""
+    """Refuse embeddings (B, L, C) that differ in shape, or whose C is not the UNet's `width` or L not `length`."""
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
         if embeds is not None and embeds.shape[2] != width:
             raise ValueError(f"`{name}` must be {width} wide, which this UNet reads, got {embeds.shape[2]}")
@@ -215,7 +215,7 @@ def repeat_rows(name: str, embeds: Tensor | None, count: int) -> Tensor | None:
 
 
 def read_start(image: ImageInput | None, depth_map: object, factor: int) -> list[Image.Image] | Tensor:
-    """Return the result of `depthdiff.image.read_images`, or latents (N, 4, h, w); `factor` is pixels to a latent."""
+    """Return the result of `depthdiff.image.read_images`, or latents (N, 4, h, w); `factor` is pixels per latent."""
     if image is None:
         raise ValueError("`image` input cannot be undefined; pass the image to start from")
     if not is_latents(image):

@@ -180,6 +180,10 @@ FILES = {
         "scheduler is a FlowMatchScheduler; implemented here: PNDMScheduler",
     ),
     "folder missing": (damage("vae", shutil.rmtree), r"checkpoint has no folder vae, which its model_index.json names"),
+    "key twice in a config": (
+        damage("unet/config.json", lambda p: rewrite(p, '"in_channels": 5', '"in_channels": 4, "in_channels": 5')),
+        r"unet/config\.json cannot be read: 'in_channels' stands twice",
+    ),
     "config missing": (damage("unet/config.json", lambda p: p.unlink()), "unet has no config.json"),
     "config of another network": (
         damage("unet/config.json", lambda p: rewrite(p, "UNet2DConditionModel", "AutoencoderKL")),
@@ -200,7 +204,7 @@ FILES = {
     "weights missing": (damage(UNET_WEIGHTS, lambda p: p.unlink()), "no diffusion_pytorch_model.safetensors"),
     "weights cut off": (
         damage(UNET_WEIGHTS, lambda p: p.write_bytes(p.read_bytes()[:5000])),
-        r"safetensors is damaged or cut off: .* download interrupted",
+        r"safetensors is cut off: it has 5,000 bytes, its header alone .* download interrupted",
     ),
     "weights that are a web page": (
         damage(UNET_WEIGHTS, lambda p: p.write_text("<!doctype html>" * 9)),
@@ -262,6 +266,16 @@ LOADS = {
         lambda f: StableDiffusionDepth2ImgPipeline.from_pretrained(f, schedular=DDIMScheduler()),
         TypeError,
         "'schedular'; did you mean 'scheduler'",
+    ),
+    "misspelt option of the Hub": (
+        lambda f: UNet2DConditionModel.from_pretrained(f, subfolder="unet").load_lora_adapter(f, local_file_only=True),
+        TypeError,
+        "'local_file_only'.*did you mean 'local_files_only'",
+    ),
+    "name of dots": (
+        lambda f: UNet2DConditionModel.from_pretrained("a..b"),
+        CheckpointError,
+        "neither a folder nor a Hub id",
     ),
     "pickles where there are none": (
         lambda f: StableDiffusionDepth2ImgPipeline.from_pretrained(f, use_safetensors=False),

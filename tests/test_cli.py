@@ -119,7 +119,7 @@ def test_several_pictures_depth_and_sheet(place, tiny_folder):
 FAILURES = {
     "photo missing": (["two tigers", "nowhere.png"], "nowhere.png is not a file"),
     "photo that is none": (["two tigers", "text.png"], "not a picture of a known type"),
-    "model missing": (["two tigers", "photo.png", "--model", "./nowhere"], "'./nowhere' is not a folder"),
+    "model missing": (["two tigers", "photo.png", "--model", "./nowhere"], "'./nowhere' is neither a folder nor"),
     "folder missing": (["two tigers", "photo.png", "-o", "no/a.png"], "does not exist; make it first"),
     "unknown type": (["two tigers", "photo.png", "-o", "a.xyz"], "must end in the name of an image type"),
     "over the photo": (["two tigers", "photo.png", "-o", "photo.png"], "must all have different names"),

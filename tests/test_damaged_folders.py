@@ -616,7 +616,7 @@ def test_links(folder, state):
 
 
 MESSAGES = {
-    "cut off": (lambda w: w[:-100], r"is damaged or cut off: .*Download it again"),
+    "cut off": (lambda w: w[:-100], r".*is damaged, cut off or of a newer format: .*Download it again"),
     "Git-LFS pointer": (
         lambda w: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3463726504\n",
         "is a Git-LFS pointer, a note of where the file of 3,463,726,504 bytes is; run `git lfs pull`",
@@ -635,7 +635,7 @@ MESSAGES = {
 def test_what_lies_there_instead_is_named(folder, state, case):
     make, message = MESSAGES[case]
     (folder / "model.safetensors").write_bytes(make(save(state)))
-    with pytest.raises(CheckpointError, match=f"model.safetensors {message}"):
+    with pytest.raises(CheckpointError, match=f"model.safetensors.* {message}"):
         CLIPTextModel.from_pretrained(folder)
     torch.save(state, folder / "pytorch_model.bin")
     whole = (folder / "pytorch_model.bin").read_bytes()
@@ -666,7 +666,7 @@ def test_places_are_checked_by_the_library(tmp_path, case):
     places = {"a": first, "b": second}
     header = {key: {"dtype": "F32", "shape": [2], "data_offsets": place} for key, place in places.items()}
     (tmp_path / "x.safetensors").write_bytes(pack(header, bytes(size)))
-    with pytest.raises(CheckpointError, match=r"x\.safetensors is damaged or cut off: .*Download it again"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors.* cut off.*Download it again"):
         read_header(tmp_path / "x.safetensors")
 
 

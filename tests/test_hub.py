@@ -121,7 +121,7 @@ def test_moved_repository(hub, tmp_path):
     hub.publish(MIRROR, hub.revisions["owner/depth"]["main"])
     done = load(hub, tmp_path, MOVED)
     assert done.returncode == 0, done.stderr
-    assert f"{MOVED} cannot be had; its mirror {MIRROR} is used instead" in done.stderr
+    assert f"{MOVED} is not available; its mirror {MIRROR} is used instead" in done.stderr
     again = load(hub, tmp_path, MOVED, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert "its mirror" in again.stderr

@@ -112,7 +112,7 @@ BROKEN = {
     "index of numbers": ({"a": 5}, "same folder"),
     "empty index": ({}, "weight_map"),
     "index of files of another kind": ({"a": "config.json"}, "must hold a weight_map"),
-    "index with a missing part": ({"a": "part-1.safetensors"}, "lacks 1 of 1 parts, first: part-1.safetensors"),
+    "index with a missing part": ({"a": "part-1.safetensors"}, "lacks 1 of 1 shards, first: part-1.safetensors"),
 }
 
 

@@ -1,7 +1,10 @@
 """LoRA and its kin: the formulas, what is restored, and what is refused. Damaged files: test_fuzz_files.py."""
 
 import itertools
+import json
+import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -504,6 +507,12 @@ def wide(state, width):
     return {k: torch.rand(v.shape[0], width) if "attn2_to_v.lora_down" in k else v for k, v in state.items()}
 
 
+def lokr(state, method="lokr", **shapes):
+    """One layer of another method, of these shapes."""
+    layer = next(iter(state)).split(".")[0]
+    return {f"{layer}.{method}_{part}": torch.rand(shape) for part, shape in shapes.items()}
+
+
 REFUSED = {
     "nothing": (lambda s: {}, "must hold tensors by name"),
     "no tensors": (lambda s: {"a": 1}, "must be a tensor"),
@@ -513,7 +522,7 @@ REFUSED = {
     ),
     "unknown part": (lambda s: {**s, next(iter(s)).split(".")[0] + ".boft": torch.rand(2)}, "keys belong to no layer"),
     "mixed": (lambda s: {**s, "unet.conv_in.lora_A.weight": torch.rand(2, 2)}, "mixes .* split it"),
-    "half": (lambda s: without(s, "lora_up.weight"), "no known method, or not all of it"),
+    "half": (lambda s: without(s, "lora_up.weight"), "no known method, or an incomplete one"),
     "alpha alone": (lambda s: without(s, "lora_up.weight", "lora_down.weight"), "alpha alone"),
     "shapes": (lambda s: {k: v[:, :-1] if "to_q.lora_down" in k else v for k, v in s.items()}, "do not fit"),
     "NaN": (lambda s: {k: v * float("nan") for k, v in s.items()}, "must hold finite numbers"),
@@ -546,6 +555,12 @@ REFUSED = {
         lambda s: {f"{next(iter(s)).split('.')[0]}.lokr_w{n}": torch.tensor(1.0) for n in "12"},
         "do not fit",
     ),
+    "no axes, LoKr with a core": (lambda s: lokr(s, w1=(2, 2), w2_a=(), w2_b=(2, 2), t2=(2, 2, 3, 3)), "do not fit"),
+    "no axes, LoHa with cores": (
+        lambda s: lokr(s, "hada", w1_a=(), w1_b=(2, 2), t1=(2, 2), w2_a=(2, 2), w2_b=(2, 2), t2=(2, 2)),
+        "do not fit",
+    ),
+    "three axes, LoKr": (lambda s: lokr(s, w1=(1, 1), w2_a=(32, 1, 2), w2_b=(2, 32)), "do not fit"),
     "lengths of the other axis": (
         lambda s: {**s, "lora_unet_down_blocks_1_resnets_0_conv1.dora_scale": torch.ones(32)},
         "do not fit",
@@ -577,7 +592,7 @@ def test_files(pipe, tmp_path):
     (tmp_path / "readme.txt").write_text("hello")
     with pytest.raises(CheckpointError, match=r"must end in \.safetensors"):
         pipe.load_lora_weights(tmp_path / "readme.txt")
-    with pytest.raises(CheckpointError, match="is not a folder"):
+    with pytest.raises(CheckpointError, match="is neither a folder nor a Hub id"):
         pipe.load_lora_weights("./nowhere")
 
 
@@ -619,3 +634,16 @@ def test_shapes_without_numbers(formula):
             assert (fits(delta, shape) is True) <= right, (name, changed.shape)
             if changed.ndim == part.ndim:
                 assert (fits(delta, shape) is True) == right, (name, changed.shape)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "bits"), [("F4", [4], 4), ("F32", [1] * 70, 32)], ids=["sub-byte numbers", "70 axes"]
+)
+def test_tensors_that_torch_does_not_hold_are_refused_by_name(pipe, tmp_path, dtype, shape, bits):
+    size = math.prod(shape) * bits // 8
+    header = json.dumps({"unet.conv_in.lora_A.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}})
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(size))
+    for load in (pipe.load_lora_weights, partial(pipe.unet.load_lora_adapter, prefix="unet")):
+        with pytest.raises(CheckpointError, match=rf"conv_in.*is {dtype} of {len(shape)} axes"):
+            load(path)

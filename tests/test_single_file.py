@@ -390,7 +390,8 @@ def test_an_address_and_a_revision_must_agree(monkeypatch, tmp_path):
 
 BAD_NAMES = {
     "owner/name/../../etc/a.ckpt": "leaves its repository",
-    "https://example.com/owner/name/resolve/main/a.ckpt": "is on no Hub that is known here",
+    r"owner/name/sub\a.ckpt": "leaves its repository",
+    "https://example.com/owner/name/resolve/main/a.ckpt": "is not an address of a known Hub",
     "https://example.com/a.ckpt": "is not a file here",
     "nothing.safetensors": "is not a file here",
     "owner/name": "is not a file here",

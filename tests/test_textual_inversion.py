@@ -144,7 +144,7 @@ REFUSED = {
     "integers": (lambda w: {"<a>": torch.ones(1, w).int()}, {}, "must be .n, "),
     "no tensor": (lambda w: {"<a>": "text"}, {}, "expected a tensor"),
     "nothing": (lambda w: {}, {}, "expected vectors by word"),
-    "missing file": (lambda w: "./nowhere.pt", {}, "is not a folder"),
+    "missing file": (lambda w: "./nowhere.pt", {}, "is neither a folder nor"),
 }
 
 

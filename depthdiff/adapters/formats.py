@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from depthdiff.adapters.methods import Delta, fits, make_delta, rank
 from depthdiff.checkpoint.hub import fetch, parse_json, read_json
 from depthdiff.checkpoint.save import tensor_entry, write_safetensors
 from depthdiff.checkpoint.transaction import check_folder, making
-from depthdiff.checkpoint.weights import read_header, read_tensors_anyhow
+from depthdiff.checkpoint.weights import open_safetensors, read_header, read_tensors_anyhow
 from depthdiff.checkpoint.write import check_plain_name
 from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError
@@ -109,21 +108,17 @@ def read_file(
         return read_tensors_anyhow(path, MAX_TENSORS), _read_settings(path, {}), path
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} must end in .safetensors or one of {', '.join(PICKLES)}")
-    entries, header = read_header(path, MAX_HEADER)
-    if len(entries) > MAX_TENSORS:
-        raise CheckpointError(f"{path} has {len(entries):,} tensors, more than {MAX_TENSORS:,}; is it an adapter?")
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key).clone() for key in entries}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; is the download complete?") from error
+    keys, header = read_header(path, MAX_HEADER)
+    if len(keys) > MAX_TENSORS:
+        raise CheckpointError(f"{path} has {len(keys):,} tensors, more than {MAX_TENSORS:,}; is it an adapter?")
+    state = {key: source.get().clone() for key, source in open_safetensors(path).items()}
     return state, _read_settings(path, header), path
 
 
 def _find_file(name_or_path: Any, defaults: Sequence[str], weight_name: str | None, **where: Any) -> Path:
     """Find the file that is named, or the first default in a folder, or the only file of weights there."""
     wanted = defaults if weight_name is None else [weight_name]
-    check_path("the adapter's name", name_or_path)
+    check_path("the file's name", name_or_path)
     if Path(name_or_path).is_file():
         return Path(name_or_path)
     folder = fetch(name_or_path, (), optional=[*wanted, ADAPTER_CONFIG], **where)
@@ -170,7 +165,7 @@ def read_lora(
             delta = make_delta(parts, alpha, r, rank_stabilized)
             if delta is None:
                 raise CheckpointError(f"{source}: {spelling!r} has {', '.join(sorted(parts)) or 'alpha alone'}, which "
-                                      "is no known method, or not all of it; is the file damaged?")  # fmt: skip
+                                      "is no known method, or an incomplete one; is the file damaged?")  # fmt: skip
             deltas[component][f"{layer}.weight"] = delta
         if bias is not None:
             deltas[component][f"{layer}.bias"] = Delta("full", {"diff": bias}, 1.0)
@@ -187,7 +182,9 @@ def _check_tensors(state: Any, networks: Mapping[str, nn.Module], source: str) -
     tensors = {key: _as_float(value) if str(key).endswith(".alpha") else value for key, value in state.items()}
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{source}: {key!r} must be a tensor under a text, got {type(value).__name__}")
+            raise CheckpointError(
+                f"{source}: {key!r} must be a tensor with a text as its key, got {type(value).__name__}"
+            )
         if not has_numbers(value):
             raise CheckpointError(f"{source}: {key!r} must hold finite numbers, also in float32; is the file damaged?")
         for kind, prefixes in FOREIGN_PREFIXES.items():
@@ -196,7 +193,7 @@ def _check_tensors(state: Any, networks: Mapping[str, nn.Module], source: str) -
         if value.ndim > 1 and own and value.shape[1] not in own and CROSS_ATTENTION_KEY.search(key):
             kind = CROSS_ATTENTION_DIMS.get(value.shape[1], "another model")
             raise CheckpointError(
-                f"{source} is made for {kind}, whose context has {value.shape[1]} channels; here {min(own)}"
+                f"{source} is made for {kind}, whose context has {value.shape[1]} channels; this model's has {min(own)}"
             )
     return tensors
 

@@ -171,12 +171,14 @@ class Merging(DiffusionPipeline):
 def check_weight(weight: Any, unet: nn.Module) -> None:
     """Refuse what is not a `Weight` of this UNet."""
     if not isinstance(weight, Mapping):
-        return _check_number(weight)
+        _check_number(weight)
+        return
     _check_names(weight, (*COMPONENTS, "down", "mid", "up"))
     _check_number(weight.get("text_encoder", 1.0))
     inner = weight.get("unet", weight)
     if not isinstance(inner, Mapping):
-        return _check_number(inner)
+        _check_number(inner)
+        return
     _check_names(inner, ("down", "mid", "up", *(COMPONENTS if inner is weight else ())))
     _check_number(inner.get("mid", 1.0))
     sizes: dict[str, dict[str, int]] = {"down": {}, "up": {}}

@@ -31,8 +31,9 @@ def lora(parts: Parts) -> Tensor:
 
 def tucker(core: Tensor, out: Tensor, into: Tensor) -> Tensor:
     """Contract a core (r, r, *K) with (r, O) and (r, I). Source: arXiv:2108.06098, sec. 2.2."""
-    if core.shape[:2] != (len(out), len(into)):
-        raise ValueError(f"a core {tuple(core.shape)} does not fit ranks {len(out)} and {len(into)}")
+    if not out.ndim == into.ndim == 2 or core.shape[:2] != (len(out), len(into)):
+        shapes = ", ".join(str(tuple(part.shape)) for part in (core, out, into))
+        raise ValueError(f"a core and its factors must be (r, r, *K), (r, O) and (r, I), got {shapes}")
     return torch.einsum("ab...,ao,bi->oi...", core, out, into)
 
 
@@ -67,7 +68,11 @@ def factor(parts: Parts, name: str, core: str = "") -> Tensor:
     if name in parts:
         return parts[name]
     a, b = parts[f"{name}_a"], parts[f"{name}_b"]
-    return tucker(parts[core], a, b) if core in parts else a @ b
+    if core in parts:
+        return tucker(parts[core], a, b)
+    if not a.ndim == b.ndim == 2:
+        raise ValueError(f"factors of {name} must be matrices, got {tuple(a.shape)} and {tuple(b.shape)}")
+    return a @ b
 
 
 METHODS = {
@@ -168,7 +173,7 @@ def rank(parts: Parts) -> int | None:
 def make_delta(
     parts: Parts, alpha: float | None, divisor: float | None = None, rank_stabilized: bool = False
 ) -> Delta | None:
-    """Recognise the method of one layer's tensors; None if they belong to no method, or are not all of it.
+    """Recognise the method of one layer's tensors; None if they belong to no method, or some are missing.
 
     The scale is alpha / r, or alpha / sqrt(r) if `rank_stabilized` (arXiv:2312.03732); r is `divisor` if that is given.
     """

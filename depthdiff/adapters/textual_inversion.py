@@ -131,13 +131,15 @@ class TextualInversionLoaderMixin:
             learnt = tokenizer.learnt_words
             chosen = list(learnt) if tokens is None else check_names("tokens", tokens)
             gone = {index for word in chosen for index in learnt.get(word, ())}
+            if not gone:
+                return tokenizer.remove_words(chosen)
             table = encoder.get_input_embeddings().weight.data
             kept = [index for index in range(len(table)) if index not in gone]
             _exchange(tokenizer, encoder, table[kept], lambda: tokenizer.remove_words(chosen))
 
 
 def _read_words(content: Any, token: str | None, name: str, stem: str | None) -> dict[str, Tensor]:
-    """Find the words and their vectors in what a file holds; `token` replaces its word, `stem` is used without any."""
+    """Find a file's words and their vectors; `token` replaces its word, `stem` is the word if it names none."""
     if isinstance(content, Tensor):
         if token is None:
             raise ValueError(f"{name} holds a tensor without a word; pass token=...")

@@ -56,15 +56,18 @@ def download(repo_id: str, patterns: list[str], **hub: Unpack[HubOptions]) -> Pa
         CheckpointError: no such repository or revision, no right to read it, no way to reach it, or an answer that no
             Hub gives.
     """
-    entry = Path(hub.get("cache_dir") or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+    try:
+        name = repo_folder_name(repo_id=repo_id, repo_type="model")
+    except HFValidationError as error:
+        reason = "is neither a folder nor a Hub id (owner/name, of letters, digits, '-', '_' and '.')"
+        raise CheckpointError(f"{repo_id!r} {reason}: {error}") from error
+    entry = Path(hub.get("cache_dir") or constants.HF_HUB_CACHE) / name
     repair = f"pass force_download=True, or delete {entry}"
     if hub.get("force_download") and not hub.get("local_files_only"):
         _remove_what_no_file_replaces(entry)
     options: dict[str, Any] = {**hub, "allow_patterns": patterns}
     try:
         return Path(snapshot_download(repo_id, **options))
-    except HFValidationError as error:
-        raise CheckpointError(f"{repo_id!r} is neither a folder nor a Hub id; a Hub id reads owner/name") from error
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repo_id} is gated: accept its conditions on its page and log in with `hf auth login`, or pass token=..."
@@ -74,14 +77,14 @@ def download(repo_id: str, patterns: list[str], **hub: Unpack[HubOptions]) -> Pa
         revision = hub.get("revision")
         raise CheckpointError(f"{repo_id} has no revision {revision!r}{hint if revision == 'fp16' else ''}") from error
     except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-        reason = _explain(repo_id, error, f"; if what is in {entry} is not whole, {repair}" if entry.exists() else "")
+        reason = _explain(repo_id, error, f"; if {entry} is incomplete, {repair}" if entry.exists() else "")
         if repo_id not in MOVED:
             raise CheckpointError(reason) from error
         try:
             folder = download(MOVED[repo_id], patterns, **hub)
         except CheckpointError as second:
             raise CheckpointError(f"{reason}; its mirror fails as well: {second}") from error
-        warnings.warn(f"{repo_id} cannot be had; its mirror {MOVED[repo_id]} is used instead", stacklevel=2)
+        warnings.warn(f"{repo_id} is not available; its mirror {MOVED[repo_id]} is used instead", stacklevel=2)
         return folder
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
@@ -125,7 +128,7 @@ def _explain(repo_id: str, error: Exception, repair: str) -> str:
         return f"{repo_id} is not a folder here, and the Hub has no such repository, or none that your token may read"
     start = f"{repo_id} is not a folder here, is not in the cache"
     if isinstance(error.__cause__, FileMetadataError):
-        return f"{start}, and the answer of the Hub says too little of a file; is there a proxy in between?{repair}"
+        return f"{start}, and the Hub's answer lacks information about a file; is there a proxy in between?{repair}"
     status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
     if isinstance(status, int):
         return f"{start}, and the Hub answered {_advice(status)}"

@@ -43,7 +43,7 @@ class Shapes:
         if key not in self.shapes or len(self.shapes[key]) <= axis or not self.shapes[key][axis]:
             found = self.shapes.get(key, "missing")
             raise CheckpointError(
-                f"{self.source}: {key!r}, from which the network's sizes follow, is {found}; is the file whole?"
+                f"{self.source}: {key!r}, from which the network's sizes follow, is {found}; is the file complete?"
             )
         return self.shapes[key][axis]
 
@@ -57,7 +57,7 @@ class Shapes:
         while self.has(template.format(number)):
             number += 1
         if not number:
-            raise CheckpointError(f"{self.source}: {template.format(0)!r} is missing; is the file whole?")
+            raise CheckpointError(f"{self.source}: {template.format(0)!r} is missing; is the file complete?")
         return number
 
 
@@ -83,7 +83,7 @@ def _unet(shapes: Shapes) -> dict[str, Any]:
         layers[-1] += 1
         attended[-1].add(shapes.has(f"{here}.1.norm"))
     if not widths or fresh:
-        raise CheckpointError(f"{shapes.source}: its input_blocks are not a UNet's; is the file whole?")
+        raise CheckpointError(f"{shapes.source}: its input_blocks are not a UNet's; is the file complete?")
     number, up_attended = 0, []
     for count in reversed(layers):
         up_attended.append({shapes.has(f"output_blocks.{number + j}.1.norm") for j in range(count + 1)})
@@ -196,7 +196,7 @@ INFER: Mapping[str, Callable[[Shapes], dict[str, Any]]] = {
     "text_encoder": _text_encoder,
     "depth_estimator": _depth_estimator,
 }
-"""Component -> what infers its config, or refuses a file that is not whole or of a geometry that is not here."""
+"""Component -> function that infers its config, or refuses an incomplete file or an unsupported geometry."""
 
 NOT_IN_SHAPES: Mapping[str, tuple[str, ...]] = {
     "unet": ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "upcast_attention", "flip_sin_to_cos",

@@ -1,4 +1,4 @@
-"""From a name to a folder, and its small files: what kind of model they describe, and what is wrong with them.
+"""Resolve a name to a folder, read its JSON files, and recognise which kind of model they describe.
 
 A folder is used as it is, a Hub id is downloaded as far as it is needed, and "mini" is the bundled model.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ BUNDLED = "mini"
 """The name of the small model that comes with the package; a folder of that name is reached as "./mini"."""
 
 DIFFUSERS_VERSION = "0.42.1"
-"""Whose layout is written; their loader wants to read some version."""
+"""The version of diffusers that is written into configs; its loader requires one."""
 
 MAX_JSON = 2**23
 """Bytes; the largest JSON file of a checkpoint, `tokenizer.json`, has 4 million."""
@@ -49,7 +50,7 @@ BY_WIDTH = {
     768: ("Stable Diffusion 1 (text-to-image)", WITH_CONTROLNET),
     2048: ("Stable Diffusion XL (text-to-image)", WITH_CONTROLNET),
 }
-"""Input channels of a UNet, and width of the text condition of one of four channels -> what it is, and good for."""
+"""`in_channels` of a UNet, and `cross_attention_dim` of one with four -> what the model is, and what it is good for."""
 
 
 class HubOptions(TypedDict, total=False):
@@ -143,7 +144,7 @@ def _refuse_paths(name: str) -> None:
     is_path = name.startswith((".", "~", os.sep)) or "\\" in name
     if is_path or not HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"{name[:80]!r} is neither a folder nor a Hub id; a Hub id reads owner/name, of letters, digits, '-', '_', '.'"
+            f"{name[:80]!r} is neither a folder nor a Hub id (owner/name, of letters, digits, '-', '_' and '.')"
         )
 
 
@@ -197,11 +198,20 @@ def parse_json(content: bytes, path: Path, part: str = "") -> dict[str, Any]:
     if content.count(b"[") + content.count(b"{") > MAX_PARTS:
         raise CheckpointError(f"{name} cannot be read: it has more than {MAX_PARTS:,} parts; is the file damaged?")
     try:
-        values = json.loads(content)
+        values = json.loads(content, object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} cannot be read: {error}; is the file missing or damaged?") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{name} must hold a JSON object, got {type(values).__name__}; is the file damaged?")
+    return values
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of the pairs of an object; refuse a name that stands in it twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name[:80]!r} stands twice in one object")
     return values
 
 
@@ -237,7 +247,7 @@ def refuse_other_unet(source: object, unet: Mapping[str, Any], prediction_type: 
 
 
 def refuse_other_kinds(source: object, index: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a pipeline with this `model_index.json` whose UNet does not take depth; errors as above."""
+    """Refuse a pipeline with this `model_index.json` whose UNet does not take depth, as `refuse_other_unet` does."""
     unet, scheduler = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
     if "unet" in index and unet.is_file():
         settings = read_json(scheduler) if scheduler.is_file() else {}

@@ -289,6 +289,9 @@ IGNORED = {
 """Key of a single file -> why no network reads it."""
 
 IGNORED_PREFIXES = {
+    **dict.fromkeys(
+        ("model_ema.decay", "model_ema.num_updates"), "how the second copy of the UNet was averaged over a training"
+    ),
     "model_ema.": "a second copy of the UNet, averaged over a training; in files to be used the first is the average",
     **dict.fromkeys(("first_stage_model.loss.", "loss."), "the losses that the autoencoder was trained with"),
 }

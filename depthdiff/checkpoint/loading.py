@@ -83,7 +83,7 @@ def fill(
 
 
 class Unfilled(TorchFunctionMode):
-    """Skips the drawing of first weights, which on the meta device costs a second and draws nothing."""
+    """Skips the initialisation of weights, which on the meta device takes a second and has no effect."""
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -112,7 +112,7 @@ def build(cls: type[Any], config: Mapping[str, Any], source: object, overrides: 
 
 
 def check_dtype(dtype: object) -> None:
-    """Refuse a dtype in which no weights can be."""
+    """Refuse a dtype that weights cannot have."""
     known = dtype is None or (isinstance(dtype, str) and dtype == "auto")
     if not known and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
         found = repr(dtype) if isinstance(dtype, torch.dtype) else brief(dtype)
@@ -192,7 +192,7 @@ class ConfigMixin:
 
         Args:
             config: of this class or another one, or the parsed JSON of a config file.
-            return_unused_kwargs: return what `kwargs` named in vain as well.
+            return_unused_kwargs: also return the `kwargs` that the constructor does not take.
             **kwargs: arguments of the constructor that replace those of the config.
 
         Raises:

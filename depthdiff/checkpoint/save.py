@@ -105,7 +105,10 @@ def save_components(
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
 ) -> None:
-    """Write a pipeline: `model_index.json` and a folder for every component that is not None; errors as above."""
+    """Write a pipeline: `model_index.json` and a folder for every component that is not None.
+
+    The errors are those of `save_model`.
+    """
     place = _check_arguments(folder, safe_serialization, variant, max_shard_size)
     parts: dict[str, tuple[str, ...]] = {"": (INDEX,)}
     for name, part in components.items():
@@ -123,7 +126,7 @@ def save_components(
 
 
 def _check_arguments(folder: object, safe_serialization: object, variant: object, max_shard_size: object) -> Path:
-    """Refuse arguments that cannot be, before anything is written; return the folder's absolute path."""
+    """Refuse invalid arguments before anything is written; return the folder's absolute path."""
     place = check_folder("save_directory", folder)
     if safe_serialization is not True:
         raise ValueError(f"safe_serialization must be True, got {safe_serialization!r}: pickles are never written")

@@ -122,7 +122,7 @@ def find_single_file(name: Name, **hub: Unpack[HubOptions]) -> Path:
         from huggingface_hub import constants  # deferred: takes 0.2 s to import
 
         if found[1] not in (*HUB_HOSTS, constants.ENDPOINT.rstrip("/")):
-            raise CheckpointError(f"{text} is on no Hub that is known here; download it and name the file")
+            raise CheckpointError(f"{text} is not an address of a known Hub; download the file and pass its path")
         if hub.get("revision") not in (None, found[3]):
             raise ValueError(f"revision is {hub['revision']!r}, but the address names {found[3]!r}; give one of them")
         repo_id, hub["revision"], file = found[2], found[3], found[4]
@@ -133,7 +133,7 @@ def find_single_file(name: Name, **hub: Unpack[HubOptions]) -> Path:
             raise CheckpointError(
                 f"{text!r} is not a file here, nor the name of one on the Hub: owner/name/file.safetensors"
             )
-    if ".." in file.split("/"):
+    if ".." in file.split("/") or "\\" in file:
         raise CheckpointError(f"{text!r} leaves its repository")
     return fetch(repo_id, [file], **hub) / file
 

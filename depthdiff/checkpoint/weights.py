@@ -3,8 +3,9 @@
 Safetensors are taken where there are any, pickles where there is nothing else. Weights that keep their dtype are the
 file's own pages of memory; those that are cast are cast one by one, each giving its pages back before the next is read.
 
-A pickle is a program. What it would call is listed first, so that it can be named, and since torch's interpreter of
-tensors (`weights_only=True`), which runs it, knows calls such as `bytearray` with which a file can ask for any memory.
+A pickle is a program. What it would call is listed first, so that an error can name it, and because torch's restricted
+unpickler (`weights_only=True`), which then runs it, allows calls such as `bytearray`, with which a file can demand any
+amount of memory.
 """
 
 from __future__ import annotations
@@ -40,15 +41,22 @@ FLOAT_NAMES = ("F64", "F32", "F16", "BF16")
 DTYPE_NAMES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
-    **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+    **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.bool: "BOOL", torch.complex64: "C64"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+    **{torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ"},
 }
 """torch's dtype -> its name in safetensors."""
 
 MAX_HEADER = 2**21
 """Bytes of a safetensors header; that of all four networks of Stable Diffusion 2 together has 0.3 million."""
 
+MAX_AXES = 64
+"""Of a tensor of torch."""
+
 MAX_PROGRAM = 2**21
 """Bytes of a pickle without its tensors; that of Stable Diffusion 2's UNet has 0.1 million."""
+
+AGAIN = "was the download interrupted? Download it again"
 
 ZIP = b"PK\x03\x04"
 HARMLESS = (
@@ -134,7 +142,7 @@ def _shards(folder: Path, index: str, suffix: str) -> list[Path]:
     names = sorted(set(values))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} parts, first: {missing[0]}")
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards, first: {missing[0]}")
     return [folder / name for name in names]
 
 
@@ -175,12 +183,14 @@ def _open_safetensors(path: Path, most: int) -> safe_open:
     length = int.from_bytes(start[:8], "little")
     if length > most:
         raise CheckpointError(f"{path} claims a header of {length:,} bytes, at most {most:,} are read; is it damaged?")
+    size = path.stat().st_size
+    if length > size - 8:
+        raise CheckpointError(f"{path} is cut off: it has {size:,} bytes, its header alone {length:,}; {AGAIN}")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut off: {_first_line(error)}; was the download interrupted? Download it again"
-        ) from error
+        reason = f"{path}, of {size:,} bytes, is damaged, cut off or of a newer format: {_first_line(error)}"
+        raise CheckpointError(f"{reason}; {AGAIN}") from error
 
 
 def read_header(path: Path, most: int = MAX_HEADER) -> tuple[list[str], dict[str, str]]:
@@ -210,7 +220,10 @@ def open_safetensors(path: Path) -> dict[str, Source]:
 
     def source(key: str) -> Source:
         one = file.get_slice(key)
-        return Source(path, one.get_dtype(), tuple(one.get_shape()), True, lambda: file.get_tensor(key))
+        dtype, shape = one.get_dtype(), tuple(one.get_shape())
+        if dtype not in DTYPE_NAMES.values() or len(shape) > MAX_AXES:
+            raise CheckpointError(f"{path}: {key[:80]!r} is {dtype} of {len(shape)} axes, which torch does not hold")
+        return Source(path, dtype, shape, True, lambda: file.get_tensor(key))
 
     return {key: source(key) for key in file.keys()}  # noqa: SIM118
 
@@ -275,7 +288,7 @@ def _load_pickle(path: Path, mapped: bool) -> tuple[Any, bool]:
     if strange:
         raise CheckpointError(
             f"{path} holds more than tensors: it would use {', '.join(strange[:3])}. Nothing of it was run. "
-            "Do not open it with other programs; get the weights as safetensors from whom you trust"
+            "Do not open it with other programs; get the weights as safetensors from a source that you trust"
         )
     return content, zipped
 
@@ -369,7 +382,7 @@ def read_tensors(
     """
     pairs = table.assign(name, table.cut({key: source.shape for key, source in sources.items()}), wanted)
     check_floats(pairs.values(), sources)
-    order = {key: place for place, key in enumerate(sources)}  # of the files, which is the fastest
+    order = {key: place for place, key in enumerate(sources)}  # of the files
     origins = sorted(((*split_part(key), ours) for ours, key in pairs.items()), key=lambda origin: order[origin[1]])
     state: dict[str, Tensor] = {}
     for key, group in groupby(origins, key=lambda origin: origin[1]):

@@ -82,7 +82,7 @@ def try_to_write(folder: Path, needed: int = 0) -> None:
 
 @contextmanager
 def writing(path: str | os.PathLike[str], *, follow: bool = True) -> Iterator[BinaryIO]:
-    """Open a file to write that replaces an old one, whose mode it keeps, when the block has ended without an error.
+    """Open a file for writing; when the block ends without an error, it replaces the old file and keeps its mode.
 
     Raises:
         ValueError: see `check_target`.

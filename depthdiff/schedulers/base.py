@@ -270,7 +270,7 @@ class SchedulerMixin(ConfigMixin, ABC):
         Args:
             pretrained_model_name_or_path: a folder, or a Hub id.
             subfolder: of the folder or repository.
-            return_unused_kwargs: return what `kwargs` named in vain as well.
+            return_unused_kwargs: also return the `kwargs` that the constructor does not take.
             **kwargs: settings that replace those of the file, and `load_config`'s arguments for the Hub.
 
         Raises:
