@@ -123,7 +123,7 @@ def check_places(**places: object) -> None:
     """
     for name, value in places.items():
         if name not in PLACES:
-            raise TypeError(f"{name!r} is no option of loading{nearest(name, PLACES)}")
+            raise TypeError(f"{name!r} is not an option of loading{nearest(name, PLACES)}")
         if name in ("local_files_only", "force_download"):
             check_flag(name, value)
         elif name == "cache_dir" and value is not None:

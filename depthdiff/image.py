@@ -71,7 +71,7 @@ def read_images(image: ImageInput, name: str = "image") -> list[Image.Image] | T
     if not np.isfinite(high - low):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
     if low < -1 - SLACK or high > 1 + SLACK:
-        raise ValueError(f"{name} must lie in [0, 1] or [-1, 1], got {low:g} to {high:g}; divide by 255 or use uint8")
+        raise ValueError(f"{name} must be in [0, 1] or [-1, 1], got {low:g} to {high:g}; divide by 255 or use uint8")
     if low < 0:
         logger.warning("%s has values below 0, down to %g: taken as [-1, 1], not [0, 1]", name, low)
         return (pixels + 1) / 2

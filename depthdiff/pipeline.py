@@ -75,7 +75,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         scheduler: the noise levels and the solver.
         depth_estimator: pixels to disparity.
         feature_extractor: prepares pixels for it.
-        fast: let the networks compute the same faster where they can; see `depthdiff.fast`.
+        fast: use the equivalent faster computations of `depthdiff.fast` where they apply.
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
@@ -108,7 +108,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """Return that of this thread's present or last call; a callback changes it by assigning `_guidance_scale`."""
+        """The guidance scale of this thread's current or latest call; callbacks may assign `_guidance_scale`."""
         return self._call.guidance_scale
 
     @property
@@ -121,22 +121,22 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Return whether guidance is on."""
+        """Whether guidance is on."""
         return self._guidance_scale > 1
 
     @property
     def clip_skip(self) -> int | None:
-        """Return that of this thread's present or last call."""
+        """The `clip_skip` of this thread's current or latest call."""
         return self._call.clip_skip
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        """Return that of this thread's present or last call."""
+        """Those of this thread's current or latest call."""
         return self._call.cross_attention_kwargs
 
     @property
     def num_timesteps(self) -> int:
-        """Return how often this thread's present or last call runs the UNet."""
+        """The number of UNet calls in this thread's current or latest call."""
         return self._call.num_timesteps
 
     @torch.no_grad()
@@ -172,7 +172,8 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
     ) -> StableDiffusionPipelineOutput | tuple[Any]:
         """Repaint images.
 
-        Prompts, images and depth maps pair one to one; a single one serves all.
+        Prompts, images and depth maps are paired in order; fewer of one kind are repeated, if their number divides the
+        largest.
 
         Args:
             prompt: what the pictures should show.
@@ -204,15 +205,15 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             preset: "fast" sets what of these is left out (see `depthdiff.approximations.PRESETS`).
             callback: diffusers' older form, called with index, timestep and latents.
             callback_steps: every how many steps.
-            **unknown: refused, with the nearest argument that is known.
+            **unknown: raises TypeError, and suggests the closest known name.
 
         Raises:
             TypeError: an unknown argument, or one of a wrong type.
             ValueError: a value out of range, or arguments that do not fit each other.
             FloatingPointError: NaN or infinity in the work; names the stage that they come from.
         """
-        for name in unknown:
-            known = inspect.signature(StableDiffusionDepth2ImgPipeline.__call__).parameters
+        if unknown:
+            name, known = next(iter(unknown)), inspect.signature(StableDiffusionDepth2ImgPipeline.__call__).parameters
             raise TypeError(f"__call__ got an unknown argument {name!r}{nearest(name, known)}")
         callback_steps, names = check_callbacks(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
@@ -242,7 +243,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         for step in self.progress_bar(self.denoise(run), total=len(run)):
             if callback_on_step_end is not None:
                 call_back(callback_on_step_end, names, self, run, step)
-            own = step.index >= len(run) - run.num_inference_steps  # PNDM's second call for one step is none of these
+            own = step.index >= len(run) - run.num_inference_steps  # as in diffusers, PNDM's extra call has none
             if callback is not None and own and step.index % callback_steps == 0:
                 callback(step.index, step.timestep, step.latents)
         images = self.decode(run.latents, output_type)
@@ -287,7 +288,8 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         lora_scale, guided, device = check_kwargs(cross_attention_kwargs), guidance_scale > 1, self._execution_device
         check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip, guided)
         counts = {"image": len(read_start(image, depth_map, self.vae_scale_factor))}
-        counts |= {} if depth_map is None else {"depth_map": len(read_depth(depth_map))}
+        if depth_map is not None:
+            counts["depth_map"] = len(read_depth(depth_map))
         texts = [prompt] if isinstance(prompt, str) else prompt
         counts["prompt"] = len(texts if texts is not None else prompt_embeds)  # type: ignore[arg-type]
         pictures = batch_size(counts)
@@ -306,13 +308,11 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             clip_skip=clip_skip,
         )
         dtype, batch = positive.dtype, pictures * num_images_per_prompt
-        image, depth_map = (
-            paired(image, counts["image"], pictures),
-            paired(depth_map, counts.get("depth_map"), pictures),
-        )
+        image = paired(image, counts["image"], pictures)
+        depth_map = paired(depth_map, counts.get("depth_map"), pictures)
         depth = self.prepare_depth_map(image, depth_map, batch, guided, dtype, device)
         pixels = self.image_processor.preprocess(image)
-        with self._planning:  # the scheduler that all calls share holds the timesteps of one at a time
+        with self._planning:  # calls share the scheduler, which holds the timesteps of one run at a time
             self.scheduler.set_timesteps(num_inference_steps, device=device)
             timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, strength, device)
             latents = self.prepare_latents(
@@ -321,17 +321,17 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             scheduler = copy.deepcopy(self.scheduler)
         self._call.num_timesteps = len(timesteps)
         return Run(
-            scheduler,
-            timesteps,
-            num_inference_steps,
-            latents,
-            positive if negative is None else torch.cat([negative, positive]),
-            depth,
-            guidance_scale,
-            generator,
-            eta,
-            cross_attention_kwargs,
-            approximations,
+            scheduler=scheduler,
+            timesteps=timesteps,
+            num_inference_steps=num_inference_steps,
+            latents=latents,
+            prompt_embeds=positive if negative is None else torch.cat([negative, positive]),
+            depth=depth,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            eta=eta,
+            cross_attention_kwargs=cross_attention_kwargs,
+            approximations=approximations,
         )
 
     @torch.no_grad()
@@ -339,14 +339,14 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         """Walk through a prepared run.
 
         Yields:
-            Each step once it is taken; what the caller assigns to its `latents`, or to the run's fields, counts from
-            the next step on. `run.latents` follows.
+            Each step once it is taken; what the caller assigns to its `latents`, or to those fields of the run that
+            are read at every step (see `Run`), counts from the next step on. `run.latents` follows.
         """
         check_run(run)
         with self._in_use(ends_by_itself=False):
             unet, made_of = self._unet_of(run)
             scheduler, extra = copy.deepcopy(run.scheduler), self.prepare_extra_step_kwargs(run.generator, run.eta)
-            if type(scheduler) is not type(self.scheduler):  # another one was put in its place meanwhile
+            if type(scheduler) is not type(self.scheduler):  # the pipeline's was replaced after `prepare`
                 extra = step_kwargs(scheduler, run.generator, run.eta)
             numbers = run.timesteps.cpu()  # once, so that the host need not wait for the device in every step
             for index, (timestep, number) in enumerate(zip(run.timesteps, numbers, strict=True)):
@@ -359,9 +359,9 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
                     index, timestep, output.prev_sample, denoised(scheduler, output, noise_pred, number, latents)
                 )
                 check_first_step(step, run, noise_pred.dtype)
-                run.latents = step.latents
+                run.latents = step.latents  # for the caller to see
                 yield step
-                run.latents = step.latents
+                run.latents = step.latents  # which the caller may have replaced
                 if self._offload_whole:
                     self._at_work("unet")  # another network may have worked meanwhile
 
@@ -400,7 +400,7 @@ def predict_noise(unet: Any, scheduler: Any, run: Run, timestep: Tensor, number:
         scheduler: the run's.
         run: whose latents, embeddings and depth.
         timestep: for the UNet, a tensor without dimensions.
-        number: the same on the host, for the scheduler.
+        number: the same on the CPU, for the scheduler.
 
     Returns:
         (B, 4, h, w).

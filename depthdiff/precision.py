@@ -1,4 +1,4 @@
-"""Half precision ends at 65504: a stage that overflows is run in float32, or named. No picture is black unsaid.
+"""Half precision ends at 65504: a stage that overflows is run in float32, or named. No picture turns black silently.
 
 Each stage is looked at once, after its work, and the UNet after its first step; looking at every step would make the
 device wait for the host.

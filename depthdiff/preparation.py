@@ -167,9 +167,12 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
     def get_timesteps(
         self, num_inference_steps: int, strength: float, device: torch.device | str
     ) -> tuple[Tensor, int]:
-        """Cut the scheduler's timesteps by the strength: the timesteps that are run, and the number of steps."""
+        """Cut the scheduler's timesteps by the strength: the timesteps that are run, and the number of steps.
+
+        Source: arXiv:2108.01073 (SDEdit), sec. 3, where strength is t0.
+        """
         steps = min(int(num_inference_steps * strength), num_inference_steps)
-        if getattr(self.scheduler, "fix_start", False):  # cuts before it adds the calls of its start
+        if getattr(self.scheduler, "fix_start", False):  # with such a start, PNDM's first steps take four calls each
             return self.scheduler.plan(num_inference_steps, strength, device=device).timesteps, steps
         start = (num_inference_steps - steps) * self.scheduler.order
         if hasattr(self.scheduler, "set_begin_index") and start < len(self.scheduler.timesteps):
@@ -220,7 +223,7 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         return self.scheduler.add_noise(latents, noise, timestep)
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
-        """Return those of `eta` and `generator` that the scheduler's `step` takes."""
+        """Return `eta` and `generator`, as far as the scheduler's `step` accepts them."""
         return step_kwargs(self.scheduler, generator, eta)
 
     # What else diffusers' class has

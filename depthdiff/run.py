@@ -22,7 +22,8 @@ from depthdiff.approximations import Approximations
 from depthdiff.checks import check_generators, check_number, check_tensor, nearest, show
 from depthdiff.config import BaseOutput
 from depthdiff.devices import dtype_of
-from depthdiff.inputs import LARGEST_SCALE
+from depthdiff.inputs import LARGEST_SCALE, widths_read
+from depthdiff.schedulers.schedule import predict_x0
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +37,7 @@ class StableDiffusionPipelineOutput(BaseOutput):
 
     Attributes:
         images: B PIL images, an array (B, H, W, 3) in [0, 1], or a tensor, as `output_type` says.
-        nsfw_content_detected: None: no safety check runs.
+        nsfw_content_detected: always None: there is no safety checker.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -44,14 +45,14 @@ class StableDiffusionPipelineOutput(BaseOutput):
 
 
 class CallState(threading.local):
-    """Values that the pipeline's properties report, per thread: those of its present or last call.
+    """What the pipeline's properties report, per thread: values of the current or latest call.
 
     Attributes:
         guidance_scale: of the call.
         clip_skip: of the call.
         cross_attention_kwargs: of the call.
         num_timesteps: how many times it runs the UNet.
-        depth: how many calls are under way, one within a callback of the other.
+        nesting: how many calls are under way, each made in a callback of the one before.
         prepared: whether the innermost call has prepared its run.
     """
 
@@ -59,7 +60,7 @@ class CallState(threading.local):
     clip_skip: int | None = None
     cross_attention_kwargs: dict[str, Any] | None = None
     num_timesteps: int = 0
-    depth: int = 0
+    nesting: int = 0
     prepared: bool = False
 
     def begin(
@@ -82,30 +83,30 @@ class CallState(threading.local):
 
 
 def keeps_the_outer_call(call: Callable[P, R]) -> Callable[P, R]:
-    """Restore the outer call's values after a call within one of its callbacks."""
+    """Let a call that is made in a callback leave the values of the outer call unchanged."""
 
     @wraps(call)
     def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
         state: CallState = args[0]._call  # type: ignore[attr-defined]
         before, prepared = state.present(), state.prepared
-        state.depth, state.prepared = state.depth + 1, False
+        state.nesting, state.prepared = state.nesting + 1, False
         try:
             return call(*args, **kwargs)
         finally:
-            state.depth, state.prepared = state.depth - 1, prepared
-            if state.depth:
+            state.nesting, state.prepared = state.nesting - 1, prepared
+            if state.nesting:
                 state.begin(*before)
 
     return keeping
 
 
 def keeps_the_call(prepare: Callable[P, R]) -> Callable[P, R]:
-    """Restore the call's values after a run is prepared within one of its callbacks."""
+    """Let a run that is prepared in a callback leave the values of the call unchanged."""
 
     @wraps(prepare)
     def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
         state: CallState = args[0]._call  # type: ignore[attr-defined]
-        before, within = state.present(), state.depth > 0 and state.prepared
+        before, within = state.present(), state.nesting > 0 and state.prepared
         try:
             return prepare(*args, **kwargs)
         finally:
@@ -117,14 +118,17 @@ def keeps_the_call(prepare: Callable[P, R]) -> Callable[P, R]:
 
 
 def step_kwargs(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
-    """Return those of `eta` and `generator` that a scheduler's `step` takes."""
+    """Return `eta` and `generator`, as far as the scheduler's `step` accepts them."""
     known = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
 
 
 @dataclass
 class Run:
-    """Everything that a run needs once it is prepared; assign to a field to change the course of the run.
+    """Everything that a run needs once it is prepared; assign to a field to change the run.
+
+    `latents`, `prompt_embeds`, `depth`, `guidance_scale`, `cross_attention_kwargs` and `approximations` are read again
+    at every step, the other fields when `denoise` starts.
 
     Attributes:
         scheduler: the run's own copy of the pipeline's, with its timesteps set.
@@ -137,7 +141,7 @@ class Run:
         generator: for schedulers that add noise on the way.
         eta: noise added on the way, for DDIM.
         cross_attention_kwargs: for the attention processors; "scale" multiplies the active adapters.
-        approximations: what is left out for speed, as it stands when the run starts.
+        approximations: what is left out for speed.
     """
 
     scheduler: Any
@@ -173,7 +177,7 @@ class Run:
             return clean
         timestep = self.timesteps[index : index + 1].repeat(len(clean))
         scheduler = self.scheduler
-        if hasattr(scheduler, "set_begin_index"):  # by which such schedulers go, whatever the timestep
+        if hasattr(scheduler, "set_begin_index"):  # such schedulers go by the step's index, not by the timestep
             scheduler = copy.copy(scheduler)
             scheduler.set_begin_index(len(scheduler.timesteps) - len(self) + index)
         return scheduler.add_noise(clean, noise, timestep)
@@ -197,11 +201,11 @@ class Step:
 
 
 def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: Run, step: Step) -> None:
-    """Hand a finished step to diffusers' kind of callback, and take over what it returns.
+    """Call a callback in the style of diffusers, and apply the tensors that it returns.
 
     Args:
         function: the callback.
-        names: of the tensors it wants to see.
+        names: of the tensors that it is given.
         pipeline: its first argument, whose `_guidance_scale` it may change.
         run: whose embeddings and depth it may replace.
         step: whose latents it may replace.
@@ -224,7 +228,7 @@ def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: 
     for name in replaced.keys() - tensors.keys():
         raise TypeError(f"callback_on_step_end returned an unknown tensor {name!r}{nearest(name, tensors)}")
     step.latents = replaced.get("latents", step.latents)
-    negative = replaced.get("negative_prompt_embeds")
+    negative = replaced.get("negative_prompt_embeds")  # as in diffusers, `prompt_embeds` holds both halves and wins
     if negative is not None and run.guidance_scale > 1 and "prompt_embeds" not in replaced:
         replaced = {**replaced, "prompt_embeds": _with_negative(run.prompt_embeds, negative)}
     run.prompt_embeds = replaced.get("prompt_embeds", run.prompt_embeds)
@@ -233,7 +237,7 @@ def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: 
 
 
 def _with_negative(both: Tensor, value: object) -> Tensor:
-    """Return the embeddings (2B, L, C) of both halves of guidance with another negative half."""
+    """Replace the negative half of the embeddings (2B, L, C) of guidance."""
     _, positive = both.chunk(2)
     negative = check_tensor("negative_prompt_embeds", value, "(B, L, C)", 3)
     if negative.shape != positive.shape:
@@ -245,11 +249,11 @@ def _with_negative(both: Tensor, value: object) -> Tensor:
 
 
 def check_run(run: object) -> None:
-    """Refuse what is not a prepared run, or one whose fields were replaced by something else.
+    """Check that a run comes from `prepare`, and that its fields still have valid types.
 
     Raises:
         TypeError: names the field.
-        ValueError: a number out of range.
+        ValueError: `latents` has another number of dimensions than 4.
     """
     if not isinstance(run, Run):
         raise TypeError(f"run must be what `prepare` returns, got {show(run)}")
@@ -276,21 +280,21 @@ def check_tensors(run: Run, latents: Tensor, unet: Any) -> None:
     guided, (batch, channels, height, width), dtype = run.guidance_scale > 1, latents.shape, dtype_of(unet)
     if channels != unet.config.in_channels - 1:
         raise ValueError(f"latents must have {unet.config.in_channels - 1} channels, got {channels}")
-    for name, tensor, form in (("prompt_embeds", run.prompt_embeds, "(B, L, C)"), ("depth", run.depth, "(B, 1, h, w)")):
-        check_tensor(name, tensor, form, form.count(",") + 1)
+    check_tensor("prompt_embeds", run.prompt_embeds, "(B, L, C)", 3)
+    check_tensor("depth", run.depth, "(B, 1, h, w)", 4)
+    for name, tensor in (("prompt_embeds", run.prompt_embeds), ("depth", run.depth)):
         if tensor.dtype != dtype or tensor.device != latents.device:
             raise ValueError(
                 f"{name} must be {dtype} on {latents.device}, as the unet and the latents are, got {tensor.dtype} "
                 f"on {tensor.device}; bring it there with .to"
             )
-    wanted, each = (2 * batch, "two") if guided else (batch, "one")
+    wanted = 2 * batch if guided else batch
     if len(run.prompt_embeds) != wanted:
         raise ValueError(
-            f"prompt_embeds has {len(run.prompt_embeds)} rows, expected {wanted}, {each} for each of the latents: with "
-            "guidance the negative prompts and then the prompts, without it the prompts only"
+            f"prompt_embeds must have {wanted} rows (with guidance the negative prompts first, then the prompts; else "
+            f"the prompts only), got {len(run.prompt_embeds)}"
         )
-    width_read = unet.config.cross_attention_dim
-    reads = max(width_read) if isinstance(width_read, (tuple, list)) else width_read
+    reads = max(widths_read(unet))
     if run.prompt_embeds.shape[2] != reads:
         raise ValueError(f"prompt_embeds must be {reads} wide, which this UNet reads, got {run.prompt_embeds.shape[2]}")
     if len(run.depth) not in (batch, wanted) or run.depth.shape[1:] != (1, height, width):
@@ -301,16 +305,12 @@ def check_tensors(run: Run, latents: Tensor, unet: Any) -> None:
 
 
 def denoised(scheduler: Any, output: Any, noise_pred: Tensor, timestep: Tensor, latents: Tensor) -> Tensor | None:
-    """Return the clean latents (B, 4, h, w) that a step predicts; None where the scheduler does not tell.
-
-    Source: arXiv:2006.11239, eq. 15; arXiv:2202.00512, appendix D (v).
-    """
+    """Return the clean latents (B, 4, h, w) that a step predicts; None where the scheduler does not tell."""
     if getattr(output, "pred_original_sample", None) is not None:
         return output.pred_original_sample
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
-    alpha_bar = scheduler.alphas_cumprod.cpu()[timestep.cpu().long()]
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return (latents - (1 - alpha_bar) ** 0.5 * noise_pred) / alpha_bar**0.5
-    return alpha_bar**0.5 * latents - (1 - alpha_bar) ** 0.5 * noise_pred if kind == "v_prediction" else noise_pred
+    alpha_bar, kind = scheduler.alphas_cumprod.cpu()[timestep.cpu().long()], scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction", "sample") or (kind == "epsilon" and alpha_bar == 0):
+        return None
+    return predict_x0(kind, latents, noise_pred, alpha_bar)

@@ -42,11 +42,22 @@ ABSENT = {
     "name_or_path": "an attribute of each pipeline here, not of the class",
     "push_to_hub": "nothing is uploaded; use huggingface_hub with a saved folder",
     "fuse_qkv_projections": "a layout of weights that no checkpoint here has",
-    "unfuse_qkv_projections": "as above",
+    "unfuse_qkv_projections": "a layout of weights that no checkpoint here has",
     "set_attn_processor_ip_adapter": "IP-Adapter needs an image encoder that this pipeline lacks",
     "load_ip_adapter": "IP-Adapter needs an image encoder that this pipeline lacks",
 }
-NOTE = "of other models, quantization, parallelism or the Hub's custom code"
+ABSENT |= dict.fromkeys(
+    ("load_lora_into_text_encoder", "load_lora_into_unet", "lora_state_dict", "pack_weights", "write_lora_layers",
+     "set_lora_device", "enable_lora_hotswap", "text_encoder_name", "unet_name"), "inside of diffusers' LoRA loader"
+)  # fmt: skip
+ABSENT |= dict.fromkeys(
+    ("extract_init_dict", "get_config_dict", "has_compatibles", "ignore_for_config", "from_config", "load_config",
+     "register_to_config", "save_config", "to_json_file", "to_json_string", "register_for_auto_class", "download"),
+    "inside of diffusers' base classes",
+)  # fmt: skip
+ABSENT |= dict.fromkeys(("get_aug_embed", "process_encoder_hidden_states"), "conditions of other UNets")
+ABSENT |= {"set_use_memory_efficient_attention_xformers": "call `enable_xformers_memory_efficient_attention`"}
+NOTE = "offloading in groups, other devices and back ends of attention, quantization, parallelism: not offered"
 
 
 def networks() -> dict[str, tuple[Any, Any]]:
@@ -121,7 +132,7 @@ def page() -> str:
         "",
         "## Networks",
         "",
-        "Equal ones, at a small geometry of the published structure; first weights after `torch.manual_seed(0)`.",
+        "What agrees with the published classes, at a small geometry; first weights after `torch.manual_seed(0)`.",
         "",
         "| network | modules, path and class | weights, key | first weights | `forward` arguments |",
         "|---|---|---|---|---|",
@@ -146,9 +157,10 @@ def page() -> str:
         absent.append((name, missing))
     lines += ["", "Absent:", ""]
     for name, missing in absent:
-        reasons = [f"`{one}` ({ABSENT[one]})" for one in missing if one in ABSENT]
-        rest = [f"`{one}`" for one in missing if one not in ABSENT]
-        text = "; ".join([*reasons, f"{', '.join(rest)} ({NOTE})" if rest else ""]).strip("; ")
+        reasons: dict[str, list[str]] = {}
+        for one in missing:
+            reasons.setdefault(ABSENT.get(one, NOTE), []).append(f"`{one}`")
+        text = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
         lines.append(f"- {name}: {text or 'nothing'}.")
     lines += ["", "## Arguments", "", "| call | published | here | extra here |", "|---|---|---|---|"]
     ours, theirs = (one.StableDiffusionDepth2ImgPipeline for one in (depthdiff, diffusers))

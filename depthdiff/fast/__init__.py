@@ -1,9 +1,10 @@
-"""Speed and memory from outside: the same result, sooner.
+"""Faster computations from outside, equal to the plain ones to rounding.
 
-`enable` puts fast computations on the modules of a network, `disable` takes them off, `report` lists where they are and
-where they do not apply. `compile` and `capture` do the same with torch.compile and CUDA graphs. A module stays what it
-is: class, name, weights, hooks and `forward` do not change. Each call decides whether the fast computation is the plain
-one to rounding; where it may not be, the plain one runs. `nn.DataParallel` copies modules together with the calls of
+`enable` installs those for inference on a CPU on the modules of a network, `disable` removes them, `report` lists them;
+a pipeline enables them on each network that it is given. A module stays what it is: class, name, weights, hooks and
+`forward` do not change. `FastCall` (calls.py) decides at every call whether the fast computation is the plain one
+(eligible.py), and otherwise runs the plain `forward`. `compile` and `uncompile` use torch.compile, `capture` and
+`release` CUDA graphs; `lay_out` chooses the memory format. `nn.DataParallel` copies modules together with the calls of
 the originals: call `disable` before it.
 """
 

@@ -71,9 +71,7 @@ class FastCall(ModuleCall):
         """Compute the fast way, or the plain way where that may differ."""
         module = self.module
         first = args[0] if args else next(iter(kwargs.values()), None)
-        if (
-            not isinstance(first, Tensor) or not first.is_cpu
-        ):  # the computations are for CPUs; do not delay other devices
+        if not isinstance(first, Tensor) or not first.is_cpu:  # other devices are not delayed by what follows
             return module._call_impl(*args, **kwargs)
         if type(module) is self.kind and is_bare(module) and self._takes(args, kwargs):
             result = self.compute(module, *args, **kwargs)

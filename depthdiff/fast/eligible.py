@@ -86,13 +86,7 @@ def only_computes(*tensors: object) -> bool:
 
 
 def is_linear(x: Tensor, layer: nn.Module) -> bool:
-    """Return whether a layer does no more than F.linear to x, on a processor, where nothing is trained.
-
-    Args:
-        x: what the layer reads.
-        layer: one of another kind, without a bias, of another dtype, hooked, or with a `forward` put in its place is
-            called as it is.
-    """
+    """Return whether a layer does no more than F.linear to x, with a bias, in inference on a CPU."""
     if type(layer) is not nn.Linear or layer.bias is None or not is_bare(layer):
         return False
     return x.dtype == layer.weight.dtype == layer.bias.dtype and only_computes(x, layer.weight, layer.bias)

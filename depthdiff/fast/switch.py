@@ -1,4 +1,4 @@
-"""Switches of the fast computations, and what is known of where they are."""
+"""Switches of the fast computations, and a report on where they are."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ def disable(target: Any) -> None:
 def report(target: Any) -> dict[str, str]:
     """Count by class how many modules have a fast computation, and why others do not use theirs.
 
+    A call decides once more: no fast computation runs under autocast, tracing or gradients.
+
     Args:
         target: as that of `enable`.
 
@@ -134,4 +136,7 @@ def _state(module: nn.Module) -> str:
         return "not: a subclass"
     if find(module, FastCall) is None:
         return "off" if _is_ours(chain(module)) else "not: compiled"
+    devices = {parameter.device.type for parameter in module.parameters()} - {"cpu"}
+    if devices:
+        return f"not: on {', '.join(sorted(devices))}"
     return "on" if is_bare(module) else "not: hooks or another forward"

@@ -1,7 +1,8 @@
 """Attention: the layer with its weights, and the processors that compute with them.
 
-A processor computes softmax(q kᵀ / sqrt(D)) v (arXiv:1706.03762, eq. 1) for one layer; all of them give the same result
-and share the layer's weights. A layer's processor can be replaced at any time.
+A processor computes softmax(q kᵀ / sqrt(D)) v (arXiv:1706.03762, eq. 1) for one layer, with the layer's weights. All
+give the same result to rounding, where `scale` is 1 / sqrt(D) and nothing is upcast. A layer's processor can be
+replaced at any time.
 
 Letters: B batch, C channels of a token, H heads, D channels of a head, L tokens, Lk tokens that are attended to.
 """
@@ -165,7 +166,7 @@ class Attention(nn.Module):
         return {name: value for name, value in kwargs.items() if name in parameters}
 
     def set_processor(self, processor: Processor) -> None:
-        """Replace the processor; one that is a module becomes a submodule, with its weights."""
+        """Set the processor; one that is an `nn.Module` is registered as a submodule."""
         if isinstance(vars(self).get("_modules", {}).get("processor"), nn.Module):
             del self._modules["processor"]
         if isinstance(processor, nn.Module):
@@ -177,27 +178,27 @@ class Attention(nn.Module):
         return self.processor
 
     def set_attention_slice(self, slice_size: int | None) -> None:
-        """Compute so many heads at a time; all of them for None. A processor of the user's own stays.
+        """Process `slice_size` heads at a time, or all if None. A processor of another class stays.
 
         Raises:
             ValueError: more heads than there are.
         """
         if slice_size is not None and slice_size > self.sliceable_head_dim:
             raise ValueError(f"slice_size must be at most {self.sliceable_head_dim} heads, got {slice_size}")
-        if isinstance(self.processor, STANDARD):
+        if type(self.processor) in STANDARD:
             self.set_processor(AttnProcessor2_0() if slice_size is None else SlicedAttnProcessor(slice_size))
 
     def set_use_memory_efficient_attention_xformers(
         self, use_memory_efficient_attention_xformers: bool, attention_op: None = None
     ) -> None:
-        """Choose the kernel that never holds the (L, Lk) matrix, or the default. A processor of the user's own stays.
+        """Choose torch's memory-efficient kernel, or the default. A processor of another class stays.
 
         Raises:
             ValueError: `attention_op` is given: torch chooses the operator.
         """
         if attention_op is not None:
             raise ValueError(f"attention_op must be None, got {brief(attention_op)}: torch chooses the operator")
-        if isinstance(self.processor, STANDARD):
+        if type(self.processor) in STANDARD:
             efficient = use_memory_efficient_attention_xformers
             self.set_processor(XFormersAttnProcessor() if efficient else AttnProcessor2_0())
 
@@ -303,10 +304,7 @@ class AttnProcessor2_0(AttnProcessor):  # noqa: N801  (the published name)
 
 
 class XFormersAttnProcessor(AttnProcessor2_0):
-    """Attention by a kernel that never holds the (L, Lk) matrix: xFormers' method, which torch contains.
-
-    Source: arXiv:2112.05682. Where the device has no such kernel, torch's plain one is used.
-    """
+    """Attention by torch's memory-efficient kernel, or its plain one where there is none. Source: arXiv:2112.05682."""
 
     def __init__(self, attention_op: None = None) -> None:
         self.attention_op = attention_op
@@ -343,7 +341,6 @@ class SlicedAttnProcessor(AttnProcessor):
 STANDARD = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, SlicedAttnProcessor)
 """Processors that the switches of a network may replace."""
 
-
 FORMS: dict[str, type[AttnProcessor]] = {
     "sdpa": AttnProcessor2_0,
     "efficient": XFormersAttnProcessor,
@@ -372,7 +369,7 @@ class AttentionMixin:
             processor: one for all, or a dict with one for each path of `attn_processors`, which is emptied.
 
         Raises:
-            ValueError: another number of processors than of layers.
+            ValueError: the number of processors is not that of the layers.
             KeyError: a path is missing.
         """
         layers = self._attention_layers()
@@ -381,8 +378,9 @@ class AttentionMixin:
                 layer.set_processor(processor)
             return
         if len(processor) != len(layers):
-            found = f"the number of processors {len(processor)} does not match"
-            raise ValueError(f"{found} the number of attention layers: {len(layers)}; name each of `attn_processors`")
+            raise ValueError(
+                f"processor must hold one for each of {len(layers)} paths in `attn_processors`, got {len(processor)}"
+            )
         chosen = {name: processor[f"{name}.processor"] for name in layers}
         for name, layer in layers.items():
             layer.set_processor(chosen[name])
@@ -392,18 +390,21 @@ class AttentionMixin:
         """Set the classic `AttnProcessor` on every attention layer.
 
         Raises:
-            ValueError: a layer has a processor of the user's own.
+            ValueError: a layer has a processor of another class.
         """
         foreign = [one for one in self.attn_processors.values() if type(one) not in STANDARD]
         if foreign:
-            raise ValueError(f"set_default_attn_processor would drop a {type(foreign[0]).__name__}; set another first")
+            raise ValueError(
+                f"set_default_attn_processor would discard a {type(foreign[0]).__name__}; "
+                "call set_attn_processor instead"
+            )
         self.set_attn_processor(AttnProcessor())
 
     def set_attention(self, name: str, slice_size: SliceSize = "auto") -> None:
-        """Choose the processor of all layers but those that have one of the user's own.
+        """Choose the processor of all layers but those that have one of another class.
 
         Args:
-            name: "sdpa" (torch's fused kernel), "efficient" (never holds the matrix), "sliced" or "math".
+            name: "sdpa" (torch's fused kernel), "efficient" (its memory-efficient one), "sliced" or "math".
             slice_size: for "sliced": heads at a time; "auto" takes half of a layer's heads, "max" one.
 
         Raises:
@@ -414,7 +415,7 @@ class AttentionMixin:
         if name == "sliced":
             return slice_attention(self, slice_size)
         for layer in self._attention_layers().values():
-            if isinstance(layer.processor, STANDARD):
+            if type(layer.processor) in STANDARD:
                 layer.set_processor(FORMS[name]())
 
 

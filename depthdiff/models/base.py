@@ -113,8 +113,8 @@ class Network(nn.Module):
             TypeError: an unknown argument.
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        for name in kwargs.keys() - set(cls._config_fields()):
-            known = [*HUB_ARGUMENTS, *cls._config_fields()]
+        if unknown := kwargs.keys() - set(cls._config_fields()):
+            name, known = next(iter(unknown)), [*HUB_ARGUMENTS, *cls._config_fields()]
             raise TypeError(f"from_pretrained got an unknown argument {name!r}{nearest(name, known)}")
         return load_model(
             cls,
@@ -151,8 +151,6 @@ class Network(nn.Module):
             CheckpointError: the file is missing, damaged, holds code, or has no such network.
             TypeError: an unknown argument.
         """
-        for name in hub.keys() - set(HUB_ARGUMENTS):
-            raise TypeError(f"from_single_file got an unknown argument {name!r}{nearest(name, HUB_ARGUMENTS)}")
         return load_single_model(
             cls, pretrained_model_link_or_path, config=config, subfolder=subfolder, torch_dtype=torch_dtype, **hub
         )

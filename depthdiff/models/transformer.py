@@ -369,17 +369,20 @@ class Transformer2DModel(ModelMixin):
             tokens = self.proj_out(tokens).transpose(1, 2).unflatten(2, size)  # (B, L, C) -> (B, C, H, W)
         else:
             tokens = self.proj_out(tokens.transpose(1, 2).unflatten(2, size).contiguous())
-        output = hidden_states + tokens  # in the memory format of the first
+        output = hidden_states + tokens
         return Transformer2DModelOutput(output) if return_dict else (output,)
 
 
 def projection(in_channels: int, out_channels: int, use_linear: bool) -> nn.Module:
-    """Make a layer that acts on each pixel by itself."""
+    """Make a layer that acts on each pixel separately."""
     return nn.Linear(in_channels, out_channels) if use_linear else nn.Conv2d(in_channels, out_channels, 1)
 
 
 def mask_to_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Turn a mask (B, L), 1 keeps and 0 hides, into what is added to scores, (B, 1, L); others stay as they are."""
+    """Turn a mask (B, L), 1 keeps and 0 hides, into what is added to scores, (B, 1, L); others stay as they are.
+
+    Source: huggingface/diffusers, models/unets/unet_2d_condition.py.
+    """
     if mask is None or mask.ndim != 2:
         return mask
     return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)

@@ -54,7 +54,7 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "class_embeddings_concat": (False,),
     "cross_attention_norm": (None,),
 }
-"""Settings of UNets of other pipelines, and the values that they have in every depth-to-image checkpoint."""
+"""Settings of other kinds of UNets, and the only values accepted here: those of every depth-to-image checkpoint."""
 
 
 @dataclass
@@ -67,8 +67,8 @@ class UNet2DConditionOutput(BaseOutput):
 class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
     """The denoising network of latent diffusion.
 
-    Arguments that take one number or a tuple hold one value a level, from the finest to the coarsest. The others are
-    those of `NOT_BUILT`: of other kinds of UNets, and accepted at the value that they have here.
+    Arguments that take one number or a tuple hold one value a level, from the finest to the coarsest. Arguments not
+    listed belong to other kinds of UNets; each must have a value of `NOT_BUILT`, or has no effect.
 
     Args:
         sample_size: h and w that the network was trained on.
@@ -89,7 +89,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
         norm_eps: of the residual blocks' norms.
         cross_attention_dim: X.
         transformer_layers_per_block: blocks of each transformer.
-        attention_head_dim: against its name, the number of heads of a level.
+        attention_head_dim: the number of heads of a level, despite the name.
         use_linear_projection: see `Transformer2DModel`.
         upcast_attention: compute attention scores in float32.
 
@@ -281,8 +281,8 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
             A record with `sample` (B, out_channels, h, w).
 
         Raises:
-            ValueError: an argument that no layer here reads, residuals of a number that does not fit, or a number of
-                prompts that is not a multiple of that of the latents.
+            ValueError: an argument that is not supported, the wrong number of residuals, or a number of prompts that is
+                not a multiple of the number of latents.
         """
         self._refuse(class_labels=class_labels, timestep_cond=timestep_cond, attention_mask=attention_mask)
         down_residuals, mid_residual = down_block_additional_residuals, mid_block_additional_residual
@@ -300,7 +300,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
             "encoder_attention_mask": bias,
         }
         with self._scaled_adapters(cross_attention_kwargs):
-            temb = self.time_embedding(self.get_time_embed(sample, timestep), timestep_cond)
+            temb = self.time_embedding(self.get_time_embed(sample, timestep))
             hidden_states = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
             skips: tuple[Tensor, ...] = (hidden_states,)
             for block, residual in zip(down_blocks, within or no_residuals, strict=True):
@@ -365,22 +365,22 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
     def _refuse(self, **unread: Tensor | None) -> None:
         for name, value in unread.items():
             if value is not None:
-                raise ValueError(f"{name} must be None, got {show(value)}: no layer of a depth-to-image UNet reads it")
+                raise ValueError(f"{name} must be None, got {show(value)}; depth-to-image UNets do not support it")
 
     def _check_residuals(
         self, down: Sequence[Tensor] | None, mid: Tensor | None, within: Sequence[Tensor] | None
     ) -> None:
-        """Refuse residuals that would be read in part, or not at all."""
+        """Refuse the wrong number of residuals of a ControlNet or T2I-Adapter."""
         if (down is None) != (mid is None):
             raise ValueError(
                 "down_block_additional_residuals and mid_block_additional_residual must be given together; for a "
                 "T2I-Adapter pass down_intrablock_additional_residuals"
             )
         blocks: list[Any] = list(self.down_blocks)
-        skips = 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in blocks)
+        levels, skips = len(blocks), 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in blocks)
         for name, given, wanted in (
             ("down_block_additional_residuals", down, skips),
-            ("down_intrablock_additional_residuals", within, len(self.down_blocks)),
+            ("down_intrablock_additional_residuals", within, levels),
         ):
             if given is not None and len(given) != wanted:
                 raise ValueError(f"{name} must hold {wanted} tensors, got {len(given)}")
@@ -408,7 +408,7 @@ def go_up(
     conditions: dict[str, Any],
     size: torch.Size | None,
 ) -> Tensor:
-    """Run a level on the way up; `size` is that of its result where it is not twice the input's."""
+    """Run a level on the way up; `size` is that of the result, where it is not twice the input's."""
     more = conditions if getattr(block, "has_cross_attention", False) else {}
     return block(hidden_states=hidden_states, temb=temb, res_hidden_states_tuple=skips, upsample_size=size, **more)
 

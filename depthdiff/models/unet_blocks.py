@@ -71,7 +71,8 @@ class DownBlock2D(Level):
             **kwargs: not used.
 
         Returns:
-            (B, C', H / 2, W / 2), and the results of all layers, the last one being the first of these.
+            The result, (B, C', H / 2, W / 2), or (B, C', H, W) without downsampling; and the results of all layers in
+            order, the last being that result.
         """
         skips: tuple[Tensor, ...] = ()
         for resnet in self.resnets:
@@ -91,13 +92,13 @@ class CrossAttnDownBlock2D(Level):
         num_layers: residual blocks, and transformers.
         transformer_layers_per_block: blocks of each transformer, one number or one a layer.
         resnet_eps: of the residual blocks' norms.
-        resnet_time_scale_shift: must be "default".
+        resnet_time_scale_shift: must be "default" or "group", which are the same.
         resnet_act_fn: name of their activation.
         resnet_groups: of all norms.
         resnet_pre_norm: must be True.
         num_attention_heads: of every attention.
         cross_attention_dim: X.
-        output_scale_factor: must be 1.
+        output_scale_factor: divides the result of each residual block.
         downsample_padding: of the convolution that halves the resolution.
         add_downsample: whether there is one.
         dual_cross_attention: must be False.
@@ -176,7 +177,8 @@ class CrossAttnDownBlock2D(Level):
             additional_residuals: (B, C', H, W), added to the last transformer's result (T2I-Adapter, arXiv:2302.08453).
 
         Returns:
-            (B, C', H / 2, W / 2), and the results of all layers, the last one being the first of these.
+            The result, (B, C', H / 2, W / 2), or (B, C', H, W) without downsampling; and the results of all layers in
+            order, the last being that result.
         """
         skips: tuple[Tensor, ...] = ()
         for index, (resnet, attention) in enumerate(zip(self.resnets, self.attentions, strict=True)):
@@ -258,13 +260,13 @@ class CrossAttnUpBlock2D(Level):
         num_layers: residual blocks, and transformers.
         transformer_layers_per_block: blocks of each transformer, one number or one a layer.
         resnet_eps: of the residual blocks' norms.
-        resnet_time_scale_shift: must be "default".
+        resnet_time_scale_shift: must be "default" or "group", which are the same.
         resnet_act_fn: name of their activation.
         resnet_groups: of all norms.
         resnet_pre_norm: must be True.
         num_attention_heads: of every attention.
         cross_attention_dim: X.
-        output_scale_factor: must be 1.
+        output_scale_factor: divides the result of each residual block.
         add_upsample: whether the resolution is doubled at the end.
         dual_cross_attention: must be False.
         use_linear_projection: see `Transformer2DModel`.

@@ -226,7 +226,7 @@ class AutoencoderKL(ModelMixin, AttentionMixin, PeftAdapterMixin):
         latent_channels: C.
         norm_num_groups: of all group norms.
         sample_size: H and W that the network was trained on; a tile has this size.
-        scaling_factor: times the latents have unit deviation, which the UNet was trained on.
+        scaling_factor: 1 over the standard deviation of the latents (arXiv:2112.10752, appendix G).
         shift_factor: must be None or 0.
         latents_mean: must be None.
         latents_std: must be None.

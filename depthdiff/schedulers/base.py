@@ -227,7 +227,7 @@ class SchedulerMixin(ConfigMixin, ABC):
         """
         run, step_ratio = self._choose_timesteps(num_inference_steps, timesteps)
         strength, eta = check_number("strength", strength, 0, 1), check_number("eta", eta, 0, 1)
-        t_start = len(run) - min(int(len(run) * strength), len(run))
+        t_start = len(run) - int(len(run) * strength)
         return self._make_plan(run, step_ratio, t_start, eta, check_device("device", device))
 
     def _choose_timesteps(self, num_inference_steps: Any, timesteps: Any) -> tuple[np.ndarray, int | None]:
@@ -252,7 +252,7 @@ class SchedulerMixin(ConfigMixin, ABC):
     ) -> Plan:
         """Plan a run over falling timesteps whose first `t_start` steps are left out.
 
-        `step_ratio` is the distance to the timestep at which a step ends; None: it ends at the next one of `run`.
+        `step_ratio` is the distance between timesteps, or None if each step ends at the next entry of `run`.
         """
 
     # Files
@@ -299,7 +299,7 @@ class SchedulerMixin(ConfigMixin, ABC):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        """Call `load_config`, whose older name this is."""
+        """Deprecated name of `load_config`."""
         warnings.warn("get_config_dict is deprecated; call load_config", FutureWarning, stacklevel=2)
         return cls.load_config(*args, **kwargs)
 
@@ -332,7 +332,7 @@ class SchedulerMixin(ConfigMixin, ABC):
         self._start_run(run, plan)
 
     def _start_run(self, run: np.ndarray, plan: Any) -> None:
-        """Set the attributes in which the contract keeps a run; a method without state has none."""
+        """Set the attributes of a new run; methods without state need none."""
         return
 
     def _levels(self) -> Levels:
@@ -342,7 +342,7 @@ class SchedulerMixin(ConfigMixin, ABC):
             ValueError: no run was started.
         """
         if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps is None: call set_timesteps before step; no run was started")
+            raise ValueError("no run was started, num_inference_steps is None: call set_timesteps before step")
         step_ratio = len(self) // read_steps(self.num_inference_steps, len(self))
         return self._levels_of(step_ratio, self.timesteps.tolist() if self.custom_timesteps else ())
 
@@ -352,7 +352,7 @@ class SchedulerMixin(ConfigMixin, ABC):
         return Levels(self.alphas_cumprod.cpu().clone(), end.clone(), step_ratio, tuple(run))
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """Scale latents (B, C, h, w) to what the network was trained on: as they are."""
+        """Return the latents (B, C, h, w) unchanged: this method needs no scaling."""
         return check_tensor("sample", sample, "(B, C, h, w)")
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -362,7 +362,7 @@ class SchedulerMixin(ConfigMixin, ABC):
         return signal * original_samples + rest * noise
 
     def _signal_and_noise(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sqrt(ᾱ) and sqrt(1 - ᾱ) of timesteps; their range is checked where that makes no device wait."""
+        """Return sqrt(ᾱ) and sqrt(1 - ᾱ) of timesteps."""
         if not isinstance(timesteps, Tensor):
             raise TypeError(f"timesteps must be a tensor (B,) of whole numbers, got {show(timesteps)}")
         check_dense("timesteps", timesteps)
@@ -371,7 +371,7 @@ class SchedulerMixin(ConfigMixin, ABC):
                 f"timesteps must be one whole number, or one for each of {len(like)} samples, got {timesteps.dtype} of "
                 f"shape {tuple(timesteps.shape)}"
             )
-        if timesteps.device.type == "cpu" and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < len(self):
+        if not 0 <= int(timesteps.min()) <= int(timesteps.max()) < len(self):
             raise ValueError(f"timesteps must be from 0 to {len(self) - 1}, got {timesteps.flatten()[:8].tolist()}")
         alpha_prod = self.alphas_cumprod.to(like.device, like.dtype)[timesteps.to(like.device)]
         alpha_prod = alpha_prod.view(-1, *(1,) * (like.ndim - 1))

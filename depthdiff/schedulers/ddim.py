@@ -87,12 +87,11 @@ def ddim_step(
 
     variance = ddim_variance(alpha_prod_t, alpha_prod_t_prev).clamp(min=0)
     std_dev = eta * variance**0.5
-    direction = (1 - alpha_prod_t_prev - std_dev**2).clamp(min=0) ** 0.5 * pred_epsilon  # points to the noisy latents
+    direction = (1 - alpha_prod_t_prev - std_dev**2).clamp(min=0) ** 0.5 * pred_epsilon  # to x_t
     prev_sample = alpha_prod_t_prev**0.5 * pred_original_sample + direction
     if eta > 0:
         if variance_noise is None:
-            like = model_output
-            variance_noise = randn(like.shape, generator, device=like.device, dtype=like.dtype)
+            variance_noise = randn(sample.shape, generator, device=sample.device, dtype=model_output.dtype)
         prev_sample = prev_sample + std_dev * variance_noise
     return prev_sample, pred_original_sample
 
@@ -211,8 +210,8 @@ class DDIMScheduler(SchedulerMixin):
         numbers: list[int] = run.round().astype(int).tolist()
         if numbers[0] >= len(self):
             raise ValueError(
-                f"num_inference_steps must be lower where steps_offset is {self.config.steps_offset}, got {len(run)}: "
-                f"they lead to timestep {numbers[0]}, the last is {len(self) - 1}"
+                f"steps_offset {self.config.steps_offset} with {len(run)} steps reaches timestep {numbers[0]}, beyond "
+                f"the last, {len(self) - 1}; use fewer steps"
             )
         levels = self._levels_of(step_ratio or 0, numbers if step_ratio is None else ())
         numbers = numbers[t_start:]
@@ -254,7 +253,7 @@ class DDIMScheduler(SchedulerMixin):
         if variance_noise is not None:
             check_pair("variance_noise", variance_noise, "sample", sample)
             if eta > 0 and generator is not None:
-                raise ValueError("generator or variance_noise must be None, got both; both say what noise is added")
+                raise ValueError("generator and variance_noise must not both be given: each determines the noise")
         number, levels = read_timestep(timestep, len(self) - 1), self._levels()
         prev_sample, pred_original_sample = ddim_step(
             sample,

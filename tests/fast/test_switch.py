@@ -183,6 +183,8 @@ def test_report(pipe):
     assert (found["FeedForward"], found["Own"]) == ("6 on", "1 not: a subclass")
     fast.disable(unet)
     assert fast.report(unet)["FeedForward"] == "6 off"
+    fast.enable(unet)
+    assert fast.report(unet.to("meta"))["FeedForward"] == "6 not: on meta"
 
 
 def test_what_they_reach(pipe):

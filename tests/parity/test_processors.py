@@ -170,12 +170,21 @@ def test_refused_slices(shared, size):
 
 
 def test_switches_keep_processors(unets):
-    """Slicing leaves a processor that somebody has set; the reference replaces it."""
-    unet, own = unets[0], Plain(0.7)
-    unet.get_submodule(BLOCK).attn2.set_processor(own)
-    for switch in (lambda: unet.set_attention_slice("max"), lambda: unet.set_attention_slice(None)):
-        switch()
-        assert unet.get_submodule(BLOCK).attn2.processor is own
+    """Switches leave a processor that somebody has set, also a subclass of ours; the reference replaces it."""
+    unet = unets[0]
+    layer = unet.get_submodule(BLOCK).attn2
+    for own in (Plain(0.7), type("Logging", (attention.AttnProcessor2_0,), {})()):
+        layer.set_processor(own)
+        for switch in (
+            lambda: unet.set_attention_slice("max"),
+            lambda: unet.set_attention_slice(None),
+            lambda: unet.set_attention("math"),
+            lambda: layer.set_use_memory_efficient_attention_xformers(True),
+        ):
+            switch()
+            assert layer.processor is own
+        with pytest.raises(ValueError, match=f"discard a {type(own).__name__}"):
+            unet.set_default_attn_processor()
 
 
 @pytest.mark.parametrize("kwargs", [None, {}, {"factor": 0.5}, {"factor": 0.5, "foo": 1}, {"scale": 0.5}], ids=str)
