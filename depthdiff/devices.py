@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 import depthdiff.fast as fast
 from depthdiff.checks import FLOATS, check_device, check_number, show
 from depthdiff.forks import Workers
-from depthdiff.hooks import WeightHook
+from depthdiff.hooks import WeightHook, own_tensors
 from depthdiff.parts import MEMORY_FORMATS, parse_move
 from depthdiff.turns import Turns
 
@@ -126,7 +126,7 @@ class DeviceMixin:
             target = self.execution_device
             for network in self.networks.values():
                 for layer in network.modules():
-                    if next(layer.parameters(recurse=False), None) is not None:
+                    if own_tensors(layer):
                         self._hooks += WeightHook(device=target).attach(layer)
 
     def remove_all_hooks(self) -> None:

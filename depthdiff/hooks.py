@@ -22,7 +22,7 @@ COMPUTE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class WeightHook:
-    """Converts a layer's own weights by `Tensor.to` before its forward pass, and puts the originals back after it.
+    """Converts a layer's own weights and buffers by `Tensor.to` for its forward pass, and puts the originals back.
 
     Args:
         target: arguments of `torch.Tensor.to`.
@@ -39,14 +39,19 @@ class WeightHook:
 
     def pre_forward(self, layer: nn.Module, args: object) -> None:
         """Convert the weights."""
-        for name, parameter in layer.named_parameters(recurse=False):
-            self.saved[name] = parameter.data
-            parameter.data = parameter.data.to(**self.target)
+        for name, tensor in own_tensors(layer):
+            self.saved[name] = tensor.data
+            tensor.data = tensor.data.to(**self.target)
 
     def post_forward(self, layer: nn.Module, args: object, output: object) -> None:
         """Put the weights back."""
-        for name, parameter in layer.named_parameters(recurse=False):
-            parameter.data = self.saved.pop(name)
+        for name, tensor in own_tensors(layer):
+            tensor.data = self.saved.pop(name)
+
+
+def own_tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    """List a layer's own parameters and buffers, without those of its children."""
+    return [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
 
 
 def enable_layerwise_casting(

@@ -71,15 +71,18 @@ def test_interrupted_while_it_starts(tmp_path, count):
     start = time.perf_counter()
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
     took, rng, seen = time.perf_counter() - start, random.Random(0), []
-    for _ in range(count):
+    while len(seen) < 8 * count and [status for status, _ in seen].count(130) < count:
+        start = time.perf_counter()
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            time.sleep(rng.uniform(0.1, 0.95 * took))
+            time.sleep(rng.uniform(0.1, max(0.95 * took, 0.2)))
             process.send_signal(signal.SIGINT)
             error = process.communicate()[1]
         seen.append((process.returncode, error))
+        if process.returncode == 1:  # it ended before the signal came; the machine is faster than it was
+            took = min(took, time.perf_counter() - start)
     print(seen)
     for status, error in seen:
         assert "Traceback" not in error
         assert status in (130, -signal.SIGINT, 1), "1 where it was done before the signal came"
         assert status != 130 or error == "depthdiff: interrupted\n"
-    assert [status for status, _ in seen].count(130) >= count // 2
+    assert [status for status, _ in seen].count(130) >= count // 2, "the signals met the start"
