@@ -8,8 +8,7 @@ from torch.autograd import forward_ad
 
 from depthdiff.fast.calls import FORWARDS, is_bare
 from depthdiff.models.attention import Attention
-from depthdiff.models.clip import CLIPMLP, GELUActivation
-from depthdiff.models.embeddings import QuickGELUActivation, TimestepEmbedding, Timesteps
+from depthdiff.models.embeddings import TimestepEmbedding, Timesteps
 from depthdiff.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from depthdiff.models.transformer import GEGLU, BasicTransformerBlock, FeedForward, Transformer2DModel
 from depthdiff.models.unet import UNet2DConditionModel
@@ -18,18 +17,8 @@ from depthdiff.models.vae import Decoder, Encoder
 
 LAYERS: tuple[type[nn.Module], ...] = (
     *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.GELU, nn.ReLU, nn.Mish, nn.Dropout),
-    *(Attention, BasicTransformerBlock, CLIPMLP, CrossAttnDownBlock2D, Decoder, Downsample2D, Encoder, FeedForward),
-    *(
-        GEGLU,
-        GELUActivation,
-        QuickGELUActivation,
-        ResnetBlock2D,
-        TimestepEmbedding,
-        Timesteps,
-        Transformer2DModel,
-        UNet2DConditionModel,
-    ),
-    Upsample2D,
+    *(Attention, BasicTransformerBlock, CrossAttnDownBlock2D, Decoder, Downsample2D, Encoder, FeedForward, GEGLU),
+    *(ResnetBlock2D, TimestepEmbedding, Timesteps, Transformer2DModel, UNet2DConditionModel, Upsample2D),
 )
 """Layers that take part in fast computations."""
 FORWARDS.update({kind: kind.forward for kind in LAYERS})

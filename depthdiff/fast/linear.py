@@ -1,4 +1,4 @@
-"""Feed-forwards on a CPU: in chunks of tokens or of the width, with GEGLU fused into its linear layer.
+"""Feed-forwards of the UNet on a CPU: in chunks of tokens, with GEGLU fused into its linear layer.
 
 Letters: B batch, L tokens, C channels.
 """
@@ -8,20 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from depthdiff.fast.eligible import fuses_linear, is_linear, is_plain, only_computes
-from depthdiff.models.clip import CLIPMLP, GELUActivation
-from depthdiff.models.embeddings import ACTIVATIONS
+from depthdiff.fast.eligible import fuses_linear, is_plain, only_computes
 from depthdiff.models.transformer import GEGLU, FeedForward
 
 TOKEN_CHUNK = 2048
 """Tokens per chunk. The hidden layer is eight times as wide as its input; a smaller one stays in the cache."""
-
-PARTS, MIN_WEIGHTS = 4, 2**20
-"""Parts into which a text encoder's feed-forward is cut along its width, and the fewest weights for which that is done:
-the products copy what they read."""
 
 
 def fast_feed_forward(layer: FeedForward, hidden_states: Tensor) -> Tensor:
@@ -50,30 +43,3 @@ def geglu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     (value, gate), (value_bias, gate_bias) = layer.weight.chunk(2), layer.bias.chunk(2)
     linear = torch.ops.mkldnn._linear_pointwise
     return linear.binary(x, linear(x, gate, gate_bias, "gelu", [], "none"), value, value_bias, "mul")
-
-
-def fast_clip_mlp(mlp: CLIPMLP, hidden_states: Tensor) -> Tensor:
-    """Compute a text encoder's feed-forward, (B, L, C) -> (B, L, C); NotImplemented where this does not apply."""
-    x, act = hidden_states, mlp.activation_fn
-    if not is_split(mlp, x):
-        return NotImplemented
-    tokens = x.flatten(0, 1)
-    out: Tensor = mlp.fc2.bias
-    weights = mlp.fc1.weight.chunk(PARTS), mlp.fc1.bias.chunk(PARTS), mlp.fc2.weight.chunk(PARTS, dim=1)
-    fused = isinstance(act, nn.GELU) and act.approximate == "none" and fuses_linear(x, mlp.fc1)
-    for weight, bias, back in zip(*weights, strict=True):
-        if fused:
-            part = torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "gelu", [], "none")
-        else:
-            part = act(F.linear(tokens, weight, bias))
-        out = torch.addmm(out, part, back.t())
-    return out.unflatten(0, x.shape[:2])
-
-
-def is_split(mlp: CLIPMLP, x: Tensor) -> bool:
-    """Return whether cutting a text encoder's feed-forward along its width pays."""
-    if not only_computes(x) or x.dim() != 3 or not is_plain(mlp.activation_fn, GELUActivation, *ACTIVATIONS.values()):
-        return False
-    if not is_linear(x, mlp.fc1) or not is_linear(x, mlp.fc2) or mlp.fc2.weight.numel() < MIN_WEIGHTS:
-        return False
-    return x.shape[2] == mlp.fc1.weight.shape[1] and mlp.fc2.weight.shape[1] == mlp.fc1.weight.shape[0]

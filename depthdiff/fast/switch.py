@@ -12,10 +12,9 @@ from depthdiff.fast.attention import fast_attention
 from depthdiff.fast.calls import Computation, FastCall, chain, find, is_bare, put_on, take_off
 from depthdiff.fast.convolution import fast_conv3x3, fast_upsample
 from depthdiff.fast.guidance import fast_unet
-from depthdiff.fast.linear import fast_clip_mlp, fast_feed_forward
+from depthdiff.fast.linear import fast_feed_forward
 from depthdiff.fast.tiled import fast_decoder, fast_downsample, fast_encoder, fast_resnet
 from depthdiff.models.attention import Attention
-from depthdiff.models.clip import CLIPMLP
 from depthdiff.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from depthdiff.models.transformer import FeedForward
 from depthdiff.models.unet import UNet2DConditionModel
@@ -23,7 +22,6 @@ from depthdiff.models.vae import Decoder, Encoder
 
 COMPUTATIONS: dict[type[nn.Module], Computation] = {
     Attention: fast_attention,
-    CLIPMLP: fast_clip_mlp,
     Decoder: fast_decoder,
     Downsample2D: fast_downsample,
     Encoder: fast_encoder,
