@@ -71,7 +71,7 @@ def test_wrong_calls():
         processor([])
     with pytest.raises(TypeError, match="images must be PIL"):
         processor(["photo.png"])
-    with pytest.raises(ValueError, match="images must lie in"):
+    with pytest.raises(ValueError, match="images must be in"):
         processor(np.full((8, 8, 3), 200.0))
     varied = DPTImageProcessor.from_config({"size": 64, "keep_aspect_ratio": True})
     with pytest.raises(ValueError, match="64x32, 64x64"):

@@ -64,16 +64,22 @@ def test_the_command_cleans_up_when_it_is_interrupted(interrupt, tmp_path, name,
     assert answer["errors"] == {f"depthdiff: {word}\n": count}
 
 
+def heed_interrupts():
+    """Let SIGINT interrupt, as from a terminal; a shell's background jobs ignore it, and so do their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("count", [3, pytest.param(40, marks=pytest.mark.fuzz)])
 def test_interrupted_while_it_starts(tmp_path, count):
     """Python itself may end by the signal before it runs anything; then all is one line and status 130."""
     command = [sys.executable, "-m", "depthdiff", "inspect", str(tmp_path)]
+    pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     start = time.perf_counter()
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
+    assert subprocess.run(command, **pipes).returncode == 1
     took, rng, seen = time.perf_counter() - start, random.Random(0), []
     while len(seen) < 8 * count and [status for status, _ in seen].count(130) < count:
         start = time.perf_counter()
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, preexec_fn=heed_interrupts, **pipes) as process:
             time.sleep(rng.uniform(0.1, max(0.95 * took, 0.2)))
             process.send_signal(signal.SIGINT)
             error = process.communicate()[1]

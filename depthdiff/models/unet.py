@@ -300,7 +300,7 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, PeftAdapterMixin):
             "encoder_attention_mask": bias,
         }
         with self._scaled_adapters(cross_attention_kwargs):
-            temb = self.time_embedding(self.get_time_embed(sample, timestep))
+            temb = self.time_embedding(self.get_time_embed(sample, timestep), timestep_cond)
             hidden_states = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
             skips: tuple[Tensor, ...] = (hidden_states,)
             for block, residual in zip(down_blocks, within or no_residuals, strict=True):

@@ -125,7 +125,7 @@ def test_pictures_are_the_same(pipe, small_photo):
 
 def test_an_argument_leaves_them_off(tiny_folder):
     pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder, fast=False)
-    assert not any(map(is_on, (pipe.unet, pipe.text_encoder.text_model.encoder.layers[0].mlp)))
+    assert not any(map(is_on, (pipe.unet, pipe.vae.encoder, pipe.vae.decoder)))
     pipe.unet = UNet2DConditionModel.from_pretrained(tiny_folder, subfolder="unet")
     assert not is_on(pipe.unet)
     assert not is_on(type(pipe).from_pipe(pipe).unet)
