@@ -111,27 +111,6 @@ def check_flag(name: str, value: object) -> bool:
     return flag
 
 
-PLACES = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-
-
-def check_places(**places: object) -> None:
-    """Refuse options of loading of a wrong type; see `depthdiff.checkpoint.hub.fetch` for what they mean.
-
-    Raises:
-        TypeError: an unknown option, or a value of a wrong type.
-        ValueError: a name that no file system can hold.
-    """
-    for name, value in places.items():
-        if name not in PLACES:
-            raise TypeError(f"{name!r} is not an option of loading{nearest(name, PLACES)}")
-        if name in ("local_files_only", "force_download"):
-            check_flag(name, value)
-        elif name == "cache_dir" and value is not None:
-            check_path(name, value)
-        elif name in ("subfolder", "revision") or (name == "token" and not isinstance(plain(value), bool)):
-            check_text(name, value)
-
-
 def check_text(name: str, value: object) -> None:
     """Refuse what is neither a text nor None.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from depthdiff.checkpoint.geometry import SCHEDULER
-from depthdiff.checkpoint.hub import fetch_config, refuse_other_unet
+from depthdiff.checkpoint.hub import check_places, fetch_config, refuse_other_unet
 from depthdiff.checkpoint.loading import check_dtype
 from depthdiff.checkpoint.single_file import (
     LDM,
@@ -21,7 +21,7 @@ from depthdiff.checkpoint.single_file import (
     open_single_file,
     read_config,
 )
-from depthdiff.checks import check_places, nearest
+from depthdiff.checks import nearest
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.pipeline_utils import DiffusionPipeline

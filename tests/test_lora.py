@@ -647,3 +647,10 @@ def test_tensors_that_torch_does_not_hold_are_refused_by_name(pipe, tmp_path, dt
     for load in (pipe.load_lora_weights, partial(pipe.unet.load_lora_adapter, prefix="unet")):
         with pytest.raises(CheckpointError, match=rf"conv_in.*is {dtype} of {len(shape)} axes"):
             load(path)
+
+
+def test_a_trainer_may_write_captions_into_the_header(pipe, tmp_path):
+    """kohya's trainers write how often each word stands in the captions: headers of several megabytes."""
+    save_file(kohya_file(pipe), tmp_path / "a.safetensors", {"ss_tag_frequency": "tiger " * 500_000})
+    pipe.load_lora_weights(tmp_path / "a.safetensors")
+    assert pipe.get_active_adapters() == ["default_0"]

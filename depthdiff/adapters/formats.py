@@ -27,12 +27,12 @@ from depthdiff.adapters.methods import Delta, fits, make_delta, rank
 from depthdiff.checkpoint.hub import fetch, parse_json, read_json
 from depthdiff.checkpoint.save import tensor_entry, write_safetensors
 from depthdiff.checkpoint.transaction import check_folder, making
-from depthdiff.checkpoint.weights import open_safetensors, read_header, read_tensors_anyhow
+from depthdiff.checkpoint.weights import read_header, read_tensors_anyhow
 from depthdiff.checkpoint.write import check_plain_name
 from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError
+from depthdiff.models.peft import LORA_FILE, SETTINGS
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_TENSORS = 20_000  # an adapter that changes every layer of Stable Diffusion 2 in three tensors each has 5,000
@@ -108,10 +108,10 @@ def read_file(
         return read_tensors_anyhow(path, MAX_TENSORS), _read_settings(path, {}), path
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} must end in .safetensors or one of {', '.join(PICKLES)}")
-    keys, header = read_header(path, MAX_HEADER)
-    if len(keys) > MAX_TENSORS:
-        raise CheckpointError(f"{path} has {len(keys):,} tensors, more than {MAX_TENSORS:,}; is it an adapter?")
-    state = {key: source.get().clone() for key, source in open_safetensors(path).items()}
+    sources, header = read_header(path, MAX_HEADER)
+    if len(sources) > MAX_TENSORS:
+        raise CheckpointError(f"{path} has {len(sources):,} tensors, more than {MAX_TENSORS:,}; is it an adapter?")
+    state = {key: source.get().clone() for key, source in sources.items()}
     return state, _read_settings(path, header), path
 
 
@@ -132,9 +132,9 @@ def _find_file(name_or_path: Any, defaults: Sequence[str], weight_name: str | No
 
 def _read_settings(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     """Read PEFT's settings: those beside the weights, for all components, and those in a header, as of diffusers."""
-    config, text = path.with_name(ADAPTER_CONFIG), header.get("lora_adapter_metadata")
+    config, text = path.with_name(ADAPTER_CONFIG), header.get(SETTINGS)
     settings = {"": read_json(config)} if path.stem.startswith("adapter_model") and config.is_file() else {}
-    flat = {} if text is None else parse_json(text.encode("utf-8", "surrogatepass"), path, "lora_adapter_metadata")
+    flat = {} if text is None else parse_json(text.encode("utf-8", "surrogatepass"), path, SETTINGS)
     for key, value in flat.items():
         component, dot, name = key.partition(".")
         if dot:

@@ -195,7 +195,6 @@ def check_weight(weight: Any, unet: nn.Module) -> None:
                 _check_number(number)
             if not numbers or (len(numbers) not in (1, blocks[name]) and blocks[name] > 1):
                 raise ValueError(f"adapter_weights: {side} {name} has {blocks[name]} transformers, got {len(numbers)}")
-    return None
 
 
 def _check_names(weight: Mapping[str, Any], known: Collection[str]) -> None:

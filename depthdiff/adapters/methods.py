@@ -83,6 +83,7 @@ METHODS = {
     "full": (lambda parts: parts["diff"], ["diff"]),
 }  # fmt: skip
 """Name -> formula, and the sets of parts that it takes."""
+FORMS = {method: [set(form.split()) for form in forms] for method, (_, forms) in METHODS.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,8 +179,7 @@ def make_delta(
     The scale is alpha / r, or alpha / sqrt(r) if `rank_stabilized` (arXiv:2312.03732); r is `divisor` if that is given.
     """
     rest = {name: part for name, part in parts.items() if name != "dora_scale"}
-    takes = {method: [set(form.split()) for form in forms] for method, (_, forms) in METHODS.items()}
-    method = next((method for method, forms in takes.items() if rest.keys() in forms), None)
+    method = next((method for method, forms in FORMS.items() if rest.keys() in forms), None)
     r = None if method == "full" else divisor or rank(rest)
     if method is None or r == 0:
         return None

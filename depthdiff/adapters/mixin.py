@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from depthdiff.adapters.formats import COMPONENTS, LORA_FILE, lora_state, prefixed, read_file, read_lora, write_layers
+from depthdiff.adapters.formats import COMPONENTS, lora_state, prefixed, read_file, read_lora, write_layers
 from depthdiff.adapters.merging import AdapterState, Merging, Weight, check_weight, component_weight, scaled
 from depthdiff.adapters.textual_inversion import TextualInversionLoaderMixin
 from depthdiff.checks import check_flag, check_names, check_number, check_text, nearest
+from depthdiff.models.peft import LORA_FILE
 
 logger = logging.getLogger(__name__)
 

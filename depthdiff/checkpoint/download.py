@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from depthdiff.checkpoint.hub import HubOptions
+from depthdiff.checkpoint.hub import NO_HUB_ID, HubOptions
 from depthdiff.config import CheckpointError
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def download(repo_id: str, patterns: list[str], **hub: Unpack[HubOptions]) -> Pa
     try:
         name = repo_folder_name(repo_id=repo_id, repo_type="model")
     except HFValidationError as error:
-        reason = "is neither a folder nor a Hub id (owner/name, of letters, digits, '-', '_' and '.')"
-        raise CheckpointError(f"{repo_id!r} {reason}: {error}") from error
+        raise CheckpointError(f"{repo_id!r} {NO_HUB_ID}: {error}") from error
     entry = Path(hub.get("cache_dir") or constants.HF_HUB_CACHE) / name
     repair = f"pass force_download=True, or delete {entry}"
     if hub.get("force_download") and not hub.get("local_files_only"):

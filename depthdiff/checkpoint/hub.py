@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from depthdiff.checkpoint.transaction import settle
-from depthdiff.checks import check_path, check_places
+from depthdiff.checks import check_flag, check_path, check_text, nearest, plain
 from depthdiff.config import CheckpointError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Name = str | os.PathLike[str]
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+NO_HUB_ID = "is neither a folder nor a Hub id (owner/name, of letters, digits, '-', '_' and '.')"
 BUNDLED = "mini"
 """The name of the small model that comes with the package; a folder of that name is reached as "./mini"."""
 
@@ -72,6 +73,25 @@ class HubOptions(TypedDict, total=False):
 
 
 HUB_ARGUMENTS = tuple(HubOptions.__annotations__)
+
+
+def check_places(**places: object) -> None:
+    """Refuse options of loading of a wrong type; see `fetch` for what they mean.
+
+    Raises:
+        TypeError: an unknown option, or a value of a wrong type.
+        ValueError: a name that no file system can hold.
+    """
+    known = ("subfolder", *HUB_ARGUMENTS)
+    for name, value in places.items():
+        if name not in known:
+            raise TypeError(f"{name!r} is not an option of loading{nearest(name, known)}")
+        if name in ("local_files_only", "force_download"):
+            check_flag(name, value)
+        elif name == "cache_dir" and value is not None:
+            check_path(name, value)
+        elif name in ("subfolder", "revision") or (name == "token" and not isinstance(plain(value), bool)):
+            check_text(name, value)
 
 
 def bundled() -> Path:
@@ -143,9 +163,7 @@ def _refuse_paths(name: str) -> None:
         )
     is_path = name.startswith((".", "~", os.sep)) or "\\" in name
     if is_path or not HUB_ID.fullmatch(name):
-        raise CheckpointError(
-            f"{name[:80]!r} is neither a folder nor a Hub id (owner/name, of letters, digits, '-', '_' and '.')"
-        )
+        raise CheckpointError(f"{name[:80]!r} {NO_HUB_ID}")
 
 
 def fetch_config(name_or_path: Name, filename: str, **where: Any) -> dict[str, Any]:

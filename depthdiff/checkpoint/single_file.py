@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthdiff.checkpoint.geometry import INFER, Shapes, guessed_wrongly
-from depthdiff.checkpoint.hub import HUB_ID, HubOptions, Name, fetch, read_json
+from depthdiff.checkpoint.hub import HUB_ID, HubOptions, Name, check_places, fetch, read_json
 from depthdiff.checkpoint.ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES, TABLES_LDM, Table
 from depthdiff.checkpoint.loading import build, check_dtype, fill
 from depthdiff.checkpoint.weights import Source, is_pickle, open_pickle, open_safetensors, read_start
-from depthdiff.checks import check_path, check_places
+from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError
 
 if TYPE_CHECKING:

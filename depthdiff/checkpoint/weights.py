@@ -193,16 +193,6 @@ def _open_safetensors(path: Path, most: int) -> safe_open:
         raise CheckpointError(f"{reason}; {AGAIN}") from error
 
 
-def read_header(path: Path, most: int = MAX_HEADER) -> tuple[list[str], dict[str, str]]:
-    """Read the names of the tensors in a safetensors file, and its metadata.
-
-    Raises:
-        CheckpointError: not a safetensors file, a damaged one, or one with a header of more than `most` bytes.
-    """
-    file = _open_safetensors(path, most)
-    return list(file.keys()), file.metadata() or {}
-
-
 @dataclass(frozen=True)
 class Source:
     """One tensor in a file; `dtype` is its name in safetensors, `mapped` whether it comes as the file's own pages."""
@@ -214,9 +204,14 @@ class Source:
     get: Callable[[], Tensor]
 
 
-def open_safetensors(path: Path) -> dict[str, Source]:
-    """List the tensors of a safetensors file, of which nothing but the header is read."""
-    file = _open_safetensors(path, MAX_HEADER)
+def read_header(path: Path, most: int = MAX_HEADER) -> tuple[dict[str, Source], dict[str, str]]:
+    """List the tensors of a safetensors file, of which nothing but the header is read, and its metadata.
+
+    Raises:
+        CheckpointError: not a safetensors file, a damaged one, one with a header of more than `most` bytes, or a tensor
+            that torch does not hold.
+    """
+    file = _open_safetensors(path, most)
 
     def source(key: str) -> Source:
         one = file.get_slice(key)
@@ -225,7 +220,12 @@ def open_safetensors(path: Path) -> dict[str, Source]:
             raise CheckpointError(f"{path}: {key[:80]!r} is {dtype} of {len(shape)} axes, which torch does not hold")
         return Source(path, dtype, shape, True, lambda: file.get_tensor(key))
 
-    return {key: source(key) for key in file.keys()}  # noqa: SIM118
+    return {key: source(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def open_safetensors(path: Path) -> dict[str, Source]:
+    """List the tensors of a safetensors file; errors as in `read_header`."""
+    return read_header(path)[0]
 
 
 def open_pickle(path: Path) -> dict[str, Source]:

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from depthdiff.checkpoint.hub import fetch
+from depthdiff.checkpoint.hub import fetch, parse_json
 from depthdiff.checkpoint.save import tensor_entry, write_safetensors
 from depthdiff.checkpoint.transaction import check_folder, making
-from depthdiff.checkpoint.weights import open_safetensors, read_header
+from depthdiff.checkpoint.weights import read_header
 from depthdiff.checks import check_number, refuse_values, show
 from depthdiff.config import CheckpointError
 
@@ -215,8 +215,10 @@ class PeftAdapterMixin:
             if not path.is_file():
                 name = weight_name or LORA_FILE
                 path = fetch(given, [name], subfolder=subfolder, **hub) / name
-            settings, source = json.loads(read_header(path)[1].get(SETTINGS, "{}")), str(path)
-            given = {key: tensor.get() for key, tensor in open_safetensors(path).items()}
+            sources, header = read_header(path)
+            text = header.get(SETTINGS, "{}").encode("utf-8", "surrogatepass")
+            settings, source = parse_json(text, path, SETTINGS), str(path)
+            given = {key: tensor.get() for key, tensor in sources.items()}
         start = "" if prefix is None else f"{prefix}."
         state = {key.removeprefix(start): tensor for key, tensor in given.items() if key.startswith(start)}
         for old, new in ((".lora.down.", ".lora_A."), (".lora.up.", ".lora_B.")):  # diffusers' older files

@@ -12,21 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import depthdiff
 from depthdiff.checkpoint.ldm import TABLES
-from tests.parity.test_networks import DEPTHS, PLAIN, REFERENCES, UNETS, reference_network, text_config
+from tests.parity.test_networks import DEPTHS, ONE_LEVEL, PLAIN, REFERENCES, UNETS, reference_network, text_config
 
 VAES = {
     "tiny": GEOMETRIES["tiny"]["vae"],
     "small": GEOMETRIES["small"]["vae"],
-    "one level, no attention, no quantisation": {
-        "block_out_channels": [12],
-        "norm_num_groups": 3,
-        "layers_per_block": 3,
-        "mid_block_add_attention": False,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "latent_channels": 3,
-        "act_fn": "relu",
-    },
+    "one level, no attention, no quantisation": ONE_LEVEL,
 }
 
 CONFIGS = {

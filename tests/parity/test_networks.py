@@ -100,20 +100,23 @@ def test_unet(name, tmp_path):
         assert distance(mine(x, timestep, more).sample, expected) <= TOLERANCE
 
 
+ONE_LEVEL = {
+    "block_out_channels": [12],
+    "norm_num_groups": 3,
+    "layers_per_block": 3,
+    "mid_block_add_attention": False,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "latent_channels": 3,
+    "act_fn": "relu",
+}
+"""An autoencoder of one level, with another activation and three channels of latents."""
+
+
 @torch.no_grad()
 def test_autoencoder(tmp_path):
     """One level, another activation, three channels of latents, and a picture that is not square."""
-    config = {
-        "block_out_channels": [12],
-        "norm_num_groups": 3,
-        "layers_per_block": 3,
-        "mid_block_add_attention": False,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "latent_channels": 3,
-        "act_fn": "relu",
-    }
-    mine, reference = pair("vae", config, tmp_path)
+    mine, reference = pair("vae", ONE_LEVEL, tmp_path)
     x = torch.rand(2, 3, 40, 72) * 2 - 1
     ours, theirs = mine.encode(x).latent_dist, reference.encode(x).latent_dist
     for name in ("mean", "std", "logvar"):
