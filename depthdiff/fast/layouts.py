@@ -15,11 +15,12 @@ IMAGE_CHANNELS = 8
 
 
 def lay_out(network: Any, device: torch.device | None = None) -> None:
-    """Store convolutions with the channels last, where they are faster so: in half precision, and on a CPU.
+    """Store convolutions with the channels last, where they are faster so: on a CPU in half precision.
 
-    On a CPU, float32 weights stay as they are, since torch rearranges them anyway, but for the first convolutions:
+    In float32 a CPU's weights stay as they are, since torch rearranges them anyway, but for the first convolutions:
     their results, and what follows, have the layout of their weights. On another device these get the layout of the
-    other convolutions back. The depth net's backbone computes its filters at every use and keeps torch's layout.
+    other convolutions back: CUDA's group norm wants torch's own order, in half precision too. The depth net's backbone
+    computes its filters at every use and keeps torch's layout.
 
     Args:
         network: one of this package; others stay as they are.
@@ -30,10 +31,9 @@ def lay_out(network: Any, device: torch.device | None = None) -> None:
     layers = [layer for layer in network.modules() if type(layer) in (nn.Conv2d, nn.ConvTranspose2d)]
     convolutions: list[Any] = layers
     first = [layer for layer in convolutions if layer.in_channels <= IMAGE_CHANNELS]
-    if network.dtype in (torch.float16, torch.bfloat16):
-        wanted, changed = torch.channels_last, convolutions
-    elif (device or network.device).type == "cpu":
-        wanted, changed = torch.channels_last, first
+    if (device or network.device).type == "cpu":
+        half = network.dtype in (torch.float16, torch.bfloat16)
+        wanted, changed = torch.channels_last, convolutions if half else first
     else:  # first ones that were rearranged for a CPU
         others = (layer for layer in convolutions if layer.in_channels > IMAGE_CHANNELS)
         wanted = torch.contiguous_format

@@ -12,6 +12,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -153,8 +155,12 @@ class Attention(nn.Module):
 
     def _accepted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Select the arguments that the processor takes, and warn of others."""
-        function = self.processor.forward if isinstance(self.processor, nn.Module) else self.processor
-        parameters = inspect.signature(function).parameters
+        processor: Any = self.processor
+        if isinstance(processor, nn.Module):
+            processor = processor.forward
+        elif not isinstance(processor, (FunctionType, MethodType, partial)):
+            processor = processor.__call__  # torch 2.11 cannot compile inspect.signature of the object itself
+        parameters = inspect.signature(processor).parameters
         if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
             return kwargs
         unknown = [name for name in kwargs if name not in parameters]
