@@ -1,5 +1,5 @@
 # Sourced by scripts/demo and scripts/test: use the active virtual environment, or make one in .venv, and install into it.
-# Usage: prepare EXTRAS [CONSTRAINTS], for instance: prepare "[test,parity]"
+# Usage: prepare EXTRAS [CONSTRAINTS], for instance: prepare "[test,parity,field]"
 prepare() {
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
     if [ -z "${VIRTUAL_ENV:-}" ]; then
