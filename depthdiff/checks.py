@@ -199,6 +199,36 @@ def check_device(name: str, value: object) -> torch.device:
     return device
 
 
+def read_device_map(device_map: object) -> torch.device | None:
+    """Return the device that a `device_map` of diffusers or accelerate names; None for None.
+
+    Args:
+        device_map: a device; "auto", "balanced", "balanced_low_0" or "sequential" for the fastest one here; or a dict
+            all of whose values are one device.
+
+    Raises:
+        TypeError: not a device.
+        ValueError: several devices, or one that is not here.
+    """
+    if device_map is None:
+        return None
+    if isinstance(device_map, Mapping):
+        devices = list(dict.fromkeys(device_map.values()))
+        if len(devices) != 1:
+            raise ValueError(f"device_map must name one device, which holds all weights, got {len(devices)}")
+        [device_map] = devices
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device(best_device())
+    return check_device("device_map", device_map)
+
+
+def best_device() -> str:
+    """Name the fastest device that torch has here."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def check_generators(name: str, value: object) -> None:
     """Refuse what is neither a generator, nor some of them, nor None.
 

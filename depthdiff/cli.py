@@ -25,7 +25,7 @@ from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.single_file import SUFFIXES
 from depthdiff.checkpoint.weights import check_variant
 from depthdiff.checkpoint.write import check_target, try_to_write
-from depthdiff.checks import check_device, check_number
+from depthdiff.checks import best_device, check_device, check_number
 from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
 from depthdiff.inputs import LARGEST_SCALE
 from depthdiff.inspect_checkpoint import inspect
@@ -44,7 +44,6 @@ from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
 from depthdiff.process import (
     Terminated,
     allow_tf32,
-    best_device,
     cleaning_up,
     keep_freed_buffers,
     lenient_streams,

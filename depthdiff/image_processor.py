@@ -5,6 +5,7 @@ Letters: B images, H and W of the resized ones.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from depthdiff.arguments import NO_WEIGHTS, SAVING, sort_out
 from depthdiff.checkpoint.hub import fetch, read_json
 from depthdiff.checkpoint.transaction import check_folder
 from depthdiff.checkpoint.write import write_text
@@ -137,6 +139,7 @@ class DPTImageProcessor:
         token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        **unused: Any,
     ) -> Self:
         """Load the processor from a folder or from the Hub.
 
@@ -148,22 +151,31 @@ class DPTImageProcessor:
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
+            **unused: an argument of diffusers or transformers in `depthdiff.arguments.NO_WEIGHTS`.
 
         Raises:
             CheckpointError: the file is missing or damaged, or belongs to another kind of processor.
+            TypeError: an unknown argument.
         """
+        known = inspect.signature(cls.from_pretrained).parameters
+        token = sort_out("from_pretrained", NO_WEIGHTS, unused, (), known).get("token", token)
         folder = fetch(
             pretrained_model_name_or_path, (FILE,), subfolder=subfolder, revision=revision, cache_dir=cache_dir,
             token=token, local_files_only=local_files_only, force_download=force_download,
         )  # fmt: skip
         return cls.from_config(read_json(folder / FILE))
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **unused: Any) -> None:
         """Write `preprocessor_config.json`, which transformers loads too.
 
         Args:
             save_directory: the folder; made if it does not exist.
+            **unused: arguments of diffusers in `depthdiff.arguments.SAVING`.
+
+        Raises:
+            TypeError: an unknown argument.
         """
+        sort_out("save_pretrained", SAVING, unused)
         folder = check_folder("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         values = {**self.config.to_dict(), "image_processor_type": "DPTImageProcessor"}

@@ -158,10 +158,13 @@ def check_fit(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any) -> None:
         )
 
 
-def check_output_type(output_type: object) -> None:
-    """Refuse an unknown kind of result."""
+def read_output_type(output_type: object) -> Any:
+    """Return the kind of result; "numpy" is an old name of "np"."""
+    if isinstance(output_type, str) and output_type == "numpy":
+        return "np"
     if not isinstance(output_type, str) or output_type not in (*OUTPUT_TYPES, "latent"):
         raise ValueError(f"output_type must be one of {', '.join((*OUTPUT_TYPES, 'latent'))}, got {brief(output_type)}")
+    return output_type
 
 
 def check_kwargs(kwargs: object) -> float:

@@ -25,7 +25,8 @@ from torch import Generator, Tensor
 
 import depthdiff.fast as speed
 from depthdiff.approximations import approximated, resolve_preset
-from depthdiff.checks import check_flag, nearest, plain
+from depthdiff.arguments import CALL, sort_out
+from depthdiff.checks import check_flag, plain
 from depthdiff.devices import dtype_of, uses_weights
 from depthdiff.image import ImageInput, read_depth
 from depthdiff.inputs import (
@@ -36,10 +37,10 @@ from depthdiff.inputs import (
     check_generator,
     check_kwargs,
     check_latents,
-    check_output_type,
     check_prompts,
     paired,
     read_numbers,
+    read_output_type,
     read_start,
     repeat,
     repeat_rows,
@@ -205,20 +206,19 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             preset: "fast" sets what of these is left out (see `depthdiff.approximations.PRESETS`).
             callback: diffusers' older form, called with index, timestep and latents.
             callback_steps: every how many steps.
-            **unknown: raises TypeError, and suggests the closest known name.
+            **unknown: an argument of other pipelines in `depthdiff.arguments.CALL`, which is ignored with a warning.
 
         Raises:
             TypeError: an unknown argument, or one of a wrong type.
             ValueError: a value out of range, or arguments that do not fit each other.
             FloatingPointError: NaN or infinity in the work; names the stage that they come from.
         """
-        if unknown:
-            name, known = next(iter(unknown)), inspect.signature(StableDiffusionDepth2ImgPipeline.__call__).parameters
-            raise TypeError(f"__call__ got an unknown argument {name!r}{nearest(name, known)}")
+        known = inspect.signature(StableDiffusionDepth2ImgPipeline.__call__).parameters
+        sort_out("the pipeline", CALL, unknown, (), known, stacklevel=6)
         callback_steps, names = check_callbacks(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        check_output_type(output_type)
+        output_type = read_output_type(output_type)
         return_dict = check_flag("return_dict", return_dict)
         run = self.prepare(
             prompt,
@@ -378,7 +378,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
     @uses_weights
     def decode(self, latents: Tensor, output_type: Literal["pil", "np", "pt", "latent"] = "pil") -> Any:
         """Turn latents (B, 4, h, w) on any device into pictures, of the kind of `output_type` (see `__call__`)."""
-        check_output_type(output_type)
+        output_type = read_output_type(output_type)
         self._need("vae")
         check_latents(latents, self.vae.config.latent_channels)
         if output_type == "latent":

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import threading
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, TypeVar
 
 import torch
 from tqdm.auto import tqdm
 
 import depthdiff.fast as fast
+from depthdiff.arguments import PIPELINE, SAVING, sort_out
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.save import model_index, save_components
-from depthdiff.checks import check_flag, check_number, nearest, show
+from depthdiff.checks import check_flag, check_number, read_device_map, show
 from depthdiff.config import FrozenDict
 from depthdiff.devices import DeviceMixin, device_of
 from depthdiff.image import VaeImageProcessor
 from depthdiff.parts import check_part
 from depthdiff.progress import check_bar
-from depthdiff.registry import COMPONENT_CLASSES, load_components
+from depthdiff.registry import COMPONENT_CLASSES, Dtypes, load_components
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,9 +113,16 @@ class DiffusionPipeline(DeviceMixin):
         return {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """Make a pipeline of this class with the components of another one, but for those that are given."""
-        return cls(**{**pipeline.components, **components}, fast=pipeline._fast)
+    def from_pipe(cls, pipeline: DiffusionPipeline, torch_dtype: torch.dtype | None = None, **components: Any) -> Self:
+        """Make a pipeline of this class with the components of another one, but for those that are given.
+
+        Args:
+            pipeline: whose components are shared.
+            torch_dtype: to cast them to, for both pipelines.
+            **components: to use instead.
+        """
+        made = cls(**{**pipeline.components, **components}, fast=pipeline._fast)
+        return made if torch_dtype is None else made.to(dtype=torch_dtype)
 
     # Loading and saving
 
@@ -123,8 +131,8 @@ class DiffusionPipeline(DeviceMixin):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
         *,
-        torch_dtype: torch.dtype | Literal["auto"] | None = None,
-        dtype: torch.dtype | Literal["auto"] | None = None,
+        torch_dtype: Dtypes = None,
+        dtype: Dtypes = None,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -133,6 +141,8 @@ class DiffusionPipeline(DeviceMixin):
         force_download: bool = False,
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool | None = None,
+        disable_mmap: bool = False,
+        device_map: str | torch.device | Mapping[str, Any] | None = None,
         fast: bool = True,
         **components: Any,
     ) -> Self:
@@ -141,8 +151,9 @@ class DiffusionPipeline(DeviceMixin):
         Args:
             pretrained_model_name_or_path: a folder that holds `model_index.json`, a Hub id, or "mini": the small
                 model that comes with the package and knows tables with toys; used where nothing is named.
-            torch_dtype: of all weights; float32 if absent; "auto" is the files' own where there is a CUDA device,
-                else bfloat16 if the processor has it, with a float32 depth net, else float32.
+            torch_dtype: of all weights, or a dict by component whose "default" is for the others; float32 if absent;
+                "auto" is the files' own where there is a CUDA device, else bfloat16 if the processor has it, with a
+                float32 depth net, else float32. A dtype may be given by its name, such as "float16".
             dtype: another name of `torch_dtype`.
             variant: of the weight files, such as "fp16".
             revision: branch, tag or commit on the Hub.
@@ -155,20 +166,23 @@ class DiffusionPipeline(DeviceMixin):
             low_cpu_mem_usage: False reads the weights into memory of the process's own. Otherwise those that keep their
                 dtype are mapped from the files, and another program that cuts such a file off in its place ends this
                 process (SIGBUS); no form holds the weights twice.
+            disable_mmap: another name of `low_cpu_mem_usage=False`.
+            device_map: where to move the networks, see `depthdiff.checks.read_device_map`.
             fast: let the networks compute the same faster where they can; see `depthdiff.fast`.
-            **components: ready components by name, used instead of the checkpoint's, such as `scheduler=...`.
+            **components: ready components by name, used instead of the checkpoint's, such as `scheduler=...`; or an
+                argument of diffusers in `depthdiff.arguments.PIPELINE`.
 
         Raises:
             CheckpointError: a file is missing or damaged, or describes what this package does not have.
             TypeError: an unknown argument.
-            ValueError: an argument that no file can have.
+            ValueError: an argument that no file can have, or that is refused.
         """
         for name in components.keys() & set(cls.NAMES):
             check_part(name, components[name])
-        for name in sorted(components.keys() - set(cls.NAMES)):
-            if components.pop(name) is not None:
-                raise TypeError(f"from_pretrained got an unknown argument {name!r}{nearest(name, cls.NAMES)}")
-            warnings.warn(f"{cls.__name__} has no component {name!r}; {name}=None is ignored", stacklevel=2)
+        known = inspect.signature(cls.from_pretrained).parameters
+        components = sort_out("from_pretrained", PIPELINE, components, cls.NAMES, known)
+        token = components.pop("token", token)
+        device = read_device_map(device_map)
         if pretrained_model_name_or_path is None:
             logger.warning("no model is named, so the small one that comes with the package is used: %r", BUNDLED)
             pretrained_model_name_or_path = BUNDLED
@@ -183,11 +197,12 @@ class DiffusionPipeline(DeviceMixin):
             local_files_only=local_files_only,
             force_download=force_download,
             use_safetensors=use_safetensors,
-            copy=not (low_cpu_mem_usage is None or check_flag("low_cpu_mem_usage", low_cpu_mem_usage)),
+            copy=check_flag("disable_mmap", disable_mmap)
+            or not (low_cpu_mem_usage is None or check_flag("low_cpu_mem_usage", low_cpu_mem_usage)),
         )
         pipeline = cls._from_components(parts, fast)
         pipeline.name_or_path = os.fspath(pretrained_model_name_or_path)
-        return pipeline
+        return pipeline if device is None else pipeline.to(device)
 
     @classmethod
     def _from_components(cls, components: dict[str, Any], fast: bool) -> Self:
@@ -202,7 +217,8 @@ class DiffusionPipeline(DeviceMixin):
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         variant: str | None = None,
-        max_shard_size: int | str = "10GB",
+        max_shard_size: int | str | None = "10GB",
+        **unused: Any,
     ) -> None:
         """Write all components in the published layout, which diffusers loads; all or nothing.
 
@@ -213,7 +229,13 @@ class DiffusionPipeline(DeviceMixin):
             safe_serialization: must be True: pickles are not written.
             variant: put into the names of the weight files, such as "fp16".
             max_shard_size: bytes, or text such as "5GB"; larger weights are split into shards with an index.
+            **unused: arguments of diffusers in `depthdiff.arguments.SAVING`.
+
+        Raises:
+            TypeError: an unknown argument, or one of a wrong type.
+            ValueError: `safe_serialization` or `push_to_hub`, or a size or variant that no file can have.
         """
+        sort_out("save_pretrained", SAVING, unused, (), inspect.signature(self.save_pretrained).parameters)
         with self._turns.use():
             save_components(
                 self._saved(),
@@ -221,7 +243,7 @@ class DiffusionPipeline(DeviceMixin):
                 class_name=type(self).__name__,
                 safe_serialization=safe_serialization,
                 variant=variant,
-                max_shard_size=max_shard_size,
+                max_shard_size="10GB" if max_shard_size is None else max_shard_size,
             )
 
     def _has_adapters(self) -> bool:

@@ -36,13 +36,6 @@ def allow_tf32() -> None:
     torch.set_float32_matmul_precision("high")
 
 
-def best_device() -> str:
-    """Name the fastest device that torch has here."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 class Stream(io.TextIOBase):
     """Text for a person who may have gone: what cannot be written is left out, and what has no letter is spelt out.
 

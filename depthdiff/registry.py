@@ -18,8 +18,9 @@ from depthdiff.checkpoint.hub import (
     read_json,
     refuse_other_kinds,
 )
-from depthdiff.checkpoint.loading import DType, check_dtype, check_names, load_model
+from depthdiff.checkpoint.loading import DType, check_names, load_model, read_dtype
 from depthdiff.checkpoint.weights import has_weights, suffixes, weight_files
+from depthdiff.checks import brief, nearest
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.models.base import Network
@@ -54,6 +55,9 @@ CLASSES: dict[str, type[Network]] = {
 }
 """Component -> the class of its network."""
 
+Dtypes = DType | str | Mapping[str, DType | str]
+"""One dtype for all networks, by itself or by name, or one by component."""
+
 SMALL_FILES = {
     "tokenizer": tokenizer_files.FILES,
     "scheduler": ("scheduler_config.json",),
@@ -74,11 +78,29 @@ def computing_dtype(component: str, dtype: DType) -> DType:
     return torch.bfloat16 if has_bfloat16 and component != "depth_estimator" else torch.float32
 
 
+def read_dtypes(torch_dtype: Dtypes) -> dict[str, DType]:
+    """Return the dtype of each network, of one for all or of a dict by component, whose "default" is for the others.
+
+    Raises:
+        ValueError: a dtype that weights cannot have, or an entry that is not a network's.
+    """
+    if not isinstance(torch_dtype, Mapping):
+        return dict.fromkeys(CLASSES, read_dtype(torch_dtype))
+    for name in torch_dtype:
+        if name not in (*CLASSES, "default"):
+            raise ValueError(
+                f"torch_dtype must have entries for {', '.join(CLASSES)} or default, got {brief(name)}"
+                f"{nearest(name, CLASSES)}"
+            )
+    default = torch_dtype.get("default")
+    return {name: read_dtype(torch_dtype.get(name, default)) for name in CLASSES}
+
+
 def load_components(
     name_or_path: str | os.PathLike[str],
     *,
     overrides: Mapping[str, Any],
-    torch_dtype: DType = None,
+    torch_dtype: Dtypes = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
     copy: bool = False,
@@ -92,7 +114,7 @@ def load_components(
         CheckpointError: a file or component is missing, damaged or of a kind that this package does not have.
         ValueError: an argument that no file can have.
     """
-    check_dtype(torch_dtype)
+    dtypes = read_dtypes(torch_dtype)
     check_names(variant, use_safetensors)
     describe_folder(name_or_path)
     configs = [] if "unet" in overrides else ["unet/config.json", "scheduler/scheduler_config.json"]
@@ -111,7 +133,7 @@ def load_components(
                 raise CheckpointError(f"{name_or_path} has no folder {name}, which its model_index.json names")
             if issubclass(kind, Network):
                 chosen: dict[str, Any] = {"variant": variant, "use_safetensors": use_safetensors, "copy": copy}
-                dtype = computing_dtype(name, torch_dtype)
+                dtype = computing_dtype(name, dtypes[name])
                 parts[name] = load_model(kind, folder, subfolder=name, torch_dtype=dtype, **chosen)
             else:
                 parts[name] = kind.from_pretrained(folder, subfolder=name)

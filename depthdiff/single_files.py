@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from depthdiff.arguments import SINGLE_FILE, sort_out
 from depthdiff.checkpoint.geometry import SCHEDULER
 from depthdiff.checkpoint.hub import check_places, fetch_config, refuse_other_unet
-from depthdiff.checkpoint.loading import check_dtype
+from depthdiff.checkpoint.loading import read_dtype
 from depthdiff.checkpoint.single_file import (
     LDM,
     NETWORKS,
@@ -21,11 +23,13 @@ from depthdiff.checkpoint.single_file import (
     open_single_file,
     read_config,
 )
-from depthdiff.checks import nearest
+from depthdiff.checks import brief, check_number, read_device_map
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.pipeline_utils import DiffusionPipeline
 from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class, computing_dtype
+from depthdiff.schedulers.ddim import DDIMScheduler
+from depthdiff.schedulers.lms import LMSDiscreteScheduler
 from depthdiff.schedulers.pndm import PNDMScheduler
 from depthdiff.tokenizer import clip_tokenizer
 
@@ -53,6 +57,9 @@ class FromSingleFileMixin(DiffusionPipeline):
         token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        scheduler_type: str | None = None,
+        scaling_factor: float | None = None,
+        device_map: str | torch.device | Mapping[str, Any] | None = None,
         fast: bool = True,
         **components: Any,
     ) -> Self:
@@ -73,16 +80,25 @@ class FromSingleFileMixin(DiffusionPipeline):
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
+            scheduler_type: "pndm", which is the default, "ddim" or "lms".
+            scaling_factor: of the autoencoder's latents; 0.18215 if absent.
+            device_map: where to move the networks, see `depthdiff.checks.read_device_map`.
             fast: let the networks compute the same faster where they can; see `depthdiff.fast`.
-            **components: ready components by name, used instead of the file's, or where the file has none.
+            **components: ready components by name, used instead of the file's, or where the file has none; or an
+                argument of diffusers in `depthdiff.arguments.SINGLE_FILE`.
 
         Raises:
             CheckpointError: the file is missing, damaged, holds code, or is of a model without depth.
             TypeError: an unknown argument.
-            ValueError: `prediction_type` beside a scheduler, or components that do not fit each other.
+            ValueError: `prediction_type` or `scheduler_type` beside a scheduler, an unknown one, an argument that is
+                refused, or components that do not fit each other.
         """
-        for name in sorted(components.keys() - set(cls.NAMES)):
-            raise TypeError(f"from_single_file got an unknown argument {name!r}{nearest(name, cls.NAMES)}")
+        known = inspect.signature(cls.from_single_file).parameters
+        components = sort_out("from_single_file", SINGLE_FILE, components, cls.NAMES, known)
+        token, config = components.pop("token", token), components.pop("config", config)
+        kind = _scheduler_class(scheduler_type, "scheduler" in components)
+        factor = None if scaling_factor is None else check_number("scaling_factor", scaling_factor, 1e-6, 1e6)
+        device = read_device_map(device_map)
         parts = load_single_components(
             pretrained_model_link_or_path,
             overrides=components,
@@ -95,9 +111,13 @@ class FromSingleFileMixin(DiffusionPipeline):
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        if kind is not None:
+            parts["scheduler"] = kind.from_config(parts["scheduler"].config)
+        if factor is not None:
+            parts["vae"].register_to_config(scaling_factor=factor)
         pipeline = cls(**parts, fast=fast)
         pipeline.name_or_path = os.fspath(pretrained_model_link_or_path)
-        return pipeline
+        return pipeline if device is None else pipeline.to(device)
 
     def load_single_file(
         self,
@@ -149,6 +169,18 @@ class FromSingleFileMixin(DiffusionPipeline):
         return list(loaded)
 
 
+def _scheduler_class(name: str | None, given: bool) -> Any:
+    """Return the class that `scheduler_type` names; `given` says whether there is a scheduler already."""
+    if name is None:
+        return None
+    kinds = {"pndm": PNDMScheduler, "ddim": DDIMScheduler, "lms": LMSDiscreteScheduler}
+    if name not in kinds:
+        raise ValueError(f"scheduler_type must be one of {', '.join(kinds)}, got {brief(name)}")
+    if given:
+        raise ValueError("scheduler_type and scheduler both say which solver to use; give one of them")
+    return kinds[name]
+
+
 def load_single_components(
     name: str | os.PathLike[str],
     *,
@@ -159,7 +191,7 @@ def load_single_components(
     **where: Any,
 ) -> dict[str, Any]:
     """Load every component of a pipeline that is not in `overrides`; see `FromSingleFileMixin.from_single_file`."""
-    check_dtype(torch_dtype)
+    torch_dtype = read_dtype(torch_dtype)
     check_places(**where)
     if prediction_type is not None and "scheduler" in overrides:
         raise ValueError("prediction_type and scheduler both say what the UNet predicts; give one of them")

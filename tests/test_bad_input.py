@@ -125,7 +125,6 @@ CALLS = {
     # the rest
     "unknown output": ({"output_type": "jpg"}, ValueError, "output_type must be one of pil, np, pt, latent, got 'jpg'"),
     "unknown argument": ({"guidance": 3}, TypeError, "'guidance'; did you mean 'guidance_scale'"),
-    "width and height": ({"height": 512}, TypeError, "'height'"),
     "attention argument that is no name": ({"cross_attention_kwargs": {1: 1}}, TypeError, "must have texts as keys"),
     "scale of an adapter": ({"cross_attention_kwargs": {"scale": float("nan")}}, ValueError, "scale must be"),
     "scale that is no number": ({"cross_attention_kwargs": {"scale": "1"}}, TypeError, "scale must be"),

@@ -13,7 +13,7 @@ ROOT = Path(depthdiff.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     ("checks",),
-    ("config", "decoding", "forks", "hooks", "process", "progress", "turns"),
+    ("arguments", "config", "decoding", "forks", "hooks", "process", "progress", "turns"),
     ("checkpoint", "noise", "image"),
     ("models", "schedulers", "tokenizer", "image_processor", "parts"),
     ("fast", "registry", "sharing"),

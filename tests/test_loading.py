@@ -89,8 +89,7 @@ def test_what_is_ignored(tiny_folder, tmp_path):
     index = json.loads(path.read_text()) | {"safety_checker": [None, None], "requires_safety_checker": False}
     index["feature_extractor"] = ["transformers", "DPTFeatureExtractor"]  # its name before 2023
     path.write_text(json.dumps(index))
-    with pytest.warns(UserWarning, match="safety_checker=None is ignored"):
-        pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(folder, safety_checker=None)
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(folder, safety_checker=None)
     assert isinstance(pipe.feature_extractor, DPTImageProcessor)
     assert isinstance(pipe.scheduler, PNDMScheduler)
 

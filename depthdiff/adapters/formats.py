@@ -92,15 +92,12 @@ def read_file(
     weight_name: str | None,
     subfolder: str | None,
     use_safetensors: bool | None,
-    proxies: None,
     **where: Any,
 ) -> tuple[Any, dict[str, Any], Path]:
     """Return what an adapter's file holds, PEFT's settings by component ("" for all), and its path.
 
     Nothing that the file contains is run. `where` is as in `depthdiff.checkpoint.hub.fetch`.
     """
-    if proxies is not None:
-        raise ValueError("proxies must be None: set the environment variable HTTPS_PROXY")
     path = _find_file(name_or_path, defaults, weight_name, subfolder=subfolder, **where)
     if use_safetensors and path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file, which use_safetensors=True asks for")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import os
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from depthdiff.adapters.formats import COMPONENTS, lora_state, prefixed, read_file, read_lora, write_layers
 from depthdiff.adapters.merging import AdapterState, Merging, Weight, check_weight, component_weight, scaled
 from depthdiff.adapters.textual_inversion import TextualInversionLoaderMixin
+from depthdiff.arguments import ADAPTER, sort_out
 from depthdiff.checks import check_flag, check_names, check_number, check_text, nearest
 from depthdiff.models.peft import LORA_FILE
 
@@ -41,9 +43,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         local_files_only: bool = False,
         force_download: bool = False,
         use_safetensors: bool | None = None,
-        proxies: None = None,
-        resume_download: bool | None = None,
-        low_cpu_mem_usage: bool | None = None,
+        **unused: Any,
     ) -> None:
         """Load a LoRA, LoCon, LoHa, LoKr or DoRA into UNet and text encoder; it becomes the only active one.
 
@@ -61,14 +61,15 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             local_files_only: never ask the network.
             force_download: ignore the cache.
             use_safetensors: refuse pickles if True.
-            proxies: must be None: they are read from HTTPS_PROXY.
-            resume_download: ignored: downloads always resume.
-            low_cpu_mem_usage: ignored.
+            **unused: an argument of diffusers in `depthdiff.arguments.ADAPTER`.
 
         Raises:
             CheckpointError: the file is missing or damaged, or made for another model; nothing has changed then.
+            TypeError: an unknown argument.
             ValueError: the name is taken.
         """
+        known = inspect.signature(self.load_lora_weights).parameters
+        token = sort_out("load_lora_weights", ADAPTER, unused, (), known).get("token", token)
         check_text("adapter_name", adapter_name)
         name = self._free_name(adapter_name, hotswap)
         given = pretrained_model_name_or_path_or_dict
@@ -78,7 +79,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         if not isinstance(given, Mapping):
             state, settings, source = read_file(
                 given, LORA_FILES, weight_name=weight_name, subfolder=subfolder, use_safetensors=use_safetensors,
-                proxies=proxies, revision=revision, cache_dir=cache_dir, token=token,
+                revision=revision, cache_dir=cache_dir, token=token,
                 local_files_only=local_files_only, force_download=force_download,
             )  # fmt: skip
         lora = read_lora(name, state, settings, self._adapted(), str(source))

@@ -8,6 +8,7 @@ Letters: n vectors of a word, C channels of the text encoder.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from depthdiff.adapters.formats import CROSS_ATTENTION_DIMS, has_numbers, read_file
+from depthdiff.arguments import ADAPTER, sort_out
 from depthdiff.checks import check_names
 from depthdiff.config import CheckpointError
 from depthdiff.models.clip import CLIPTextModel
@@ -48,9 +50,7 @@ class TextualInversionLoaderMixin:
         local_files_only: bool = False,
         force_download: bool = False,
         use_safetensors: bool | None = None,
-        proxies: None = None,
-        resume_download: bool | None = None,
-        mirror: str | None = None,
+        **unused: Any,
     ) -> None:
         """Learn words from files; afterwards prompts and negative prompts can use them.
 
@@ -71,14 +71,15 @@ class TextualInversionLoaderMixin:
             local_files_only: never ask the network.
             force_download: ignore the cache.
             use_safetensors: refuse pickles if True.
-            proxies: must be None: they are read from HTTPS_PROXY.
-            resume_download: ignored: downloads always resume.
-            mirror: ignored, as in diffusers.
+            **unused: an argument of diffusers in `depthdiff.arguments.ADAPTER`.
 
         Raises:
             CheckpointError: a file is missing or damaged, or made for another text encoder; nothing has changed then.
+            TypeError: an unknown argument.
             ValueError: a word is known already, or words and sources do not pair.
         """
+        known = inspect.signature(self.load_textual_inversion).parameters
+        hf_token = sort_out("load_textual_inversion", ADAPTER, unused, (), known).get("token", hf_token)
         tokenizer, encoder = tokenizer or self.tokenizer, text_encoder or self.text_encoder
         given = pretrained_model_name_or_path
         sources: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
@@ -92,7 +93,7 @@ class TextualInversionLoaderMixin:
             else:
                 content, _, path = read_file(
                     source, FILES, weight_name=weight_name, subfolder=subfolder, use_safetensors=use_safetensors,
-                    proxies=proxies, revision=revision, cache_dir=cache_dir, token=hf_token,
+                    revision=revision, cache_dir=cache_dir, token=hf_token,
                     local_files_only=local_files_only, force_download=force_download,
                 )  # fmt: skip
                 name, stem = str(path), path.stem

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
+from depthdiff.arguments import HUB, SAVING, SETTINGS, sort_out
 from depthdiff.checkpoint.hub import DIFFUSERS_VERSION, HUB_ARGUMENTS, fetch, fetch_config, naming_the_cache, read_json
 from depthdiff.checkpoint.ldm import TABLES, Table
 from depthdiff.checkpoint.transaction import check_folder
@@ -56,7 +57,7 @@ def load_model(
     `copy` reads weights into memory of the process's own instead of mapping them, and `overrides` are settings that
     replace those of the config; `where` is as in `fetch`.
     """
-    check_dtype(torch_dtype)
+    torch_dtype = read_dtype(torch_dtype)
     check_names(variant, use_safetensors)
     for suffix in suffixes(use_safetensors):
         optional = weight_files(cls.weights_name, variant, suffix)
@@ -111,12 +112,17 @@ def build(cls: type[Any], config: Mapping[str, Any], source: object, overrides: 
         raise CheckpointError(f"{source} does not describe a network that can be built: {reason}") from error
 
 
-def check_dtype(dtype: object) -> None:
-    """Refuse a dtype that weights cannot have."""
-    known = dtype is None or (isinstance(dtype, str) and dtype == "auto")
-    if not known and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
-        found = repr(dtype) if isinstance(dtype, torch.dtype) else brief(dtype)
-        raise ValueError(f'torch_dtype must be a floating-point torch dtype, "auto" or None, got {found}')
+def read_dtype(dtype: object) -> DType:
+    """Return a dtype that weights can have, "auto" or None; a dtype may be given by its name, such as "float16"."""
+    if dtype is None:
+        return None
+    if isinstance(dtype, str) and dtype == "auto":
+        return "auto"
+    for known in FLOATS if isinstance(dtype, (str, torch.dtype)) else ():
+        if dtype in (known, str(known), str(known).removeprefix("torch.")):
+            return known
+    found = repr(dtype) if isinstance(dtype, torch.dtype) else brief(dtype)
+    raise ValueError(f'torch_dtype must be a floating-point torch dtype, "auto" or None, got {found}')
 
 
 def check_names(variant: object, use_safetensors: object) -> None:
@@ -193,10 +199,12 @@ class ConfigMixin:
         Args:
             config: of this class or another one, or the parsed JSON of a config file.
             return_unused_kwargs: also return the `kwargs` that the constructor does not take.
-            **kwargs: arguments of the constructor that replace those of the config.
+            **kwargs: arguments of the constructor that replace those of the config; with a warning, settings of other
+                schedulers.
 
         Raises:
             CheckpointError: a value that is not implemented, or of a wrong type.
+            TypeError: an argument that nobody knows; not with `return_unused_kwargs`.
             ValueError: the config is not a dict.
         """
         if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
@@ -207,6 +215,8 @@ class ConfigMixin:
         fields = constructor_fields(cls)
         values = {key: value for key, value in config.items() if key not in defaulted and key != DEFAULTED}
         unused = {key: value for key, value in kwargs.items() if key not in fields}
+        if not return_unused_kwargs:
+            sort_out("from_config", SETTINGS, unused, (), fields)
         values |= {key: value for key, value in kwargs.items() if key in fields}
         foreign = {key: values.pop(key) for key in list(values) if key not in fields}
         try:
@@ -234,24 +244,33 @@ class ConfigMixin:
             pretrained_model_name_or_path: a folder, or a Hub id.
             return_unused_kwargs: return what is not for the Hub as well.
             subfolder: of the folder or repository.
-            **kwargs: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub.
+            **kwargs: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub; or an
+                argument of diffusers in `depthdiff.arguments.HUB`.
 
         Raises:
             CheckpointError: the file is missing or damaged.
+            TypeError: an unknown argument; not with `return_unused_kwargs`.
         """
+        strays = {name: value for name, value in kwargs.items() if name in HUB or not return_unused_kwargs}
+        rest = {name: value for name, value in kwargs.items() if name not in strays}
+        kwargs = rest | sort_out("load_config", HUB, strays, HUB_ARGUMENTS)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         config = fetch_config(pretrained_model_name_or_path, cls.config_name, subfolder=subfolder, **hub)
         return (config, kwargs) if return_unused_kwargs else config
 
-    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False) -> None:
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **unused: Any) -> None:
         """Write the config file into a folder, which is made where it does not exist.
 
         Args:
             save_directory: the folder.
             push_to_hub: must be False: nothing is uploaded.
+            **unused: arguments of diffusers in `depthdiff.arguments.SAVING`.
+
+        Raises:
+            TypeError: an unknown argument.
+            ValueError: `push_to_hub` is True.
         """
-        if push_to_hub is not False:
-            raise ValueError(f"push_to_hub must be False, got {push_to_hub!r}; upload the folder with huggingface_hub")
+        sort_out("save_config", SAVING, {"push_to_hub": push_to_hub, **unused})
         folder = check_folder("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / self.config_name)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from depthdiff.checkpoint.geometry import INFER, Shapes, guessed_wrongly
 from depthdiff.checkpoint.hub import HUB_ID, HubOptions, Name, check_places, fetch, read_json
 from depthdiff.checkpoint.ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES, TABLES_LDM, Table
-from depthdiff.checkpoint.loading import build, check_dtype, fill
+from depthdiff.checkpoint.loading import build, fill, read_dtype
 from depthdiff.checkpoint.weights import Source, is_pickle, open_pickle, open_safetensors, read_start
 from depthdiff.checks import check_path
 from depthdiff.config import CheckpointError
@@ -229,7 +229,7 @@ def load_single_model(
     """Load one network from a single file that holds it, alone or with others; see `Network.from_single_file`."""
     check_places(subfolder=subfolder, **where)
     from_where = {key: value for key, value in where.items() if key != "revision"}
-    check_dtype(torch_dtype)
+    torch_dtype = read_dtype(torch_dtype)
     file = open_single_file(find_single_file(name, **where))
     component = next(component for component, kind in NETWORKS.items() if kind == cls.__name__)
     if component not in file.parts:

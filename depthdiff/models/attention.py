@@ -12,8 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -155,20 +154,16 @@ class Attention(nn.Module):
 
     def _accepted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Select the arguments that the processor takes, and warn of others."""
-        processor: Any = self.processor
-        if isinstance(processor, nn.Module):
-            processor = processor.forward
-        elif not isinstance(processor, (FunctionType, MethodType, partial)):
-            processor = processor.__call__  # torch 2.11 cannot compile inspect.signature of the object itself
-        parameters = inspect.signature(processor).parameters
+        call: Any = self.processor
+        if not isinstance(call, FunctionType):
+            call = call.forward if isinstance(call, nn.Module) else call.__call__
+        parameters = inspect.signature(call).parameters
         if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
             return kwargs
         unknown = [name for name in kwargs if name not in parameters]
         if any(kwargs[name] is not None for name in unknown):
             kind = getattr(self.processor, "__name__", type(self.processor).__name__)
-            warnings.warn(
-                f"cross_attention_kwargs {unknown} are not expected by {kind} and will be ignored", stacklevel=4
-            )
+            warnings.warn(f"cross_attention_kwargs {unknown} are unknown to {kind}, and are ignored", stacklevel=4)
         return {name: value for name, value in kwargs.items() if name in parameters}
 
     def set_processor(self, processor: Processor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from depthdiff.arguments import SAVING, SINGLE_FILE, WEIGHTS, sort_out
 from depthdiff.checkpoint.hub import HUB_ARGUMENTS
 from depthdiff.checkpoint.loading import ConfigMixin, load_model
 from depthdiff.checkpoint.save import save_model
 from depthdiff.checkpoint.single_file import load_single_model
-from depthdiff.checks import check_flag, nearest, show
+from depthdiff.checks import check_flag, read_device_map, show
 from depthdiff.config import Config, constructor_fields
 from depthdiff.hooks import enable_layerwise_casting as cast_layers
 from depthdiff.hooks import refuse_to_cast
@@ -91,9 +93,12 @@ class Network(nn.Module):
         variant: str | None = None,
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool | None = None,
+        disable_mmap: bool = False,
+        device_map: str | torch.device | Mapping[str, Any] | None = None,
         dtype: torch.dtype | Literal["auto"] | None = None,
+        output_loading_info: bool = False,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """Load the network from a folder or from the Hub, in evaluation mode.
 
         Args:
@@ -104,29 +109,40 @@ class Network(nn.Module):
             use_safetensors: True for these alone, False for pickles (`.bin`) alone, None for pickles where there is
                 nothing else. Of a pickle, only tensors are read, and nothing is run.
             low_cpu_mem_usage: False copies the weights into memory of the process; else their file is mapped.
+            disable_mmap: another name of `low_cpu_mem_usage=False`.
+            device_map: where to move the network, see `depthdiff.checks.read_device_map`.
             dtype: another name of `torch_dtype`.
-            **kwargs: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub; or settings
-                that replace those of the config.
+            output_loading_info: also return which keys were missing, unexpected or of another shape: none ever are.
+            **kwargs: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub; settings
+                that replace those of the config; or an argument of diffusers in `depthdiff.arguments.WEIGHTS`.
+
+        Returns:
+            The network; with `output_loading_info`, a tuple of it and a dict of lists.
 
         Raises:
             CheckpointError: a file is missing or damaged, or describes a network that this class is not.
             TypeError: an unknown argument.
+            ValueError: an argument that is refused.
         """
+        known = (*HUB_ARGUMENTS, *cls._config_fields())
+        kwargs = sort_out("from_pretrained", WEIGHTS, kwargs, known, inspect.signature(cls.from_pretrained).parameters)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        if unknown := kwargs.keys() - set(cls._config_fields()):
-            name, known = next(iter(unknown)), [*HUB_ARGUMENTS, *cls._config_fields()]
-            raise TypeError(f"from_pretrained got an unknown argument {name!r}{nearest(name, known)}")
-        return load_model(
+        device = read_device_map(device_map)
+        loaded = load_model(
             cls,
             pretrained_model_name_or_path,
             subfolder=subfolder,
             torch_dtype=torch_dtype if torch_dtype is not None else dtype,
             variant=variant,
             use_safetensors=use_safetensors,
-            copy=low_cpu_mem_usage is False,
+            copy=check_flag("disable_mmap", disable_mmap) or low_cpu_mem_usage is False,
             overrides=kwargs,
             **hub,
         )
+        if device is not None:
+            loaded.to(device)
+        nothing = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        return (loaded, {name: [] for name in nothing}) if output_loading_info else loaded
 
     @classmethod
     def from_single_file(
@@ -145,12 +161,18 @@ class Network(nn.Module):
             config: folder or Hub id with its `config.json`; inferred from shapes if absent.
             subfolder: of `config`.
             torch_dtype: of the weights; float32 if absent, the file's own for "auto".
-            **hub: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub.
+            **hub: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub; or an argument
+                of diffusers in `depthdiff.arguments.SINGLE_FILE`.
 
         Raises:
             CheckpointError: the file is missing, damaged, holds code, or has no such network.
             TypeError: an unknown argument.
+            ValueError: an argument that is refused.
         """
+        known = inspect.signature(cls.from_single_file).parameters
+        hub = sort_out("from_single_file", SINGLE_FILE, hub, (*HUB_ARGUMENTS, "dtype"), known)
+        config, dtype = hub.pop("config", config), hub.pop("dtype", None)
+        torch_dtype = dtype if torch_dtype is None else torch_dtype
         return load_single_model(
             cls, pretrained_model_link_or_path, config=config, subfolder=subfolder, torch_dtype=torch_dtype, **hub
         )
@@ -158,22 +180,35 @@ class Network(nn.Module):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
+        **unused: Any,
     ) -> None:
         """Write `config.json` and the weights in the published layout, all or nothing.
 
         Args:
             save_directory: the folder; made where it does not exist.
+            is_main_process: whether to write; of several processes one should.
+            save_function: ignored: weights are written as safetensors.
             safe_serialization: must be True: pickles are not written.
             variant: put into the file's name, such as "fp16".
             max_shard_size: bytes, or text such as "5GB"; larger weights are split into shards with an index.
+            **unused: arguments of diffusers in `depthdiff.arguments.SAVING`.
+
+        Raises:
+            TypeError: an unknown argument, or one of a wrong type.
+            ValueError: `safe_serialization` or `push_to_hub`, or a size or variant that no file can have.
         """
-        save_model(
-            self, save_directory, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
-        )
+        given, known = {"save_function": save_function, **unused}, inspect.signature(self.save_pretrained).parameters
+        sort_out("save_pretrained", SAVING, given, (), known)
+        if check_flag("is_main_process", is_main_process):
+            save_model(
+                self, save_directory, safe_serialization=safe_serialization, variant=variant,
+                max_shard_size=max_shard_size,
+            )  # fmt: skip
 
     @property
     def is_gradient_checkpointing(self) -> bool:

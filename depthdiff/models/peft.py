@@ -5,6 +5,7 @@ Adapters from files, merged into the weights, are in `depthdiff.adapters`.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from depthdiff.checkpoint.hub import fetch, parse_json
+from depthdiff.arguments import ADAPTER, sort_out
+from depthdiff.checkpoint.hub import HUB_ARGUMENTS, fetch, parse_json
 from depthdiff.checkpoint.save import tensor_entry, write_safetensors
 from depthdiff.checkpoint.transaction import check_folder, making
 from depthdiff.checkpoint.weights import read_header
@@ -202,12 +204,15 @@ class PeftAdapterMixin:
             adapter_name: a name that is not in use; "default_0" and so on if None.
             weight_name: of the file; "pytorch_lora_weights.safetensors" if None.
             subfolder: of the folder or repository.
-            **hub: see `depthdiff.checkpoint.hub.fetch`.
+            **hub: see `depthdiff.checkpoint.hub.fetch`; or an argument of diffusers in `depthdiff.arguments.ADAPTER`.
 
         Raises:
             CheckpointError: the file is missing or damaged, or does not fit any layer.
+            TypeError: an unknown argument.
             ValueError: the name is in use.
         """
+        known = inspect.signature(self.load_lora_adapter).parameters
+        hub = sort_out("load_lora_adapter", ADAPTER, hub, HUB_ARGUMENTS, known)
         refuse_values("load_lora_adapter", hotswap=(hotswap, False))
         given, settings, source = pretrained_model_name_or_path_or_dict, {}, "the dict given"
         if not isinstance(given, Mapping):

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from depthdiff.arguments import NO_WEIGHTS, SETTINGS, sort_out
+from depthdiff.checkpoint.hub import HUB_ARGUMENTS
 from depthdiff.checkpoint.loading import ConfigMixin
 from depthdiff.checks import check_dense, check_device, check_number, check_tensor, show
-from depthdiff.config import BaseOutput, FrozenDict
+from depthdiff.config import BaseOutput, FrozenDict, constructor_fields
 from depthdiff.schedulers.schedule import (
     Levels,
     check_pair,
@@ -271,18 +273,23 @@ class SchedulerMixin(ConfigMixin, ABC):
             pretrained_model_name_or_path: a folder, or a Hub id.
             subfolder: of the folder or repository.
             return_unused_kwargs: also return the `kwargs` that the constructor does not take.
-            **kwargs: settings that replace those of the file, and `load_config`'s arguments for the Hub.
+            **kwargs: settings that replace those of the file, and `load_config`'s arguments for the Hub; with a
+                warning, settings of other schedulers and an argument of diffusers in `depthdiff.arguments.NO_WEIGHTS`.
 
         Raises:
             CheckpointError: the file is missing or damaged, or asks for what is not implemented.
+            TypeError: an unknown argument; not with `return_unused_kwargs`.
         """
+        if not return_unused_kwargs:
+            known = (*HUB_ARGUMENTS, *constructor_fields(cls))
+            kwargs = sort_out("from_pretrained", NO_WEIGHTS | SETTINGS, kwargs, known)
         loaded: Any = cls.load_config(pretrained_model_name_or_path, True, subfolder=subfolder, **kwargs)
         config, rest = loaded
         return cls.from_config(config, return_unused_kwargs, **rest)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **unused: Any) -> None:
         """Write `scheduler_config.json` into a folder; see `save_config`."""
-        self.save_config(save_directory, push_to_hub)
+        self.save_config(save_directory, push_to_hub, **unused)
 
     @property
     def compatibles(self) -> list[type]:

@@ -5,6 +5,7 @@ Letters: B prompts, L tokens.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken
 
+from depthdiff.arguments import NO_WEIGHTS, SAVING, sort_out
 from depthdiff.checkpoint.hub import fetch
 from depthdiff.checks import check_flag, check_names, check_number, check_path, show
 from depthdiff.config import BaseOutput
@@ -119,6 +121,7 @@ class CLIPTokenizer:
         token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        **unused: Any,
     ) -> Self:
         """Load the tokenizer from a folder or from the Hub.
 
@@ -133,22 +136,31 @@ class CLIPTokenizer:
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
+            **unused: an argument of diffusers or transformers in `depthdiff.arguments.NO_WEIGHTS`.
 
         Raises:
             CheckpointError: a file is missing or damaged.
+            TypeError: an unknown argument.
         """
+        known = inspect.signature(cls.from_pretrained).parameters
+        token = sort_out("from_pretrained", NO_WEIGHTS, unused, (), known).get("token", token)
         folder = fetch(
             pretrained_model_name_or_path, (), optional=FILES, subfolder=subfolder, revision=revision,
             cache_dir=cache_dir, token=token, local_files_only=local_files_only, force_download=force_download,
         )  # fmt: skip
         return read_tokenizer(cls, folder)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **unused: Any) -> None:
         """Write the vocabulary, the merges and the special tokens into files that transformers loads with equal ids.
 
         Args:
             save_directory: the folder; made if it does not exist.
+            **unused: arguments of diffusers in `depthdiff.arguments.SAVING`.
+
+        Raises:
+            TypeError: an unknown argument.
         """
+        sort_out("save_pretrained", SAVING, unused)
         check_path("save_directory", save_directory)
         write_tokenizer(self, save_directory)
 

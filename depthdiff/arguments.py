@@ -1,0 +1,168 @@
+"""Arguments that diffusers takes, or took in 0.26.3, and that this package has under another name or not at all.
+
+Each has one fate: it is renamed, ignored with a warning that says what happens instead, or refused with a remedy.
+docs/compatibility.md lists them all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from depthdiff.checks import nearest
+
+
+class Fate(NamedTuple):
+    """What becomes of an argument.
+
+    Attributes:
+        kind: what is done with it; None and False, which ask for nothing, are dropped silently.
+        says: the name here; what happens instead; or the remedy.
+    """
+
+    kind: Literal["renamed", "ignored", "refused"]
+    says: str
+
+
+def _ignored(*names: str, says: str) -> dict[str, Fate]:
+    return dict.fromkeys(names, Fate("ignored", says))
+
+
+HUB = {
+    "use_auth_token": Fate("renamed", "token"),
+    "resume_download": Fate("ignored", "downloads always resume"),
+    "proxies": Fate("ignored", "proxies are read from the environment variable HTTPS_PROXY"),
+    "mirror": Fate("ignored", "mirrors are read from the environment variable HF_ENDPOINT"),
+    "user_agent": Fate("ignored", "huggingface_hub names itself"),
+    **_ignored("local_dir", "local_dir_use_symlinks", says="downloads are stored in cache_dir"),
+    **_ignored("trust_remote_code", "custom_revision", says="code of a repository is never run"),
+}
+"""Arguments of every loader."""
+
+WEIGHTS = HUB | {
+    **_ignored("max_memory", "offload_folder", "offload_state_dict", says="weights are mapped from their files"),
+    **_ignored("use_flashpack", "flashpack_kwargs", says="weights are read from safetensors or pickles"),
+    "parallel_config": Fate("ignored", "a network works on one device"),
+    "from_flax": Fate("refused", "convert the weights to safetensors with diffusers"),
+    "quantization_config": Fate("refused", "load without it, and quantize the network afterwards"),
+    "ignore_mismatched_sizes": Fate("refused", "build the network from its config, and load what fits"),
+}
+"""Arguments of loaders of networks."""
+
+PIPELINE = WEIGHTS | {
+    **_ignored("safety_checker", "requires_safety_checker", says="this pipeline has no safety checker"),
+    "image_encoder": Fate("ignored", "this pipeline reads no picture as a prompt"),
+    **_ignored("provider", "provider_options", "sess_options", says="networks run in PyTorch"),
+    "load_connected_pipeline": Fate("ignored", "there is no second pipeline"),
+    "custom_pipeline": Fate(
+        "refused", "write a subclass of StableDiffusionDepth2ImgPipeline; no downloaded code is run"
+    ),
+    "use_onnx": Fate("refused", "load the PyTorch weights; torch.onnx.export writes ONNX"),
+    "dduf_file": Fate("refused", "unpack the archive, and name the folder"),
+}
+"""Arguments of `StableDiffusionDepth2ImgPipeline.from_pretrained`."""
+
+SINGLE_FILE = WEIGHTS | {
+    **_ignored("original_config", "original_config_file", "image_size", "num_in_channels", "upcast_attention",
+               says="the geometry is inferred from the shapes of the weights"),
+    **_ignored("low_cpu_mem_usage", "disable_mmap", says="weights that keep their dtype are mapped from the file"),
+    "config_file": Fate("renamed", "config"),
+    "config_revision": Fate("ignored", "the config is read at its repository's main branch"),
+    "extract_ema": Fate("ignored", "the weights that the file holds for inference are read"),
+    "use_safetensors": Fate("ignored", "the file's name says which kind it is"),
+    "model_type": Fate("ignored", "the file is read as a depth-to-image checkpoint"),
+    **_ignored("load_safety_checker", "safety_checker", "requires_safety_checker",
+               says="this pipeline has no safety checker"),
+}  # fmt: skip
+"""Arguments of `from_single_file`."""
+
+ADAPTER = HUB | {
+    **_ignored("network_alphas", "unet_config", "metadata", says="an adapter's settings are read from its file"),
+    "return_lora_metadata": Fate("ignored", "nothing is returned"),
+    "low_cpu_mem_usage": Fate("ignored", "an adapter is in memory once"),
+    "load_into_transformer_2": Fate("ignored", "depth-to-image has a UNet"),
+}
+"""Arguments of `load_lora_weights`, `load_textual_inversion` and `load_lora_adapter`."""
+
+NO_WEIGHTS = HUB | {
+    **_ignored("torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "device_map",
+               says="there are no weights to load"),
+    **_ignored("use_fast", "backend", says="there is one implementation"),
+}  # fmt: skip
+"""Arguments of `from_pretrained` of tokenizers, preprocessors and schedulers."""
+
+SAVING = {
+    "push_to_hub": Fate("refused", "upload the saved folder with huggingface_hub"),
+    **_ignored("repo_id", "commit_message", "private", "create_pr", "token", says="nothing is uploaded"),
+    "save_function": Fate("ignored", "weights are written as safetensors"),
+    "use_flashpack": Fate("ignored", "weights are written as safetensors"),
+}
+"""Arguments of `save_pretrained`."""
+
+CALL = {
+    **_ignored("height", "width", says="pictures have the size of the image, in multiples of 8"),
+    **_ignored("latents", says="pass latents as image"),
+    **_ignored("timesteps", "sigmas", says="the scheduler's own are taken; prepare(timesteps=...) takes others"),
+    "guidance_rescale": Fate("ignored", "guidance is not rescaled"),
+    **_ignored("ip_adapter_image", "ip_adapter_image_embeds", says="this pipeline reads no picture as a prompt"),
+}
+"""Arguments of calls of other pipelines, which diffusers 0.26.3 ignores in this one's."""
+
+SETTINGS = _ignored(
+    *("algorithm_type", "corrector_order", "disable_corrector", "euler_at_final", "final_sigmas_type", "flow_shift"),
+    *("interpolation_type", "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0"),
+    *("predictor_order", "rho", "shift_terminal", "sigma_data", "sigma_max", "sigma_min", "sigma_schedule", "tau_func"),
+    *("solver_order", "solver_p", "solver_type", "time_shift_type", "timestep_scaling", "timestep_type"),
+    *("use_dynamic_shifting", "use_flow_sigmas", "use_lu_lambdas", "variance_type"),
+    says="it is a setting of other schedulers",
+)
+"""Settings of schedulers that one of another class has; a menu of schedulers passes them to all."""
+
+
+def sort_out(
+    door: str,
+    fates: Mapping[str, Fate],
+    given: Mapping[str, Any],
+    known: Iterable[str] = (),
+    parameters: Iterable[str] = (),
+    stacklevel: int = 3,
+) -> dict[str, Any]:
+    """Select the arguments that count, and say once of each other one what becomes of it.
+
+    Args:
+        door: the name of the function, for messages.
+        fates: of the arguments of diffusers that may be given.
+        given: the arguments for which `door` has no parameter.
+        known: names that count.
+        parameters: names of the function's other arguments, for suggestions.
+        stacklevel: of warnings, as in `warnings.warn`; 3 is the caller of the caller.
+
+    Returns:
+        Those that are known or renamed, by their names here.
+
+    Raises:
+        TypeError: a name that nobody knows; the nearest known one is suggested.
+        ValueError: an argument that is refused.
+    """
+    known = tuple(known)
+    kept = {}
+    for name, value in given.items():
+        if name in known:
+            kept[name] = value
+            continue
+        if name not in fates:
+            raise TypeError(f"{door} got an unknown argument {name!r}{nearest(name, [*known, *parameters, *fates])}")
+        kind, says = fates[name]
+        if value is None or value is False:
+            continue
+        if kind == "refused":
+            raise ValueError(f"{door} does not take {name}: {says}")
+        if kind == "renamed":
+            if given.get(says) is not None:
+                raise TypeError(f"{door} got both {says} and {name}, which is its old name; give one of them")
+            kept[says] = value
+            warnings.warn(f"{door}: {name} is the old name of {says}", FutureWarning, stacklevel=stacklevel)
+        else:
+            warnings.warn(f"{door} ignores {name}: {says}", UserWarning, stacklevel=stacklevel)
+    return kept
