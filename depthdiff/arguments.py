@@ -6,6 +6,7 @@ docs/compatibility.md lists them all.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -82,6 +83,7 @@ ADAPTER = HUB | {
     "return_lora_metadata": Fate("ignored", "nothing is returned"),
     "low_cpu_mem_usage": Fate("ignored", "an adapter is in memory once"),
     "load_into_transformer_2": Fate("ignored", "depth-to-image has a UNet"),
+    "use_safetensors": Fate("ignored", "the file's name says which kind it is"),
 }
 """Arguments of `load_lora_weights`, `load_textual_inversion` and `load_lora_adapter`."""
 
@@ -92,24 +94,36 @@ NO_WEIGHTS = HUB | {
 }  # fmt: skip
 """Arguments of `from_pretrained` of tokenizers, preprocessors and schedulers."""
 
+CONFIGS = {"return_commit_hash": Fate("refused", "huggingface_hub.model_info names the commit")}
+"""Arguments of `load_config` beside those of `HUB`."""
+
 SAVING = {
     "push_to_hub": Fate("refused", "upload the saved folder with huggingface_hub"),
-    **_ignored("repo_id", "commit_message", "private", "create_pr", "token", says="nothing is uploaded"),
+    **_ignored("repo_id", "commit_message", "private", "create_pr", "token", "subfolder", says="nothing is uploaded"),
     "save_function": Fate("ignored", "weights are written as safetensors"),
     "use_flashpack": Fate("ignored", "weights are written as safetensors"),
 }
 """Arguments of `save_pretrained`."""
 
+SHARING = {
+    **_ignored("trust_remote_code", "custom_revision", says="code of a repository is never run"),
+    "custom_pipeline": Fate("refused", "no downloaded code is run; call from_pipe of your own class"),
+}
+"""Arguments of `from_pipe`."""
+
 CALL = {
     **_ignored("height", "width", says="pictures have the size of the image, in multiples of 8"),
     **_ignored("latents", says="pass latents as image"),
-    **_ignored("timesteps", "sigmas", says="the scheduler's own are taken; prepare(timesteps=...) takes others"),
+    **_ignored("timesteps", "sigmas", says="the scheduler plans them; num_inference_steps and strength say how many"),
     "guidance_rescale": Fate("ignored", "guidance is not rescaled"),
     **_ignored("ip_adapter_image", "ip_adapter_image_embeds", says="this pipeline reads no picture as a prompt"),
 }
 """Arguments of calls of other pipelines, which diffusers 0.26.3 ignores in this one's."""
 
-SETTINGS = _ignored(
+SETTINGS = {
+    "dtype": Fate("ignored", "a config has no weights"),
+    "pretrained_model_name_or_path": Fate("refused", "call from_pretrained"),
+} | _ignored(
     *("algorithm_type", "corrector_order", "disable_corrector", "euler_at_final", "final_sigmas_type", "flow_shift"),
     *("interpolation_type", "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0"),
     *("predictor_order", "rho", "shift_terminal", "sigma_data", "sigma_max", "sigma_min", "sigma_schedule", "tau_func"),
@@ -120,13 +134,20 @@ SETTINGS = _ignored(
 """Settings of schedulers that one of another class has; a menu of schedulers passes them to all."""
 
 
+def _outside() -> int:
+    """Return the `stacklevel` of a warning at the line that called this package, past torch's decorators."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("depthdiff", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def sort_out(
     door: str,
     fates: Mapping[str, Fate],
     given: Mapping[str, Any],
     known: Iterable[str] = (),
     parameters: Iterable[str] = (),
-    stacklevel: int = 3,
 ) -> dict[str, Any]:
     """Select the arguments that count, and say once of each other one what becomes of it.
 
@@ -136,7 +157,6 @@ def sort_out(
         given: the arguments for which `door` has no parameter.
         known: names that count.
         parameters: names of the function's other arguments, for suggestions.
-        stacklevel: of warnings, as in `warnings.warn`; 3 is the caller of the caller.
 
     Returns:
         Those that are known or renamed, by their names here.
@@ -162,7 +182,7 @@ def sort_out(
             if given.get(says) is not None:
                 raise TypeError(f"{door} got both {says} and {name}, which is its old name; give one of them")
             kept[says] = value
-            warnings.warn(f"{door}: {name} is the old name of {says}", FutureWarning, stacklevel=stacklevel)
+            warnings.warn(f"{door}: {name} is the old name of {says}", FutureWarning, stacklevel=_outside())
         else:
-            warnings.warn(f"{door} ignores {name}: {says}", UserWarning, stacklevel=stacklevel)
+            warnings.warn(f"{door} ignores {name}: {says}", UserWarning, stacklevel=_outside())
     return kept

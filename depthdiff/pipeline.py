@@ -214,7 +214,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             FloatingPointError: NaN or infinity in the work; names the stage that they come from.
         """
         known = inspect.signature(StableDiffusionDepth2ImgPipeline.__call__).parameters
-        sort_out("the pipeline", CALL, unknown, (), known, stacklevel=6)
+        sort_out("the pipeline", CALL, unknown, (), known)
         callback_steps, names = check_callbacks(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
         )

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 import depthdiff.fast as fast
-from depthdiff.arguments import PIPELINE, SAVING, sort_out
+from depthdiff.arguments import PIPELINE, SAVING, SHARING, sort_out
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.save import model_index, save_components
 from depthdiff.checks import check_flag, check_number, read_device_map, show
@@ -113,16 +113,29 @@ class DiffusionPipeline(DeviceMixin):
         return {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, torch_dtype: torch.dtype | None = None, **components: Any) -> Self:
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **components: Any,
+    ) -> Self:
         """Make a pipeline of this class with the components of another one, but for those that are given.
 
         Args:
             pipeline: whose components are shared.
             torch_dtype: to cast them to, for both pipelines.
-            **components: to use instead.
+            dtype: another name of `torch_dtype`.
+            **components: to use instead; or an argument of diffusers in `depthdiff.arguments.SHARING`.
+
+        Raises:
+            TypeError: an unknown argument, or a component that is none.
+            ValueError: an argument that is refused, or components that do not fit each other.
         """
+        components = sort_out("from_pipe", SHARING, components, cls.NAMES)
         made = cls(**{**pipeline.components, **components}, fast=pipeline._fast)
-        return made if torch_dtype is None else made.to(dtype=torch_dtype)
+        dtype = dtype if torch_dtype is None else torch_dtype
+        return made if dtype is None else made.to(dtype=dtype)
 
     # Loading and saving
 

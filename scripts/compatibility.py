@@ -2,25 +2,32 @@
 
 python scripts/compatibility.py [--check]
 
-Names, keys and arguments are read from the installed packages by introspection; nothing is listed by hand but the
-reasons for what is absent. With --check nothing is written, and the status is 1 where the page would change.
+Names, keys and arguments are read from the installed packages by introspection, and of diffusers 0.26.3 from the list
+that `scripts/published.py` made. Only the reasons for what differs are written by hand; a name or an argument without
+one ends the script with an error. With --check nothing is written, and the status is 1 where the page would change.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from published import CLASSES, SPECIAL, installed
 
 import depthdiff
+from depthdiff import arguments
+from depthdiff.checkpoint.hub import HUB_ARGUMENTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+OLD = Path(__file__).with_name("published_0.26.3.json")
 UNET = {
     "in_channels": 5,
     "block_out_channels": (32, 64, 96, 96),
@@ -38,26 +45,77 @@ VAE = {
 }
 TEXT = {"vocab_size": 99, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT |= {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def because(reason: str, *names: str) -> dict[str, str]:
+    """Give one reason for several names."""
+    return dict.fromkeys(names, reason)
+
+
 ABSENT = {
-    "name_or_path": "an attribute of each pipeline here, not of the class",
-    "push_to_hub": "nothing is uploaded; use huggingface_hub with a saved folder",
-    "fuse_qkv_projections": "a layout of weights that no checkpoint here has",
-    "unfuse_qkv_projections": "a layout of weights that no checkpoint here has",
-    "set_attn_processor_ip_adapter": "IP-Adapter needs an image encoder that this pipeline lacks",
-    "load_ip_adapter": "IP-Adapter needs an image encoder that this pipeline lacks",
+    **because("nothing is uploaded; use huggingface_hub with a saved folder", "push_to_hub"),
+    **because("an attribute of each pipeline here, not of the class", "name_or_path"),
+    **because("a layout of weights that no checkpoint here has", "fuse_qkv_projections", "unfuse_qkv_projections"),
+    **because("old keys are translated when weights are loaded", "convert_state_dict_legacy_attn_format"),
+    **because("IP-Adapter needs an image encoder that this pipeline lacks", "get_aug_embed",
+              "process_encoder_hidden_states"),
+    **because("a pipeline's config is its list of components; from_pretrained and save_pretrained read and write it",
+              "from_config", "load_config", "register_to_config", "save_config", "to_json_file", "to_json_string",
+              "has_compatibles", "ignore_for_config"),
+    **because("call load_config and from_config", "get_config_dict", "extract_init_dict"),
+    **because("call from_pretrained, which downloads", "download"),
+    **because("no code of a repository is run", "register_for_auto_class"),
+    **because("call fuse_lora, disable_lora, enable_lora or set_adapters, with components or weights by component",
+              "disable_lora_for_text_encoder", "enable_lora_for_text_encoder", "set_adapters_for_text_encoder"),
+    **because("inside of the LoRA loader; load_lora_weights and save_lora_weights do it", "load_lora_into_text_encoder",
+              "load_lora_into_transformer", "load_lora_into_unet", "lora_state_dict", "pack_weights",
+              "write_lora_layers", "transformer_name", "text_encoder_name", "unet_name"),
+    **because("adapters are merged, and move with their network; load_lora_weights(hotswap=True) replaces one",
+              "set_lora_device", "enable_lora_hotswap"),
+    **because("call enable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers"),
+    **because("one device holds the pipeline", "hf_device_map", "reset_device_map", "enable_parallelism"),
+    **because("offloading is whole (enable_model_cpu_offload) or by layer (enable_sequential_cpu_offload)",
+              "enable_group_offload"),
+    **because("call depthdiff.fast.compile", "compile_repeated_blocks"),
+    **because("call set_attention or set_attn_processor", "set_attention_backend", "reset_attention_backend"),
+    **because("there are no kernels for NPU and XLA", "disable_npu_flash_attention", "disable_xla_flash_attention",
+              "enable_npu_flash_attention", "enable_xla_flash_attention", "set_use_npu_flash_attention",
+              "set_use_xla_flash_attention"),
+    **because("weights are not loaded quantized", "dequantize"),
+}  # fmt: skip
+"""Public names that are not here -> why, or what to call."""
+
+BETTER = {
+    "from_pretrained": "strict; memory-mapped without accelerate; of a pickle nothing but tensors is read",
+    "from_single_file": "loads depth-to-image files, which diffusers 0.42.1 cannot for this pipeline",
+    "save_pretrained": "all or nothing, also when the process is killed; other files of the folder stay",
+    "load_lora_weights": "all or nothing; LoCon, LoHa, LoKr and DoRA as well; merged, so that a step costs the same",
+    "load_textual_inversion": "all or nothing",
+    "unfuse_lora": "bit for bit, and takes back `lora_scale`",
+    "enable_model_cpu_offload": "without accelerate; device may be any",
+    "enable_sequential_cpu_offload": "without accelerate",
+    "save_lora_weights": "refuses keys that no loader reads",
 }
-ABSENT |= dict.fromkeys(
-    ("load_lora_into_text_encoder", "load_lora_into_unet", "lora_state_dict", "pack_weights", "write_lora_layers",
-     "set_lora_device", "enable_lora_hotswap", "text_encoder_name", "unet_name"), "inside of diffusers' LoRA loader"
-)  # fmt: skip
-ABSENT |= dict.fromkeys(
-    ("extract_init_dict", "get_config_dict", "has_compatibles", "ignore_for_config", "from_config", "load_config",
-     "register_to_config", "save_config", "to_json_file", "to_json_string", "register_for_auto_class", "download"),
-    "inside of diffusers' base classes",
-)  # fmt: skip
-ABSENT |= dict.fromkeys(("get_aug_embed", "process_encoder_hidden_states"), "conditions of other UNets")
-ABSENT |= {"set_use_memory_efficient_attention_xformers": "call `enable_xformers_memory_efficient_attention`"}
-NOTE = "offloading in groups, other devices and back ends of attention, quantization, parallelism: not offered"
+"""Public names that do more here -> what."""
+
+ELSEWHERE = {
+    "device": "`to(device)`",
+    "scaling_factor": "for an autoencoder",
+    "silence_dtype_warnings": "accepted: there are no such warnings",
+    "pretrained_model_link_or_path_or_dict": "a file, as first argument; `load_state_dict` takes tensors",
+}
+"""Arguments that are taken without being a parameter -> how."""
+FATES = {
+    "from_single_file": arguments.SINGLE_FILE,
+    "from_pipe": arguments.SHARING,
+    "from_config": arguments.SETTINGS,
+    "load_config": arguments.HUB | arguments.CONFIGS,
+    "__call__": arguments.CALL,
+} | dict.fromkeys(("save_pretrained", "save_config"), arguments.SAVING)
+FATES |= dict.fromkeys(
+    ("load_lora_weights", "load_textual_inversion", "load_lora_adapter", "load_attn_procs"), arguments.ADAPTER
+)
+TAKES_HUB = ("from_pretrained", "from_single_file", "load_config", "load_lora_adapter", "load_attn_procs")
 
 
 def networks() -> dict[str, tuple[Any, Any]]:
@@ -94,41 +152,109 @@ def network_row(name: str, ours: Any, theirs: Any) -> str:
     modules = {without_level(key): type(module).__name__ for key, module in tree}
     others = {key: type(module).__name__ for key, module in theirs.named_modules()}
     same = sum(modules.get(key) == kind for key, kind in others.items())
-    forward = arguments(ours.forward), arguments(theirs.forward)
-    kept = [argument for argument in forward[1] if argument in forward[0]]
+    here, published_arguments = parameters(ours.forward), parameters(theirs.forward)
+    kept = [argument for argument in published_arguments if argument in here]
     counts = [(same, others), (len(mine.keys() & published.keys()), published), (equal, published)]
-    counts.append((len(kept), forward[1]))
+    counts.append((len(kept), published_arguments))
     return f"| `{name}` | " + " | ".join(f"{found} of {len(every)}" for found, every in counts) + " |"
 
 
-def arguments(function: Any) -> list[str]:
-    """List the arguments of a function by name."""
+def parameters(function: Any) -> list[str]:
+    """List the parameters of a function by name."""
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [name for name, one in inspect.signature(function).parameters.items() if one.kind not in kinds]
 
 
-def public_names(thing: Any) -> set[str]:
-    """List the public names of a class, beside those of every torch module and dict."""
-    plain = set(dir(torch.nn.Module)) | set(dir(dict)) | set(dir(object))
-    return {name for name in dir(thing) if not name.startswith("_")} - plain
+def listed(names: Iterable[str]) -> str:
+    """Write names as code, in order."""
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
-def name_row(name: str, ours: Any, theirs: Any) -> tuple[str, list[str]]:
-    """Compare the public names of two classes: a row, and what is absent here."""
-    published = public_names(theirs)
-    missing = sorted(published - public_names(ours))
-    return f"| `{name}` | {len(published)} | {len(published) - len(missing)} |", missing
+def versions(name: str, old: Iterable[str], new: Iterable[str]) -> str:
+    """Return the versions that have a name, where not both do."""
+    return "" if name in old and name in new else (" (0.26.3)" if name in old else f" ({diffusers.__version__})")
+
+
+def name_rows(kind: str, old: list[str], new: list[str]) -> list[str]:
+    """Write the verdict on each public name of a class: same, better or refused."""
+    ours = getattr(depthdiff, kind)
+    every = sorted({*old, *new})
+    better = [name for name in every if hasattr(ours, name) and name in BETTER]
+    same = [name for name in every if hasattr(ours, name) and name not in BETTER]
+    rows = [f"| same | {', '.join(f'`{name}`{versions(name, old, new)}' for name in same)} | |"]
+    rows += [f"| better | `{name}`{versions(name, old, new)} | {BETTER[name]} |" for name in better]
+    reasons: dict[str, list[str]] = {}
+    for name in every:
+        if not hasattr(ours, name):
+            if name not in ABSENT:
+                raise SystemExit(f"{kind}.{name} is published and not here, and scripts/compatibility.py has no reason")
+            reasons.setdefault(ABSENT[name], []).append(f"`{name}`{versions(name, old, new)}")
+    return rows + [f"| refused | {', '.join(names)} | {reason} |" for reason, names in reasons.items()]
+
+
+def fates_of(kind: str, method: str) -> dict[str, arguments.Fate]:
+    """Return what becomes of the arguments that a method has no parameter for."""
+    if method == "from_pretrained":
+        loading = {"StableDiffusionDepth2ImgPipeline": arguments.PIPELINE}
+        return loading.get(kind, arguments.NO_WEIGHTS if kind.endswith("Scheduler") else arguments.WEIGHTS)
+    return FATES.get(method, {})
+
+
+def argument_verdicts(kind: str, method: str, published: list[str]) -> dict[str, str]:
+    """Return what becomes of each argument of a published method: "same", or a text."""
+    function = getattr(getattr(depthdiff, kind), method)
+    here = parameters(function) if callable(function) else []
+    fates, verdicts = fates_of(kind, method), {}
+    for name in published:
+        if name in here or (method in TAKES_HUB and name in HUB_ARGUMENTS) or (method == "to" and "dtype" in name):
+            verdicts[name] = "same"
+        elif name in fates:
+            what, says = fates[name]
+            verdicts[name] = f"renamed `{says}`" if what == "renamed" else f"{what}: {says}"
+        elif method == "load_attn_procs" and name in parameters(getattr(depthdiff, kind).load_lora_adapter):
+            verdicts[name] = "same"
+        elif name in ELSEWHERE or name == "torch_device":
+            verdicts[name] = ELSEWHERE.get(name, ELSEWHERE["device"])
+        else:
+            raise SystemExit(f"{kind}.{method}({name}=) is published and not here, and there is no reason")
+    return verdicts
+
+
+def argument_rows(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Write a row for each published method: how many arguments are the same, and what becomes of the others."""
+    tables: dict[tuple[str, ...], list[str]] = {}
+    for kind in CLASSES:
+        before, now = old[kind]["arguments"], new[kind]["arguments"]
+        for method in sorted({*before, *now}, key=lambda name: (name not in SPECIAL, name)):
+            if not hasattr(getattr(depthdiff, kind), method):
+                continue
+            given = list(dict.fromkeys([*now.get(method, []), *before.get(method, [])]))
+            verdicts = argument_verdicts(kind, method, given)
+            same = [name for name, verdict in verdicts.items() if verdict == "same"]
+            texts: dict[str, list[str]] = {}
+            for name, verdict in verdicts.items():
+                if verdict != "same":
+                    texts.setdefault(verdict, []).append(name)
+            others = "; ".join(f"{listed(names)}: {text}" for text, names in texts.items())
+            tables.setdefault((method, f"{len(same)} of {len(given)}", others), []).append(kind)
+    return [
+        f"| `{method}` of {listed(kinds)} | {counts} | {others} |"
+        for (method, counts, others), kinds in tables.items()
+        if others
+    ] + [f"| every other method, {sum(len(kinds) for (*_, others), kinds in tables.items() if not others)} | all | |"]
 
 
 def page() -> str:
     """Write the page."""
     pairs = networks()
+    old, new = json.loads(OLD.read_text(encoding="utf-8")), installed(diffusers)
     lines = [
         "# Compatibility",
         "",
-        f"Written by `scripts/compatibility.py` from diffusers {diffusers.__version__} and transformers "
+        f"Written by `scripts/compatibility.py` from diffusers {diffusers.__version__} and 0.26.3 and transformers "
         f"{transformers.__version__};",
-        "`tests/parity` compares what these names do.",
+        "`tests/parity` and `tests/field` compare what these names do. Where we differ on purpose is in",
+        "[differences.md](differences.md).",
         "",
         "## Networks",
         "",
@@ -144,38 +270,32 @@ def page() -> str:
         "",
         "## Public names",
         "",
-        "| class | published | here |",
+        "Of both versions of diffusers; one in brackets is the only one that has a name.",
+    ]
+    for kind in CLASSES:
+        rows = name_rows(kind, old[kind]["names"], new[kind]["names"])
+        lines += ["", f"### {kind}", "", "| here | names | how, or why not |", "|---|---|---|", *rows]
+    lines += [
+        "",
+        "## Arguments",
+        "",
+        "Of every method that is here, in both versions, with what is taken out of `**kwargs`. An argument is the",
+        "same; renamed, with a warning; ignored, with a warning that says what happens instead (None and False are",
+        "dropped silently); or refused with a remedy. A word that neither version knows is refused, and the nearest",
+        "known one is suggested.",
+        "",
+        "| method | same | others |",
         "|---|---|---|",
+        *argument_rows(old, new),
+        "",
+        "A call besides takes these words of other pipelines, which diffusers 0.26.3 drops silently:",
+        "",
+        *(f"- `{name}`: {fate.kind}: {fate.says}" for name, fate in arguments.CALL.items()),
+        "",
+        "Loaders of tokenizers, preprocessors and schedulers besides take these: "
+        + listed(name for name in arguments.NO_WEIGHTS if name not in arguments.HUB)
+        + ". Schedulers take the settings of other schedulers, with a warning.",
     ]
-    classes = {name: (type(ours), type(theirs)) for name, (ours, theirs) in pairs.items() if name != "CLIPTextModel"}
-    for name in ("StableDiffusionDepth2ImgPipeline", "DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"):
-        classes[name] = getattr(depthdiff, name), getattr(diffusers, name)
-    absent = []
-    for name, pair in classes.items():
-        row, missing = name_row(name, *pair)
-        lines.append(row)
-        absent.append((name, missing))
-    lines += ["", "Absent:", ""]
-    for name, missing in absent:
-        reasons: dict[str, list[str]] = {}
-        for one in missing:
-            reasons.setdefault(ABSENT.get(one, NOTE), []).append(f"`{one}`")
-        text = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
-        lines.append(f"- {name}: {text or 'nothing'}.")
-    lines += ["", "## Arguments", "", "| call | published | here | extra here |", "|---|---|---|---|"]
-    ours, theirs = (one.StableDiffusionDepth2ImgPipeline for one in (depthdiff, diffusers))
-    calls = [
-        ("__call__", ours.__call__, theirs.__call__),
-        *(
-            (method, getattr(ours, method), getattr(theirs, method))
-            for method in ("check_inputs", "encode_prompt", "prepare_depth_map", "get_timesteps", "prepare_latents")
-        ),
-    ]
-    for name, mine, other in calls:
-        published, here = arguments(other), arguments(mine)
-        extra = [f"`{one}`" for one in here if one not in published]
-        lines.append(f"| `{name}` | {len(published)} | {len(set(published) & set(here))} | {', '.join(extra)} |")
-    lines += ["", "Where we differ on purpose is in [differences.md](differences.md)."]
     return "\n".join(lines) + "\n"
 
 

@@ -25,6 +25,7 @@ SLOW = (
     "parity/test_adapters.py::test_textual_inversion[automatic1111 safetensors",
     "parity/test_pipeline_contract.py::test_a_compiled_unet_paints",
     "parity/test_tokenizer.py::test_tokens_and_text_equal",
+    *(f"test_arguments.py::test_every_argument_has_its_fate[load_{what}_" for what in ("one", "network")),
     "test_approximations.py::test_the_bundled_model_paints_nearly_the_same",
     "test_hub.py::test_moved_repository",
     "test_hub.py::test_only_what_is_needed_is_fetched",

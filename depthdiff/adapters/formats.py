@@ -11,6 +11,7 @@ lora_unet_down_blocks_0_attentions_0_..._attn1_to_q.lora_down.weight    kohya an
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -29,7 +30,7 @@ from depthdiff.checkpoint.save import tensor_entry, write_safetensors
 from depthdiff.checkpoint.transaction import check_folder, making
 from depthdiff.checkpoint.weights import read_header, read_tensors_anyhow
 from depthdiff.checkpoint.write import check_plain_name
-from depthdiff.checks import check_path
+from depthdiff.checks import check_path, show
 from depthdiff.config import CheckpointError
 from depthdiff.models.peft import LORA_FILE, SETTINGS
 
@@ -359,8 +360,9 @@ def write_layers(
     state: Mapping[str, Tensor],
     weight_name: str | None = None,
     save_function: Callable[..., Any] | None = None,
+    settings: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> None:
-    """Write tensors, all or nothing, into a folder that is made if it does not exist."""
+    """Write tensors, and PEFT's settings by component, all or nothing, into a folder, which is made if need be."""
     if not state:
         raise ValueError("there are no LoRA layers to save; pass unet_lora_layers or text_encoder_lora_layers")
     place = check_folder("save_directory", folder)
@@ -369,12 +371,24 @@ def write_layers(
     if save_function is None and not name.endswith(".safetensors"):
         raise ValueError(f"weight_name must end in .safetensors, got {name!r}: pickles are not written")
     entries = [tensor_entry(key, tensor) for key, tensor in state.items()]
+    header = _pack_settings(settings or {})
     with making(place):
         if save_function is None:
-            write_safetensors(place / name, entries)
+            write_safetensors(place / name, entries, metadata=header)
         else:
             copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
             save_function(copies, str(place / name))
+
+
+def _pack_settings(settings: Mapping[str, Mapping[str, Any] | None]) -> dict[str, str]:
+    """Write PEFT's settings as diffusers does: JSON in one entry of the header, with the component before each name."""
+    flat = {}
+    for component, values in settings.items():
+        if values is not None and not isinstance(values, Mapping):
+            raise TypeError(f"{component}_lora_adapter_metadata must be a dict or None, got {show(values)}")
+        for name, value in (values or {}).items():
+            flat[f"{component}.{name}"] = sorted(value) if isinstance(value, (set, frozenset)) else value
+    return {SETTINGS: json.dumps(flat, indent=2, sort_keys=True)} if flat else {}
 
 
 def lora_state(lora: Lora, networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -180,6 +180,8 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: str | Sequence[str] | None = None,
+        fuse_unet: bool = True,
+        fuse_text_encoder: bool = True,
     ) -> None:
         """Make adapters part of the weights: they are saved with them, and scales and switches do not change them.
 
@@ -188,11 +190,13 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             lora_scale: times the weight of each adapter; one that is fused already keeps what it was fused with.
             safe_fusing: ignored: a result that is not finite is always refused.
             adapter_names: those to fuse; the active ones if absent.
+            fuse_unet: False leaves "unet" out of `components`.
+            fuse_text_encoder: False leaves "text_encoder" out.
 
         Raises:
             ValueError: no adapter, an unknown one, or a result that is not finite; nothing has changed then.
         """
-        components = _check_components(components)
+        components = _check_components(components, unet=fuse_unet, text_encoder=fuse_text_encoder)
         lora_scale = check_number("lora_scale", lora_scale, -1e6, 1e6)
         check_flag("safe_fusing", safe_fusing)
         with self._turns.change("fuse_lora"):
@@ -208,9 +212,14 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
                     fused[component] = (*before, (lora, scaled(weight, lora_scale)))
             self._become(replace(state, fused=fused))
 
-    def unfuse_lora(self, components: str | Sequence[str] = COMPONENTS) -> None:
-        """Remove fused adapters from the weights, bit for bit."""
-        gone = _check_components(components)
+    def unfuse_lora(
+        self,
+        components: str | Sequence[str] = COMPONENTS,
+        unfuse_unet: bool = True,
+        unfuse_text_encoder: bool = True,
+    ) -> None:
+        """Remove fused adapters from the weights, bit for bit; arguments are those of `fuse_lora`."""
+        gone = _check_components(components, unet=unfuse_unet, text_encoder=unfuse_text_encoder)
         with self._turns.change("unfuse_lora"):
             fused = {component: scales for component, scales in self._adapters.fused.items() if component not in gone}
             self._become(replace(self._adapters, fused=fused))
@@ -228,6 +237,8 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         weight_name: str | None = None,
         save_function: Callable[..., Any] | None = None,
         safe_serialization: bool = True,
+        unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Write trained LoRA layers, under published names, in the layout that diffusers loads.
 
@@ -240,8 +251,12 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             weight_name: of the file; "pytorch_lora_weights.safetensors" if absent.
             save_function: called with tensors and path instead of writing.
             safe_serialization: must be True: pickles are not written.
+            unet_lora_adapter_metadata: the settings of peft, `LoraConfig.to_dict()`, without which alpha and ranks are
+                taken from the tensors alone.
+            text_encoder_lora_adapter_metadata: the same, of the text encoder.
 
         Raises:
+            TypeError: settings that are not a dict of what JSON holds.
             ValueError: no layers, keys that are not a LoRA's, or `safe_serialization=False`.
         """
         if not safe_serialization:
@@ -250,7 +265,8 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             raise ValueError("transformer_lora_layers must be None: depth-to-image has a UNet")
         state = prefixed(unet_lora_layers, "unet") | prefixed(text_encoder_lora_layers, "text_encoder")
         if is_main_process:
-            write_layers(save_directory, state, weight_name, save_function)
+            settings = {"unet": unet_lora_adapter_metadata, "text_encoder": text_encoder_lora_adapter_metadata}
+            write_layers(save_directory, state, weight_name, save_function, settings)
 
     def save_lora_adapter(
         self, adapter_name: str, save_directory: str | os.PathLike[str], weight_name: str | None = None
@@ -276,9 +292,10 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         return names
 
 
-def _check_components(components: str | Sequence[str]) -> list[str]:
+def _check_components(components: str | Sequence[str], **wanted: bool) -> list[str]:
+    """Return the names of components that are wanted."""
     names = check_names("components", components)
     for name in names or ["none"]:
         if name not in COMPONENTS:
             raise ValueError(f"components must be among {', '.join(COMPONENTS)}, got {name!r}")
-    return names
+    return [name for name in names if check_flag(f"fuse_{name}", wanted[name])]

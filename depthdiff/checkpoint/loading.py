@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
-from depthdiff.arguments import HUB, SAVING, SETTINGS, sort_out
+from depthdiff.arguments import CONFIGS, HUB, SAVING, SETTINGS, sort_out
 from depthdiff.checkpoint.hub import DIFFUSERS_VERSION, HUB_ARGUMENTS, fetch, fetch_config, naming_the_cache, read_json
 from depthdiff.checkpoint.ldm import TABLES, Table
 from depthdiff.checkpoint.transaction import check_folder
@@ -253,7 +253,7 @@ class ConfigMixin:
         """
         strays = {name: value for name, value in kwargs.items() if name in HUB or not return_unused_kwargs}
         rest = {name: value for name, value in kwargs.items() if name not in strays}
-        kwargs = rest | sort_out("load_config", HUB, strays, HUB_ARGUMENTS)
+        kwargs = rest | sort_out("load_config", HUB | CONFIGS, strays, HUB_ARGUMENTS)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         config = fetch_config(pretrained_model_name_or_path, cls.config_name, subfolder=subfolder, **hub)
         return (config, kwargs) if return_unused_kwargs else config

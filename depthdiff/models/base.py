@@ -17,7 +17,7 @@ from depthdiff.checkpoint.hub import HUB_ARGUMENTS
 from depthdiff.checkpoint.loading import ConfigMixin, load_model
 from depthdiff.checkpoint.save import save_model
 from depthdiff.checkpoint.single_file import load_single_model
-from depthdiff.checks import check_flag, read_device_map, show
+from depthdiff.checks import check_flag, check_number, read_device_map, show
 from depthdiff.config import Config, constructor_fields
 from depthdiff.hooks import enable_layerwise_casting as cast_layers
 from depthdiff.hooks import refuse_to_cast
@@ -152,6 +152,9 @@ class Network(nn.Module):
         config: str | os.PathLike[str] | None = None,
         subfolder: str | None = None,
         torch_dtype: torch.dtype | Literal["auto"] | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
+        device_map: str | torch.device | Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
         **hub: Any,
     ) -> Self:
         """Load the network from one file in the layout of Stability's own code, which may hold others beside it.
@@ -161,8 +164,11 @@ class Network(nn.Module):
             config: folder or Hub id with its `config.json`; inferred from shapes if absent.
             subfolder: of `config`.
             torch_dtype: of the weights; float32 if absent, the file's own for "auto".
-            **hub: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub; or an argument
-                of diffusers in `depthdiff.arguments.SINGLE_FILE`.
+            dtype: another name of `torch_dtype`.
+            device_map: where to move the network, see `depthdiff.checks.read_device_map`.
+            device: another name of `device_map`.
+            **hub: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub;
+                `scaling_factor` of an autoencoder; or an argument of diffusers in `depthdiff.arguments.SINGLE_FILE`.
 
         Raises:
             CheckpointError: the file is missing, damaged, holds code, or has no such network.
@@ -170,12 +176,21 @@ class Network(nn.Module):
             ValueError: an argument that is refused.
         """
         known = inspect.signature(cls.from_single_file).parameters
-        hub = sort_out("from_single_file", SINGLE_FILE, hub, (*HUB_ARGUMENTS, "dtype"), known)
-        config, dtype = hub.pop("config", config), hub.pop("dtype", None)
-        torch_dtype = dtype if torch_dtype is None else torch_dtype
-        return load_single_model(
-            cls, pretrained_model_link_or_path, config=config, subfolder=subfolder, torch_dtype=torch_dtype, **hub
+        own = {"scaling_factor"} & set(cls._config_fields())
+        hub = sort_out("from_single_file", SINGLE_FILE, hub, (*HUB_ARGUMENTS, *own), known)
+        settings = {name: check_number(name, hub.pop(name), 1e-6, 1e6) for name in own & hub.keys()}
+        place = read_device_map(device if device_map is None else device_map)
+        loaded: Self = load_single_model(
+            cls,
+            pretrained_model_link_or_path,
+            config=hub.pop("config", config),
+            subfolder=subfolder,
+            torch_dtype=dtype if torch_dtype is None else torch_dtype,
+            **hub,
         )
+        if settings:
+            loaded.register_to_config(**settings)  # type: ignore[operator]
+        return loaded if place is None else loaded.to(place)
 
     def save_pretrained(
         self,
