@@ -93,13 +93,18 @@ def test_refused_changes(pairs, case):
         pairs[case][0].config = {}
 
 
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name or path")
 @pytest.mark.parametrize("side", SIDES)
-def test_round_trip(side):
-    """Extra keys are kept, known overrides count, unknown overrides come back."""
+def test_round_trip(side, tmp_path):
+    """Extra keys are kept and come back, known overrides count, unknown overrides come back; also from a folder."""
     unet = build("unet", "sd1", side)
     kind = type(unet)
     again, unused = kind.from_config({**unet.config, "extra": 1}, in_channels=7, unknown=2, return_unused_kwargs=True)
-    assert unused["unknown"] == 2
+    assert (unused["unknown"], unused["extra"]) == (2, 1)
+    again.save_config(tmp_path)
+    loaded, unused = kind.from_config(str(tmp_path), unknown=3, return_unused_kwargs=True)
+    assert (unused["unknown"], unused["extra"], loaded.conv_in.in_channels) == (3, 1, 7)
+    assert unused.keys() == {"unknown", "extra", "_class_name", "_diffusers_version"}
     assert again.config["extra"] == again.config.extra == 1
     assert again.conv_in.in_channels == again.config.in_channels == 7
     assert "unknown" not in again.config
