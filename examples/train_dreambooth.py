@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
-from training import Photos, add_noise, make_loader, make_parser, positive, start, train
+from training import Photos, add_noise, find_photos, make_loader, make_parser, positive, start, train
 
 from depthdiff import CLIPTextModel, StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
 
@@ -27,12 +27,11 @@ CLASSES: dict[str, Any] = {"unet": UNet2DConditionModel, "text_encoder": CLIPTex
 def paint_class(pipe: StableDiffusionDepth2ImgPipeline, photos: Photos, options: argparse.Namespace) -> None:
     """Paint pictures of the kind until there are enough."""
     options.class_photos.mkdir(parents=True, exist_ok=True)
-    for number in range(options.class_count):
-        path = options.class_photos / f"class-{number}.png"
-        if not path.exists():
-            scene = photos.picture(photos.paths[number % len(photos.paths)])
-            more = {"strength": 1.0, "num_inference_steps": 20, "generator": torch.Generator().manual_seed(number)}
-            pipe(options.class_prompt, scene, **more).images[0].save(path)
+    for number in range(len(find_photos(options.class_photos)), options.class_count):
+        scene = photos.picture(photos.paths[number % len(photos.paths)])
+        generator = torch.Generator().manual_seed(number)
+        painted = pipe(options.class_prompt, scene, strength=1.0, num_inference_steps=20, generator=generator).images[0]
+        painted.save(options.class_photos / f"class-{number}.png")
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
@@ -48,7 +47,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     pipe, accelerator = start(options)
     photos: Any = Photos(pipe, options, options.prompt)
     pairs: Any = photos
-    if options.class_prompt:
+    if options.class_prompt:  # half of each batch: pairs of a photo and a picture of the kind
         options.class_photos = options.class_photos or options.out / "class"
         if accelerator.is_main_process:
             paint_class(pipe, photos, options)

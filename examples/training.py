@@ -49,12 +49,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def find_photos(folder: Path) -> list[Path]:
+    """List the pictures of a folder."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions())
+
+
 def list_photos(folder: Path) -> list[Path]:
-    """Return the pictures of a folder, or end the program."""
+    """List the pictures of a folder; end the program where one is not readable, or there is none."""
     if not folder.is_dir():
         raise SystemExit(f"{folder} is not a folder; name the folder of the photos")
-    known = Image.registered_extensions()
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
+    paths = find_photos(folder)
     if not paths:
         raise SystemExit(f"{folder} has no pictures; put some there, such as x.png and its words in x.txt")
     for path in paths:
