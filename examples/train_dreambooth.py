@@ -44,11 +44,13 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--class-weight", type=float, default=1.0, help="of the kind's loss (1)")
     parser.add_argument("--train-text-encoder", action="store_true")
     options = parser.parse_args(arguments)
+    options.class_photos = options.class_photos or options.out / "class"
+    if options.class_photos.exists() and not options.class_photos.is_dir():
+        parser.error(f"--class-photos must be a folder, {options.class_photos} is a file")
     pipe, accelerator = start(options)
     photos: Any = Photos(pipe, options, options.prompt)
     pairs: Any = photos
     if options.class_prompt:  # half of each batch: pairs of a photo and a picture of the kind
-        options.class_photos = options.class_photos or options.out / "class"
         if accelerator.is_main_process:
             paint_class(pipe, photos, options)
         accelerator.wait_for_everyone()

@@ -24,20 +24,19 @@ def make_parser(doc: str, steps: int, rate: float) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    number = positive
     parser.add_argument("photos", type=Path, help="a folder of pictures; x.txt holds the words of x.png, if any")
     parser.add_argument("out", type=Path, help="the folder to write to")
     parser.add_argument("--model", default="mini", help="a folder or Hub id; the bundled model by default")
-    parser.add_argument("--steps", type=number, default=steps, help=f"updates of the weights ({steps})")
-    parser.add_argument("--rate", type=float, default=rate, help=f"of learning ({rate})")
-    parser.add_argument("--batch", type=number, default=4, help="photos of a step (4)")
-    parser.add_argument("--accumulate", type=number, default=1, help="batches whose gradients are added for a step (1)")
-    parser.add_argument("--size", type=number, help="side of the pictures in pixels; the model's own by default")
+    parser.add_argument("--steps", type=positive, default=steps, help=f"updates of the weights ({steps})")
+    parser.add_argument("--rate", type=above_zero, default=rate, help=f"of learning ({rate})")
+    parser.add_argument("--batch", type=positive, default=4, help="photos of a step (4)")
+    parser.add_argument("--accumulate", type=positive, default=1, help="batches that make a step (1)")
+    parser.add_argument("--size", type=positive, help="side of the pictures in pixels; the model's own by default")
     parser.add_argument("--flip", action="store_true", help="also train on the mirrored photos")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no", help="of autocast (no)")
     parser.add_argument("--checkpointing", action="store_true", help="compute layers again for gradients: less memory")
-    parser.add_argument("--save-every", type=number, help="steps after which to write OUT/checkpoint-STEP")
+    parser.add_argument("--save-every", type=positive, help="steps after which to write OUT/checkpoint-STEP")
     parser.add_argument("--resume", type=Path, help="such a checkpoint; go on from there with the same options")
     return parser
 
@@ -47,6 +46,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
     return int(text)
+
+
+def above_zero(text: str) -> float:
+    """Read a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
 
 
 def find_photos(folder: Path) -> list[Path]:

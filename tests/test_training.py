@@ -1,4 +1,6 @@
-"""The programs in `examples/` on the bundled model: they learn, go on where they stopped, and diffusers loads the result."""
+"""The programs in `examples/` on the bundled model: they learn and go on, and diffusers loads the result."""
+
+# ruff: noqa: E402
 
 import subprocess
 import sys
@@ -159,8 +161,10 @@ def test_what_is_not_to_learn_stays(results):
 
 def test_a_style_is_learnt(photos, tmp_path):
     """Blue with the adapter, as without it once it is unloaded, and in between at half its weight."""
-    losses = train_lora.main([str(photos), str(tmp_path), "--prompt", STYLE, "--steps", "25", "--rate", "5e-3"])
-    assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:8])  # observed: 0.2
+    losses = train_lora.main(
+        [str(photos), str(tmp_path), "--prompt", STYLE, "--steps", "25", "--rate", "5e-3", "--batch", "2"]
+    )
+    assert np.mean(losses[-8:]) < 0.6 * np.mean(losses[:8])  # observed: 0.38
     pipe = StableDiffusionDepth2ImgPipeline.from_pretrained("mini")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -176,7 +180,7 @@ def test_a_style_is_learnt(photos, tmp_path):
     half = blue()
     pipe.unload_lora_weights()
     assert blue() == before
-    assert after > before + 40  # observed: 106 more
+    assert after > before + 40  # observed: 99 more
     assert before < half < after
 
 

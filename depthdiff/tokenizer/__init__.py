@@ -42,7 +42,7 @@ class BatchEncoding(BaseOutput):
     """
 
     input_ids: Any
-    attention_mask: Any
+    attention_mask: Any = None
 
     def to(self, device: torch.device | str) -> BatchEncoding:
         """Return the same tensors on `device`."""

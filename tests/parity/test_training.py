@@ -195,10 +195,10 @@ def textual_inversion(p: SimpleNamespace, accelerator, steps: int) -> SimpleName
 KINDS = {"full": full, "dreambooth": dreambooth, "lora": lora, "textual inversion": textual_inversion}
 
 
-def start(side: str, kind: str, steps: int) -> SimpleNamespace:
+def start(side: str, kind: str, steps: int, precision: str = "no") -> SimpleNamespace:
     """Load everything, and prepare it for training."""
     accelerate.utils.set_seed(0)
-    accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, mixed_precision="no", cpu=True)
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, mixed_precision=precision, cpu=True)
     p = load(side)
     t = KINDS[kind](p, accelerator, steps)
     data = examples(p, getattr(p, "captions", CAPTIONS))
@@ -257,6 +257,24 @@ def test_the_same_losses_and_weights(trained, kind):
         found = {plain(name): weight for name, weight in one.named_parameters() if weight.requires_grad}
         assert found.keys() == weights.keys()
         assert max((found[name] - weights[name]).abs().max() for name in weights) <= WEIGHTS
+
+
+@pytest.fixture
+def fresh():
+    """Forget accelerate's state, which keeps one precision for a process."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_precision(fresh, kind):
+    """Under bfloat16 autocast; accelerate wraps `forward` and rebuilds its outputs in float32."""
+    runs = [start(side, kind, steps=1, precision="bf16") for side in SIDES]
+    for t in runs:
+        train(t, 1)
+    ours, reference = (t.losses for t in runs)
+    assert max(abs(a - b) for a, b in zip(ours, reference, strict=True)) <= LOSSES
 
 
 def test_only_the_new_rows_are_learnt(trained):
