@@ -205,7 +205,9 @@ def train(
     """Take the steps, and return their losses; `compute_loss` gets a batch, `after_step` follows every update."""
     if options.resume:
         accelerator.load_state(str(options.resume))
-    losses, parts, done = [], [], first_step(options)
+    losses: list[float] = []
+    parts: list[float] = []
+    done = first_step(options)
     bar = tqdm(total=options.steps, initial=done, unit="step", disable=not accelerator.is_main_process)
     for batch in loader:
         with accelerator.accumulate(*networks):

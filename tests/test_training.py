@@ -29,14 +29,14 @@ from depthdiff.checkpoint.hub import bundled
 ROOT = Path(__file__).parent.parent
 SEEDS = range(6_000_000, 6_000_006)
 STYLE = "blueprint"
-PICTURES = 2e-3  # of full range; observed: 3e-6
+PICTURES = 2e-3  # of full range; observed: 8.3e-6
 PROGRAMS = {
     "text to image": (train_text_to_image, ["--prompt", STYLE, "--ema", "0.5", "--rate", "1e-3"]),
     "dreambooth": (
         train_dreambooth,
         ["--prompt", "a sks ball", "--class-prompt", "a ball", "--class-count", "2", "--train-text-encoder"],
     ),
-    "lora": (train_lora, ["--prompt", STYLE]),
+    "lora": (train_lora, ["--prompt", STYLE, "--rate", "5e-3"]),
     "textual inversion": (train_textual_inversion, ["--word", "<toy>", "--like", "ball", "--vectors", "2"]),
 }
 QUICK = ["--size", "64", "--batch", "2"]
@@ -186,7 +186,7 @@ def test_a_style_is_learnt(photos, tmp_path):
 
 def test_from_the_command_line(photos, tmp_path):
     """As a user runs it, in half precision and with mirrored photos, two batches a step."""
-    command = [sys.executable, ROOT / "examples" / "train_text_to_image.py", photos, tmp_path, *QUICK, "--steps", "2"]
+    command = [sys.executable, ROOT / "examples" / "train_text_to_image.py", photos, tmp_path, *QUICK, "--steps", "1"]
     command += ["--precision", "bf16", "--flip", "--accumulate", "2", "--checkpointing"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
