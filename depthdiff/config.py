@@ -134,6 +134,7 @@ class BaseOutput(dict[str, Any]):
     """Base of the output records: dicts whose items are also attributes (`out.sample`) and positions (`out[0]`).
 
     Subclasses are dataclasses. Items and positions are the fields that are not None; iterating yields their names.
+    A record can also be made of one dict of its items, as code that maps over dicts does.
     """
 
     def __init_subclass__(cls) -> None:
@@ -145,8 +146,16 @@ class BaseOutput(dict[str, Any]):
         )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            self._keep(field.name, getattr(self, field.name))
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        first = getattr(self, names[0])
+        if type(first) is dict and all(getattr(self, name) is None for name in names[1:]):
+            if unknown := first.keys() - set(names):
+                given = ", ".join(sorted(map(str, unknown)))
+                raise TypeError(f"{type(self).__name__} has {', '.join(names)}, got {given}")
+            for name in names:
+                object.__setattr__(self, name, first.get(name))
+        for name in names:
+            self._keep(name, getattr(self, name))
 
     def _keep(self, name: str, value: Any) -> None:
         if value is not None:

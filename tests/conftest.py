@@ -9,7 +9,7 @@ from random_checkpoint import build_pipeline
 
 DATA = Path(__file__).parent / "data"
 SLOW = (
-    *("test_mini_training.py", "test_train_lora.py", "test_kills.py", "test_second_device.py", "test_compile.py"),
+    *("test_mini_training.py", "test_training.py", "test_kills.py", "test_second_device.py", "test_compile.py"),
     *("test_cuda_graphs.py", "test_damaged_folders.py", "test_damaged_single_files.py", "test_fuzz_files.py"),
     *("test_gpu_check.py", "test_benchmark.py", "test_calls.py", "test_hub_trouble.py", "test_hub_answers.py"),
     *("test_convolution.py", "test_tiled.py", "test_disks.py", "test_forks.py", "test_mini.py"),

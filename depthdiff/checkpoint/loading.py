@@ -189,7 +189,10 @@ class ConfigMixin:
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
     ) -> Self | tuple[Self, dict[str, Any]]:
         """Build an object from a config, with random weights where it has any.
 
@@ -197,18 +200,21 @@ class ConfigMixin:
         other classes are kept in `config`.
 
         Args:
-            config: of this class or another one, or the parsed JSON of a config file.
-            return_unused_kwargs: also return the `kwargs` that the constructor does not take.
+            config: of this class or another one, the parsed JSON of a config file, or what `load_config` takes.
+            return_unused_kwargs: also return what the constructor does not take, of `kwargs` and of the config.
             **kwargs: arguments of the constructor that replace those of the config; with a warning, settings of other
                 schedulers.
 
         Raises:
             CheckpointError: a value that is not implemented, or of a wrong type.
             TypeError: an argument that nobody knows; not with `return_unused_kwargs`.
-            ValueError: the config is not a dict.
+            ValueError: the config is neither a dict nor a path.
         """
+        if isinstance(config, (str, os.PathLike)):
+            loaded: Any = cls.load_config(config, True, **kwargs)
+            config, kwargs = loaded
         if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
-            raise ValueError(f"config must be a config or a dict with texts as keys, got {show(config)}")
+            raise ValueError(f"config must be a config, a dict with texts as keys, or a folder, got {show(config)}")
         defaulted = config.get(DEFAULTED, ())
         if not isinstance(defaulted, (list, tuple)):
             raise CheckpointError(f"{cls.__name__}: {DEFAULTED} must be a list of names, got {show(defaulted)}")
@@ -227,7 +233,7 @@ class ConfigMixin:
         unknown = {key: value for key, value in foreign.items() if not key.startswith("_")}
         if unknown and config.get("_class_name", cls.__name__) == cls.__name__:
             logger.warning("%s ignores %s of its config, and keeps them", cls.__name__, ", ".join(map(repr, unknown)))
-        return (made, unused) if return_unused_kwargs else made
+        return (made, unused | foreign) if return_unused_kwargs else made
 
     @classmethod
     def load_config(

@@ -44,7 +44,7 @@ class BatchEncoding(BaseOutput):
     """
 
     input_ids: Any
-    attention_mask: Any
+    attention_mask: Any = None
 
     def to(self, device: torch.device | str) -> BatchEncoding:
         """Return the same tensors on `device`."""
@@ -312,6 +312,10 @@ class CLIPTokenizer:
                     raise ValueError(f"{token!r} is in the vocabulary already; pass another word as token=...")
             lowered.add(word.lower())
             names += tokens
+        self._append(names)
+
+    def _append(self, names: list[str]) -> None:
+        """Put new tokens behind the last one."""
         alone = {name: name[0].isalnum() or name[-1].isalnum() for name in names}
         new = [AddedToken(name, single_word=alone[name], normalized=True) for name in names]
         self._replace([*(token for _, token in sorted(self.added_tokens_decoder.items())), *new])
@@ -320,6 +324,8 @@ class CLIPTokenizer:
         self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
     ) -> int:
         """Add tokens of one vector each, as training scripts do before they resize the embeddings.
+
+        Tokens `word`, `word_1` and so on are the vectors of one word, as in `add_words`.
 
         Args:
             new_tokens: one or several; those that are tokens already are left out.
@@ -334,9 +340,9 @@ class CLIPTokenizer:
         given = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else list(new_tokens)
         names = check_names("new_tokens", [one.content if isinstance(one, AddedToken) else one for one in given])
         known = self.get_vocab()
-        new = {name: 1 for name in names if name not in known}
+        new = [name for name in bpe.read_words(dict.fromkeys(names, 1)) if name not in known]
         if new:
-            self.add_words(new)
+            self._append(new)
         return len(new)
 
     def pad(
@@ -370,9 +376,13 @@ class CLIPTokenizer:
         vars(self).update(_backend=backend, _learnt=bpe.group_words(backend.get_added_tokens_decoder()))
 
     def _spell_out(self, ids: list[int]) -> list[int]:
-        """Replace the first id of a learnt word by those of all its vectors."""
-        longer = {group[0]: group for group in self._learnt.values() if len(group) > 1}
-        return [one for index in ids for one in longer.get(index, [index])] if longer else ids
+        """Replace the first id of a learnt word by those of all its vectors, unless the text names them all itself."""
+        spelt: list[int] = []
+        groups = {group[0]: group for group in self._learnt.values()}
+        for place, index in enumerate(ids):
+            group = groups.get(index, [index])
+            spelt += [index] if ids[place : place + len(group)] == group else group
+        return spelt
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)

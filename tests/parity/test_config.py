@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import warnings
@@ -10,6 +11,8 @@ import pytest
 import torch
 import transformers
 
+import depthdiff.pipeline  # noqa: F401  (with all records)
+from depthdiff.config import BaseOutput
 from depthdiff.models.clip import CLIPTextConfig
 from tests.parity.geometries import GEOMETRIES, KINDS, SD1, SIDES, TEXT, build, pair
 
@@ -93,13 +96,18 @@ def test_refused_changes(pairs, case):
         pairs[case][0].config = {}
 
 
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name or path")
 @pytest.mark.parametrize("side", SIDES)
-def test_round_trip(side):
-    """Extra keys are kept, known overrides count, unknown overrides come back."""
+def test_round_trip(side, tmp_path):
+    """Extra keys are kept and come back, known overrides count, unknown overrides come back; also from a folder."""
     unet = build("unet", "sd1", side)
     kind = type(unet)
     again, unused = kind.from_config({**unet.config, "extra": 1}, in_channels=7, unknown=2, return_unused_kwargs=True)
-    assert unused["unknown"] == 2
+    assert (unused["unknown"], unused["extra"]) == (2, 1)
+    again.save_config(tmp_path)
+    loaded, unused = kind.from_config(str(tmp_path), unknown=3, return_unused_kwargs=True)
+    assert (unused["unknown"], unused["extra"], loaded.conv_in.in_channels) == (3, 1, 7)
+    assert unused.keys() == {"unknown", "extra", "_class_name", "_diffusers_version"}
     assert again.config["extra"] == again.config.extra == 1
     assert again.conv_in.in_channels == again.config.in_channels == 7
     assert "unknown" not in again.config
@@ -195,3 +203,30 @@ def test_register_to_config(side):
 def test_refused_values(side, change):
     with pytest.raises(ValueError):
         KINDS["unet"][SIDES.index(side)](**{**SD1, **change})
+
+
+def test_outputs_of_their_items():
+    """A record is made of one dict of its items, as accelerate does; so it is in the references."""
+    from accelerate.utils import convert_to_fp32
+    from diffusers.models.autoencoders.vae import DecoderOutput
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    half = torch.ones(2, dtype=torch.bfloat16)
+    for kind, given in {
+        UNet2DConditionOutput: {"sample": half},
+        DecoderOutput: {"sample": half},
+        BaseModelOutputWithPooling: {"last_hidden_state": half, "hidden_states": (half, half)},
+    }.items():
+        names = {sub.__name__: sub for sub in BaseOutput.__subclasses__()}
+        for side in (names[kind.__name__], kind):
+            for output in (side(given), convert_to_fp32(side(**given))):
+                assert type(output) is side
+                assert list(output) == list(given) and len(output.to_tuple()) == len(given)
+                assert output[0] is output[next(iter(given))] is getattr(output, next(iter(given)))
+            assert output[0].dtype == torch.float32
+    for kind in BaseOutput.__subclasses__():
+        first = dataclasses.fields(kind)[0].name
+        assert list(kind({first: half}).items()) == list(kind(**{first: half}).items()) == [(first, half)]
+        with pytest.raises(TypeError, match="unknown"):
+            kind({"unknown": half})

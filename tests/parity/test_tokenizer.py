@@ -226,6 +226,28 @@ def test_exclamation_marks_of_stable_diffusion_2(tmp_path):
     assert ids.count(0) == 20 - sum(ours("wow cat").attention_mask)
 
 
+@pytest.mark.parametrize("known", [[], ["<toy>"]])
+def test_a_new_word_of_several_tokens(tmp_path, known):
+    """As textual inversion trains one: `<toy>`, `<toy>_1`, ..., all written out in its captions."""
+    ours = clip_tokenizer()
+    ours.save_pretrained(tmp_path)
+    theirs = Reference.from_pretrained(tmp_path)
+    words = ["<toy>", "<toy>_1", "<toy>_2"]
+    for tokenizer in (ours, theirs):
+        assert tokenizer.add_tokens(known) == len(known)
+        assert tokenizer.add_tokens(words) == len(words) - len(known)
+    ids = ours.convert_tokens_to_ids(words)
+    assert ids == theirs.convert_tokens_to_ids(words)
+    written = " ".join(ours.convert_ids_to_tokens(ids))
+    texts = [f"a photo of {written}", f"{written} in the style of {written} again", f"a cropped {written}, clean"]
+    assert ours(texts).input_ids == theirs(texts).input_ids
+    assert ours("a <toy>").input_ids == ours(f"a {written}").input_ids, "alone it means all of its vectors"
+    ours.save_pretrained(tmp_path / "grown")
+    for again in (CLIPTokenizer.from_pretrained(tmp_path / "grown"), Reference.from_pretrained(tmp_path / "grown")):
+        assert len(again) == len(theirs)
+        assert again(texts).input_ids == theirs(texts).input_ids
+
+
 def test_tokens_added_and_ids_padded_as_in_transformers(tmp_path):
     """As a training script does: a new token, a longer table, batches of ids."""
     ours = clip_tokenizer()
