@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Literal, overload
@@ -194,8 +195,8 @@ def check_device(name: str, value: object) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:  # what torch's backends say of absence
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{name} must be one that exists, got {device}: {reason}") from error
+        reason = re.split(r"[.\n] ", str(error))[0][:100]
+        raise ValueError(f"{name} must be one that exists here, got {device}: {reason}") from error
     return device
 
 

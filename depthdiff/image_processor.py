@@ -122,6 +122,9 @@ class DPTImageProcessor:
             raise TypeError(f"config must be a DPTImageProcessorConfig, got {show(config)}; from_config takes dicts")
         self.config = DPTImageProcessorConfig() if config is None else config
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {json.dumps(self.config.to_dict(), indent=2, sort_keys=True)}"
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Build the processor from a config or from the parsed JSON of one."""

@@ -17,6 +17,9 @@ CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "depth
 MAX_IMAGES = 1000  # of one call; more do not fit in any memory
 LARGEST_SCALE = 1e6  # of guidance and adapters; larger products may overflow float32
 
+SHORTEST = 2
+"""Tokens of a text: its start and its end."""
+
 
 def check_prompt(prompt: object, prompt_embeds: object, name: str = "prompt") -> None:
     """Refuse a prompt, or embeddings instead, of a wrong kind."""
@@ -42,9 +45,7 @@ def check_prompts(
         raise ValueError("Provide either `prompt` or `prompt_embeds`; both are None")
     reads = prompt is not None or (guided and negative_embeds is None)
     pipe._need("unet", *(pipe.FOR_TEXT if reads or clip_skip is not None else ()))
-    length = pipe.text_encoder.config.max_position_embeddings if reads else None
-    beside = min(length, pipe.tokenizer.model_max_length) if length is not None else None
-    check_embeds(embeds, negative_embeds, max(widths_read(pipe.unet)), beside)
+    check_embeds(embeds, negative_embeds, max(widths_read(pipe.unet)), beside_text=reads)
     if clip_skip is None:
         return None
     return check_number("clip_skip", clip_skip, 0, pipe.text_encoder.config.num_hidden_layers - 1, whole=True)
@@ -84,16 +85,16 @@ def check_latents(latents: object, channels: int) -> None:
 
 
 def check_embeds(
-    prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None, width: int, length: int | None = None
+    prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None, width: int, beside_text: bool = False
 ) -> None:
-    """Refuse embeddings (B, L, C) that differ in shape, or whose C is not the UNet's `width` or L not `length`."""
+    """Refuse embeddings (B, L, C) that differ in shape, whose C is not `width`, or whose L is too short for a text."""
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
         if embeds is not None and embeds.shape[2] != width:
             raise ValueError(f"`{name}` must be {width} wide, which this UNet reads, got {embeds.shape[2]}")
-        if embeds is not None and length is not None and embeds.shape[1] != length:
+        if embeds is not None and beside_text and embeds.shape[1] < SHORTEST:
             raise ValueError(
-                f"`{name}` must have {length} tokens beside a prompt given as text, got {embeds.shape[1]}; "
-                "pass both as embeddings"
+                f"`{name}` must have at least {SHORTEST} tokens, start and end, beside a prompt given as text, got "
+                f"{embeds.shape[1]}; pass both as embeddings"
             )
     if prompt_embeds is not None and negative_prompt_embeds is not None:
         if prompt_embeds.shape != negative_prompt_embeds.shape:

@@ -11,6 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from depthdiff.adapters.formats import COMPONENTS, CROSS_ATTENTION_DIMS, KOHYA, read_file, split_key
+from depthdiff.adapters.methods import make_delta, rank
+from depthdiff.adapters.mixin import LORA_FILES
+from depthdiff.adapters.textual_inversion import FILES as WORD_FILES
+from depthdiff.adapters.textual_inversion import read_words
 from depthdiff.checkpoint.hub import BUNDLED, bundled, read_json, refuse_other_kinds
 from depthdiff.checkpoint.ldm import TABLES
 from depthdiff.checkpoint.loading import build, check_class
@@ -18,11 +23,15 @@ from depthdiff.checkpoint.single_file import LDM, open_single_file
 from depthdiff.checkpoint.weights import DTYPE_NAMES, FLOAT_NAMES, Source, is_pickle, open_folder, read_start
 from depthdiff.config import CheckpointError
 from depthdiff.models.base import Network
-from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class
+from depthdiff.registry import CLASSES, COMPONENT_CLASSES, SMALL_FILES, component_class
 from depthdiff.single_files import refuse_other_unets
 
 LAYOUTS = {LDM: "single file of Stability's own code (ldm)", "diffusers": "folder of diffusers"}
 Config = Mapping[str, Any]
+ADAPTER_FILES = (*LORA_FILES, *WORD_FILES)
+LARGEST_ADAPTER = 2**31
+"""Bytes; files of adapters are read whole."""
+SCHEDULER_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -95,7 +104,7 @@ def _describe(part: Component) -> list[str]:
 
 
 def inspect(path: str | os.PathLike[str]) -> Report:
-    """Infer what a file or folder, or "mini", is and whether it will load, without reading tensors.
+    """Infer what a file or folder, or "mini", is and whether it will load, without reading tensors but an adapter's.
 
     A pickle's program is run by torch's interpreter, which knows nothing but tensors; those in files of torch before
     version 1.6 cannot be mapped and are read. What is wrong with the checkpoint is in the report and is not raised.
@@ -125,7 +134,12 @@ SIZES = {
 def _inspect_file(report: Report) -> None:
     report.nbytes = report.path.stat().st_size
     report.form = "pickle" if is_pickle(read_start(report.path)) else "safetensors"
-    file = open_single_file(report.path)
+    try:
+        file = open_single_file(report.path)
+    except CheckpointError:
+        if not _inspect_adapter(report):
+            raise
+        return
     report.layout = LAYOUTS[next(iter(file.parts.values())).layout]
     report.ignored = file.ignored
     if file.unknown:
@@ -154,9 +168,17 @@ def _inspect_folder(report: Report) -> None:
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         kind = str(config.get("_class_name") or (config.get("architectures") or [None])[0])
         name = next((name for name, cls in CLASSES.items() if cls.__name__ == kind), None)
+        if name is None and not _inspect_small_part(report):
+            adapters = sorted(path for path in folder.glob("*") if path.name in ADAPTER_FILES)
+            if not adapters:
+                report.layout = "unknown"
+                report.problems.append(
+                    "it has neither model_index.json nor the files of a component or adapter known here"
+                )
+                return
+            report.path = adapters[0]
+            _inspect_file(report)
         if name is None:
-            report.layout = "unknown"
-            report.problems.append("it has neither model_index.json nor the config.json of a network known here")
             return
         _inspect_part(report, name, folder)
         report.remedies.append(f"it is a {name} alone; {kind}.from_pretrained loads it")
@@ -175,6 +197,96 @@ def _inspect_folder(report: Report) -> None:
             report.components.append(part)
             part.problems += _problems(partial(kind.from_pretrained, folder, subfolder=name))
     report.problems += _problems(partial(refuse_other_kinds, folder, index, folder))
+
+
+def _inspect_small_part(report: Report) -> bool:
+    """Describe the folder of a component without weights; return False if it is not one."""
+    folder = report.path
+    for name, files in SMALL_FILES.items():
+        if not any((folder / file).is_file() for file in files):
+            continue
+        kinds = COMPONENT_CLASSES[name]
+        if name == "scheduler":
+            found = str(read_json(folder / files[0]).get("_class_name", "a scheduler of unknown class"))
+        else:
+            found = next(iter(kinds))
+        part = Component(name, found)
+        report.components.append(part)
+        report.nbytes += sum((folder / file).stat().st_size for file in files if (folder / file).is_file())
+        if found not in kinds:
+            part.problems.append(f"implemented here: {', '.join(kinds)}")
+            return True
+        part.problems += _problems(partial(kinds[found].from_pretrained, folder))
+        if name == "scheduler" and not part.problems:
+            settings = kinds[found].from_pretrained(folder).config
+            part.config = {key: settings[key] for key in SCHEDULER_SETTINGS}
+        report.remedies.append(f"it is a {name} alone; {kinds[found].__name__}.from_pretrained loads it")
+        return True
+    return False
+
+
+def _inspect_adapter(report: Report) -> bool:
+    """Describe an adapter or learnt words in a file; return False if it is neither."""
+    if report.nbytes > LARGEST_ADAPTER:
+        return False
+    try:
+        state, _, path = read_file(report.path, (), weight_name=None, subfolder=None, use_safetensors=None)
+        keys = [split_key(key) for key in state] if isinstance(state, Mapping) else []
+        if keys and all(keys):
+            _describe_adapter(report, state)
+        else:
+            _describe_words(report, read_words(state, None, str(path), path.stem))
+    except (CheckpointError, ValueError):  # the error about checkpoints says more
+        return False
+    return True
+
+
+def _describe_adapter(report: Report, state: Mapping[str, Any]) -> None:
+    layers: dict[str, dict[str, Any]] = {}
+    for key, tensor in state.items():
+        layer, part = split_key(key) or (key, "")
+        layers.setdefault(layer, {})[part] = tensor
+    report.layout = "adapter"
+    for component in COMPONENTS:
+        prefixes = (f"{component}.", *KOHYA[component])
+        own = {layer: parts for layer, parts in layers.items() if layer.startswith(prefixes)}
+        if component == "unet":  # older files name no component
+            others = tuple(prefix for name in COMPONENTS for prefix in (f"{name}.", *KOHYA[name]))
+            own |= {layer: parts for layer, parts in layers.items() if not layer.startswith(others)}
+        if not own:
+            continue
+        methods = dict.fromkeys(map(method_of, own.values()))
+        found = Component(component, ", ".join(methods))
+        report.components.append(found)
+        ranks = sorted({number for parts in own.values() if (number := rank(parts))})
+        found.config = {"layers": len(own), "ranks": ", ".join(map(str, ranks)) or "none"}
+        tensors = [tensor for parts in own.values() for tensor in parts.values()]
+        found.parameters = sum(tensor.numel() for tensor in tensors)
+        found.nbytes = sum(tensor.nbytes for tensor in tensors)
+        found.dtypes = dict(Counter(DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors))
+    report.remedies.append("load_lora_weights loads it; whether it fits depends on the model")
+
+
+def method_of(parts: Mapping[str, Any]) -> str:
+    """Name the method of one layer's tensors."""
+    delta = make_delta({name: part for name, part in parts.items() if name not in ("alpha", "diff_b")}, None)
+    if delta is None:
+        return "unknown method"
+    return "DoRA" if delta.magnitude is not None else delta.method
+
+
+def _describe_words(report: Report, words: Mapping[str, Any]) -> None:
+    report.layout = "textual inversion"
+    for word, vectors in words.items():
+        width = vectors.shape[-1] if vectors.ndim else 0
+        made = (
+            f"{width} channels, of {CROSS_ATTENTION_DIMS[width]}"
+            if width in CROSS_ATTENTION_DIMS
+            else f"{width} channels"
+        )
+        found = Component(word, "learnt word", config={"vectors": vectors.numel() // max(width, 1), "made for": made})
+        report.components.append(found)
+    report.remedies.append("load_textual_inversion loads it, where the text encoder has as many channels")
 
 
 def _inspect_part(report: Report, name: str, folder: Path) -> None:

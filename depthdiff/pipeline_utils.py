@@ -18,7 +18,7 @@ from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.save import model_index, save_components
 from depthdiff.checks import check_flag, check_number, read_device_map, show
 from depthdiff.config import FrozenDict
-from depthdiff.devices import DeviceMixin, device_of
+from depthdiff.devices import DeviceMixin, device_of, dtype_of
 from depthdiff.image import VaeImageProcessor
 from depthdiff.parts import check_part
 from depthdiff.progress import check_bar
@@ -86,6 +86,10 @@ class DiffusionPipeline(DeviceMixin):
                 self.vae_scale_factor, self.image_processor = factor, VaeImageProcessor(factor)
         if name in self.NAMES and isinstance(value, torch.nn.Module) and self._fast:
             fast.enable(value)
+
+    def __repr__(self) -> str:
+        rows = [f"  {name}: {summary(part)}" for name, part in self.components.items()]
+        return "\n".join([f"{type(self).__name__} ({self.name_or_path or 'not loaded from a checkpoint'})", *rows])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_planning"}
@@ -357,3 +361,11 @@ class DiffusionPipeline(DeviceMixin):
         """
         check_bar(kwargs)
         self._progress_bar_config = kwargs
+
+
+def summary(part: Any) -> str:
+    """Describe a component in one line: its class, and of a network its size, dtype and device."""
+    if not isinstance(part, torch.nn.Module):
+        return "None" if part is None else type(part).__name__
+    count = sum(weight.numel() for weight in part.parameters())
+    return f"{type(part).__name__}, {count / 1e6:.1f} M parameters, {dtype_of(part)} on {device_of(part)}"

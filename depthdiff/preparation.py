@@ -100,7 +100,9 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         if lora_scale is not None:
             lora_scale = check_number("lora_scale", lora_scale, -LARGEST_SCALE, LARGEST_SCALE)
         if prompt_embeds is None:
-            prompt_embeds = self._read([prompt] if isinstance(prompt, str) else prompt or [], lora_scale, clip_skip)
+            texts = [prompt] if isinstance(prompt, str) else prompt or []
+            length = None if negative_prompt_embeds is None else negative_prompt_embeds.shape[1]
+            prompt_embeds = self._read_at(texts, length, lora_scale, clip_skip)
         kind: dict[str, Any] = {"device": device, "dtype": dtype_of(self.unet)}
         positive = prompt_embeds.to(**kind).repeat_interleave(times, dim=0)
         if not guided:
@@ -111,16 +113,22 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
             if count % len(negatives):
                 found = f"`negative_prompt` has batch size {len(negatives)}, but `prompt` {count}"
                 raise ValueError(f"{found}; they must pair")
-            negative_prompt_embeds = self._read(repeat(negatives, count), lora_scale)
+            negative_prompt_embeds = self._read_at(repeat(negatives, count), prompt_embeds.shape[1], lora_scale)
         negative = repeat_rows("negative_prompt_embeds", negative_prompt_embeds, count)
         return positive, negative.to(**kind).repeat_interleave(times, dim=0)  # type: ignore[union-attr]
 
-    def _read(self, texts: list[str], lora_scale: float | None, clip_skip: int | None = None) -> Tensor:
-        """Encode texts, (B, L, C), with the adapters at a scale."""
+    def _read_at(
+        self, texts: list[str], length: int | None, lora_scale: float | None, clip_skip: int | None = None
+    ) -> Tensor:
+        """Encode texts, (B, L, C), at a length L, or the tokenizer's if None, with the adapters at a scale."""
         encoder = self._at_scale("text_encoder", self._at_work("text_encoder"), lora_scale)
         device, tokenizer = self._execution_device, self.tokenizer
         texts = [str(self.maybe_convert_prompt(text, tokenizer)) for text in texts]
-        return finite("text_encoder", encoder, lambda net: encode_texts(texts, tokenizer, net, device, clip_skip))
+
+        def read(net: Any) -> Tensor:
+            return encode_texts(texts, tokenizer, net, device, clip_skip, length)
+
+        return finite("text_encoder", encoder, read)
 
     @torch.no_grad()
     @uses_weights

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,19 @@ class StableDiffusionPipelineOutput(BaseOutput):
 
     images: list[Image.Image] | np.ndarray | Tensor
     nsfw_content_detected: list[bool] | None = None
+
+    def _repr_png_(self) -> bytes | None:
+        """Show PIL images side by side in a notebook."""
+        if not isinstance(self.images, list) or not self.images:
+            return None
+        sheet = Image.new("RGB", (sum(image.width for image in self.images), max(one.height for one in self.images)))
+        left = 0
+        for image in self.images:
+            sheet.paste(image, (left, 0))
+            left += image.width
+        file = io.BytesIO()
+        sheet.save(file, "PNG")
+        return file.getvalue()
 
 
 class CallState(threading.local):

@@ -37,7 +37,7 @@ from bench import fresh, peak, warm
 from bench.meters import MATMUL_SIZES, PACKAGES, Quiet, Row, machine, matmul_rate
 from random_checkpoint import GEOMETRIES, build_pipeline
 
-from depthdiff.cli import build_parser
+from depthdiff.options import build_parser
 from depthdiff.process import keep_freed_buffers
 
 STAGES = (*fresh.STAGES, *warm.STAGES, "peak")

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from depthdiff import StableDiffusionDepth2ImgPipeline
-from depthdiff.cli import build_parser, main
+from depthdiff.cli import main
+from depthdiff.options import build_parser
 
 COLLECTED = """
 import gc, sys

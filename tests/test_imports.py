@@ -23,13 +23,18 @@ ORDER = (
     ("convert", "inspect_checkpoint", "picture_files", "precision"),
     ("preparation",),
     ("pipeline",),
+    ("options",),
     ("cli",),
     ("__main__",),
 )
 """Files and folders of the package; each may import from those of the lines before it alone."""
 DEFERRED = {("checkpoint/hub.py", "checkpoint"), ("__main__.py", "cli")}
 """What is imported inside a function: what downloads, and the command, which sets up its process first."""
-SLOW = {"huggingface_hub": ("checkpoint/save.py", "checkpoint/single_file.py"), "peft": ("models/peft.py",)}
+SLOW = {
+    "huggingface_hub": ("checkpoint/save.py", "checkpoint/single_file.py"),
+    "peft": ("models/peft.py",),
+    "shtab": ("options.py",),
+}
 """Libraries that take long to import, and files that therefore import them where they need them."""
 
 

@@ -97,7 +97,7 @@ class TextualInversionLoaderMixin:
                     local_files_only=local_files_only, force_download=force_download,
                 )  # fmt: skip
                 name, stem = str(path), path.stem
-            for found, vectors in _read_words(content, word, name, stem).items():
+            for found, vectors in read_words(content, word, name, stem).items():
                 if found in words:
                     raise ValueError(f"the word {found!r} is given twice; pass token=... to rename one")
                 words[found] = _check_vectors(found, vectors, encoder, name)
@@ -139,7 +139,7 @@ class TextualInversionLoaderMixin:
             _exchange(tokenizer, encoder, table[kept], lambda: tokenizer.remove_words(chosen))
 
 
-def _read_words(content: Any, token: str | None, name: str, stem: str | None) -> dict[str, Tensor]:
+def read_words(content: Any, token: str | None, name: str, stem: str | None) -> dict[str, Tensor]:
     """Find a file's words and their vectors; `token` replaces its word, `stem` is the word if it names none."""
     if isinstance(content, Tensor):
         if token is None:

@@ -110,6 +110,9 @@ class CLIPTokenizer:
             self.convert_tokens_to_ids, texts
         )
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} tokens, model_max_length={self.model_max_length})"
+
     @classmethod
     def from_pretrained(
         cls,

