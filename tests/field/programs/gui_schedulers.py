@@ -45,8 +45,8 @@ def main(checkpoint, photo):
     for name in (*SCHEDULERS, *reversed(SCHEDULERS)):
         session.choose(name)
         session.generate(image, "a harbour", "fog", eta=0.3 if name == "DDIMScheduler" else 0.0)
-        image = Image.open(f"{len(session.history) - 1:03}.png")  # what was made goes in again
-        assert image.text["parameters"].startswith("a harbour")
+        saved = Image.open(f"{len(session.history) - 1:03}.png")
+        assert saved.text["parameters"].startswith("a harbour")
     for key, value in session.default_config.items():
         if not key.startswith("_"):
             assert session.pipe.scheduler.config[key] == value, key

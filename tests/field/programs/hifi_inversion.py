@@ -39,11 +39,11 @@ def main(checkpoint, photo):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     image = Image.open(photo).convert("RGB").resize((96, 64))
     pipe.scheduler.set_timesteps(6)
-    depth = pipe.prepare_depth_map(image, None, 1, False, torch.float32, "cpu")
+    depth = pipe.prepare_depth_map(image, None, 1, False, torch.float32, pipe.device).detach()
     pixels = pipe.image_processor.preprocess(image)
     torch.manual_seed(SEED)
-    latents = pipe.prepare_latents(pixels, pipe.scheduler.timesteps[-1:], 1, 1, torch.float32, "cpu")
-    embeds = pipe.encode_prompt("a toy", "cpu", 1, False)[0]
+    latents = pipe.prepare_latents(pixels, pipe.scheduler.timesteps[-1:], 1, 1, torch.float32, pipe.device)
+    embeds = pipe.encode_prompt("a toy", pipe.device, 1, False)[0].detach()
     trajectory = invert(pipe, latents, embeds, depth, 6)
     pipe.unet.set_attn_processor(Injecting())
     novel = trajectory[0].flip(3).clone()
@@ -55,4 +55,6 @@ def main(checkpoint, photo):
         loss = ((step.pred_original_sample.mean(1, keepdim=True) - depth.flip(3)) ** 2).mean()
         (gradient,) = torch.autograd.grad(loss, novel)  # depth guidance
         novel = step.prev_sample.detach() - 0.5 * gradient / gradient.norm()
-    return trajectory, pipe.decode_latents(novel.detach()), loss.item()
+    with torch.no_grad():
+        novel = pipe.decode_latents(novel)
+    return trajectory, novel, loss.item()

@@ -45,8 +45,9 @@ def main(checkpoint, photo):
     pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(checkpoint)
     pipe.scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
     unet, image = pipe.unet, Image.open(photo).convert("RGB").resize((96, 64))
-    embeds = torch.cat([*pipe.encode_prompt("", "cpu", 1, False)[:1], *reversed(pipe.encode_prompt("a fox", "cpu", 1, True))])
-    depth = pipe.prepare_depth_map(image, None, 1, False, torch.float32, "cpu")
+    cond, uncond = pipe.encode_prompt("a fox", pipe.device, 1, True)
+    embeds = torch.cat([uncond, uncond, cond])
+    depth = pipe.prepare_depth_map(image, None, 1, False, torch.float32, pipe.device)
     latents = 0.18215 * pipe.vae.encode(pipe.image_processor.preprocess(image)).latent_dist.mean
     pipe.scheduler.set_timesteps(6)
     register_attention(unet, 500)
