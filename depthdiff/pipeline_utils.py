@@ -17,7 +17,7 @@ from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.save import model_index, save_components
 from depthdiff.checks import check_flag, check_number, nearest, show
 from depthdiff.config import FrozenDict
-from depthdiff.devices import DeviceMixin, device_of
+from depthdiff.devices import DeviceMixin, device_of, hook_device
 from depthdiff.image import VaeImageProcessor
 from depthdiff.parts import check_part
 from depthdiff.progress import check_bar
@@ -246,7 +246,7 @@ class DiffusionPipeline(DeviceMixin):
                     f"the pipeline has no {name}, which this call needs; load one and pass it as {name}=..."
                 )
             check_part(name, part)
-            if isinstance(part, torch.nn.Module) and device_of(part).type == "meta":
+            if isinstance(part, torch.nn.Module) and device_of(part).type == "meta" and hook_device(part) is None:
                 raise ValueError(f"{name} must have weights, got one on the meta device, which holds none; load it")
 
     # Memory and speed
