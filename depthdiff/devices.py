@@ -71,7 +71,7 @@ class DeviceMixin:
 
     @property
     def execution_device(self) -> torch.device:
-        """Return the device of the computation: that of offloading, here or by accelerate, else that of the networks."""
+        """Return the device of the computation: that of offloading, ours or accelerate's, else that of the networks."""
         hooked = (hook_device(network) for network in self.networks.values())
         return self._offload_device or next(filter(None, hooked), None) or self.device
 
@@ -189,7 +189,7 @@ def device_of(network: torch.nn.Module) -> torch.device:
 
 
 def hook_device(network: torch.nn.Module) -> torch.device | None:
-    """Return the device to which accelerate's hooks bring a network's weights when it works; None without such hooks."""
+    """Return the device to which accelerate's hooks bring a network's weights for its work; None without hooks."""
     hooks = [getattr(layer, "_hf_hook", None) for layer in network.modules()] if hasattr(network, "_hf_hook") else []
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((torch.device(device) for device in devices if device is not None), None)

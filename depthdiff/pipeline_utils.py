@@ -22,6 +22,7 @@ from depthdiff.image import VaeImageProcessor
 from depthdiff.parts import check_part
 from depthdiff.progress import check_bar
 from depthdiff.registry import COMPONENT_CLASSES, load_components
+from depthdiff.sharing import uncompiled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,7 +103,7 @@ class DiffusionPipeline(DeviceMixin):
     @property
     def config(self) -> FrozenDict:
         """The library and class of each component by name."""
-        index = model_index(self.components, type(self).__name__)
+        index = model_index(self._uncompiled(), type(self).__name__)
         return FrozenDict({name: tuple(entry) if isinstance(entry, list) else entry for name, entry in index.items()}
                           | {"_name_or_path": self.name_or_path})  # fmt: skip
 
@@ -230,7 +231,11 @@ class DiffusionPipeline(DeviceMixin):
 
     def _saved(self) -> dict[str, Any]:
         """Return the components as they are saved."""
-        return self.components
+        return self._uncompiled()
+
+    def _uncompiled(self) -> dict[str, Any]:
+        """Return the components without what `torch.compile` wraps around them."""
+        return {name: uncompiled(part) for name, part in self.components.items()}
 
     def _need(self, *names: str) -> None:
         """Refuse to begin work without these components, or with one whose weights are not there.
