@@ -145,8 +145,13 @@ class BaseOutput(dict[str, Any]):
         )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            self._keep(field.name, getattr(self, field.name))
+        first, *others = (field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        given = getattr(self, first)
+        if isinstance(given, dict) and given.keys() <= {first, *others}:  # accelerate copies an output from its items
+            for name in (first, *others):
+                object.__setattr__(self, name, given.get(name))
+        for name in (first, *others):
+            self._keep(name, getattr(self, name))
 
     def _keep(self, name: str, value: Any) -> None:
         if value is not None:
