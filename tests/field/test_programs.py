@@ -64,7 +64,7 @@ def difference(one, two):
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_program(path, tmp_path, tiny_folder, photo_file, record_property):
+def test_program(path, tmp_path, tiny_folder, photo_file):
     """Same numbers in both; others for another seed."""
     theirs, form = run(path, "diffusers", tmp_path, tiny_folder, photo_file)
     ours, own_form = run(path, "depthdiff", tmp_path, tiny_folder, photo_file)

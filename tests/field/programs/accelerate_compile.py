@@ -1,4 +1,4 @@
-"""In the manner of a deployment script: `accelerate.prepare`, offload hooks, a compiled UNet that is moved and saved."""
+"""In the manner of a deployment script: `accelerate.prepare`, offload hooks, a compiled UNet that is saved."""
 
 import accelerate
 import torch

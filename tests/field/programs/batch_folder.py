@@ -1,10 +1,9 @@
-"""In the manner of a command-line batch tool: a folder of photos, prompts from a file, a seed a picture, settings in EXIF."""
+"""In the manner of a batch tool: a folder of photos, prompts from a file, a seed a picture, settings in EXIF."""
 
 import argparse
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionDepth2ImgPipeline
 from PIL import Image, ImageOps
@@ -23,14 +22,13 @@ def parse(arguments):
 
 
 def write_inputs(photo, folder):
-    """Three photos, one of them lying on its side, and their prompts."""
     folder.mkdir()
     image, exif = Image.open(photo).convert("RGB").resize((96, 64)), Image.Exif()
     exif[0x0112] = 6
     image.save(folder / "a.png")
     ImageOps.mirror(image).save(folder / "b.png")
     image.rotate(90, expand=True).save(folder / "c.png", exif=exif)
-    lines = [{"prompt": "a castle", "negative": "people"}, {"prompt": "a desert"}, {"prompt": "snow", "negative": "sun"}]
+    lines = [{"prompt": "a castle", "negative": "people"}, {"prompt": "a desert"}, {"prompt": "snow"}]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
@@ -55,8 +53,8 @@ def batch(args):
 
 def main(checkpoint, photo):
     write_inputs(photo, Path("photos"))
-    outputs = batch(parse(["photos", "--model", checkpoint, "--seed", str(SEED)]))
+    arguments = ["photos", "--model", checkpoint, "--seed", str(SEED)]
+    outputs = batch(parse(arguments))
     seeds = [json.loads(Image.open(path).getexif()[0x010E])["seed"] for path in sorted(Path("out").iterdir())]
     assert seeds == [SEED, SEED + 1, SEED + 2]
-    again = batch(parse(["photos", "--model", checkpoint, "--seed", str(SEED), "--strength", "0.45"]))
-    return outputs, again, np.stack([np.array(ImageOps.exif_transpose(Image.open("photos/c.png")))])
+    return outputs, batch(parse([*arguments, "--strength", "0.45"]))

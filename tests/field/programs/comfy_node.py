@@ -1,7 +1,5 @@
 """In the manner of ComfyUI custom nodes: classes with INPUT_TYPES, images as tensors (B, H, W, C) in [0, 1]."""
 
-import gc
-
 import torch
 from diffusers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionDepth2ImgPipeline
 
@@ -47,7 +45,6 @@ class SampleDepth2Img:
             generator=torch.Generator().manual_seed(seed),
         ).images  # fmt: skip
         out = pipe.decode_latents(latents)
-        gc.collect()
         return torch.from_numpy(out), (depth / 2 + 0.5).movedim(1, -1).expand(-1, -1, -1, 3), {"samples": latents}
 
 

@@ -1,8 +1,8 @@
-"""In the manner of an ONNX exporter: UNet, VAE decoder and text encoder by `torch.onnx.export`, checked by onnx itself."""
+"""In the manner of an ONNX exporter: UNet, decoder and text encoder by `torch.onnx.export`, checked by onnx."""
 
 import onnx
 import torch
-from diffusers import AutoencoderKL, StableDiffusionDepth2ImgPipeline
+from diffusers import StableDiffusionDepth2ImgPipeline
 from onnx.reference import ReferenceEvaluator
 
 SEED = 0
@@ -14,7 +14,7 @@ class UNetWrapper(torch.nn.Module):
         self.unet = unet
 
     def forward(self, sample, timestep, encoder_hidden_states):
-        return self.unet(sample, timestep, encoder_hidden_states=encoder_hidden_states).sample
+        return self.unet(sample, timestep, encoder_hidden_states).sample
 
 
 class TextWrapper(torch.nn.Module):
@@ -36,7 +36,6 @@ class Decode(torch.nn.Module):
 
 
 def export(model, inputs, name):
-    """Returns what onnx makes of the inputs, and the number of operators."""
     torch.onnx.export(
         model.eval(), tuple(inputs.values()), f"{name}.onnx", input_names=list(inputs), output_names=["out"],
         opset_version=18, dynamo=True, verbose=False,
@@ -51,12 +50,11 @@ def export(model, inputs, name):
 @torch.no_grad()
 def main(checkpoint, photo):
     pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(checkpoint)
-    vae = AutoencoderKL.from_pretrained(checkpoint, subfolder="vae")
     torch.manual_seed(SEED)
     ids, context = torch.randint(0, 400, (1, 77)), torch.randn(1, 77, pipe.unet.config.cross_attention_dim)
     sample = {"sample": torch.randn(1, 5, 4, 8), "timestep": torch.tensor([321]), "encoder_hidden_states": context}
     return [
         export(UNetWrapper(pipe.unet), sample, "unet"),
         export(TextWrapper(pipe.text_encoder), {"input_ids": ids}, "text_encoder"),
-        export(Decode(vae), {"latent_sample": torch.randn(1, 4, 2, 3)}, "vae_decoder"),
+        export(Decode(pipe.vae), {"latent_sample": torch.randn(1, 4, 2, 3)}, "vae_decoder"),
     ]

@@ -49,5 +49,5 @@ def main(checkpoint, photo):
     encoder = torch.export.export(pipe.text_encoder, (ids,), strict=False).module()
     results = [traced(sample, t, context)[0], exported.sample, decoder(z), encoder(ids).last_hidden_state]
     pipe.unet = Wrapped(traced, unet)
-    painted = pipe("a cabin", image, strength=0.6, num_inference_steps=5, generator=torch.manual_seed(SEED), output_type="np")
-    return results, painted.images
+    generator = torch.manual_seed(SEED)
+    return results, pipe("a cabin", image, None, 0.6, 5, generator=generator, output_type="np").images

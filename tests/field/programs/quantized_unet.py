@@ -9,28 +9,25 @@ from torch.ao.quantization import quantize_dynamic
 SEED = 0
 
 
-class CompiledEngine:
+def compiled_engine(module):
     """Stands for an OpenVINO or TensorRT engine: numpy in, numpy out."""
 
-    def __init__(self, module):
-        self.module = module
-
-    def infer(self, inputs):
+    def infer(inputs):
         with torch.no_grad():
             tensors = [torch.from_numpy(inputs[name]) for name in ("sample", "timestep", "encoder_hidden_states")]
-            return {"out_sample": self.module(*tensors)[0].numpy()}
+            return {"out_sample": module(*tensors)[0].numpy()}
+
+    return infer
 
 
 class EngineUNet:
-    """No module: what the pipeline asks of a UNet, and nothing else."""
-
     def __init__(self, engine, unet):
         self.engine, self.config, self.dtype, self.device = engine, unet.config, unet.dtype, torch.device("cpu")
         self.calls = 0
 
     def __call__(self, latent_model_input, t, encoder_hidden_states, cross_attention_kwargs=None, return_dict=False):
         self.calls += 1
-        outputs = self.engine.infer({
+        outputs = self.engine({
             "sample": latent_model_input.numpy(),
             "timestep": np.atleast_1d(t.numpy()),
             "encoder_hidden_states": encoder_hidden_states.numpy(),
@@ -56,7 +53,7 @@ def main(checkpoint, photo):
     results["int8"] = float(np.isfinite(results["int8"]).all() and results["int8"].std() > 0.01)
     pipe.unet = quantize_dynamic(plain, {torch.nn.Linear}, dtype=torch.float16)
     paint("float16")
-    pipe.unet = EngineUNet(CompiledEngine(plain), plain)
+    pipe.unet = EngineUNet(compiled_engine(plain), plain)
     paint("engine")
     assert pipe.unet.calls == 3
     return results

@@ -1,10 +1,10 @@
 """In the manner of threestudio and stable-dreamfusion: a loss whose gradient is the UNet's guess paints an image."""
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionDepth2ImgPipeline
 from PIL import Image
+from torch import nn
 
 SEED = 0
 
@@ -26,21 +26,18 @@ class StableDiffusion(nn.Module):
         pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(checkpoint)
         self.pipe, self.vae, self.unet = pipe, pipe.vae, pipe.unet
         self.scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-        self.num_train_timesteps = self.scheduler.config.num_train_timesteps
-        self.low, self.high = (int(self.num_train_timesteps * share) for share in t_range)
+        self.low, self.high = (int(self.scheduler.config.num_train_timesteps * share) for share in t_range)
         self.alphas = self.scheduler.alphas_cumprod
-        for p in self.parameters():
-            p.requires_grad_(False)
+        self.requires_grad_(False)
 
     def train_step(self, text_embeddings, pred_rgb, depth, guidance_scale=100.0):
-        pred_rgb = F.interpolate(pred_rgb, (64, 64), mode="bilinear", align_corners=False)
+        pred_rgb = F.interpolate(pred_rgb, (64, 64), mode="bilinear")
         t = torch.randint(self.low, self.high + 1, [1], dtype=torch.long)
         latents = self.vae.encode(2 * pred_rgb - 1).latent_dist.sample() * self.vae.config.scaling_factor
         with torch.no_grad():
             noise = torch.randn_like(latents)
             x = torch.cat([self.scheduler.add_noise(latents, noise, t)] * 2)
-            noise_pred = self.unet(torch.cat([x, depth], 1), t, encoder_hidden_states=text_embeddings).sample
-            uncond, cond = noise_pred.chunk(2)
+            uncond, cond = self.unet(torch.cat([x, depth], 1), t, encoder_hidden_states=text_embeddings).sample.chunk(2)
             noise_pred = cond + guidance_scale * (cond - uncond)
         grad = torch.nan_to_num((1 - self.alphas[t]) * (noise_pred - noise))
         return SpecifyGradient.apply(latents, grad), grad.norm()
@@ -52,9 +49,8 @@ def main(checkpoint, photo):
     cond, uncond = sd.pipe.encode_prompt("a stone bust", "cpu", 1, True)
     depth = F.interpolate(sd.pipe.prepare_depth_map(image, None, 1, True, torch.float32, sd.pipe.device), (8, 8))
     torch.manual_seed(SEED)
-    texture = nn.Parameter(torch.rand(1, 3, 80, 80))
+    texture, norms = nn.Parameter(torch.rand(1, 3, 80, 80)), []
     optimizer = torch.optim.SGD([texture], lr=1e-3)
-    norms = []
     for _ in range(4):
         optimizer.zero_grad()
         loss, norm = sd.train_step(torch.cat([uncond, cond]), texture, depth)

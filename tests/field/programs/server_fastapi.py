@@ -4,7 +4,7 @@ import asyncio
 import base64
 import io
 import threading
-from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -18,16 +18,9 @@ SEED = 0
 
 
 def create_app(checkpoint):
-    lock, state = threading.Lock(), {}
-
-    @asynccontextmanager
-    async def lifespan(app):
-        state["pipe"] = StableDiffusionDepth2ImgPipeline.from_pretrained(checkpoint, safety_checker=None)
-        state["pipe"].set_progress_bar_config(disable=True)
-        yield
-        state.clear()
-
-    app = FastAPI(lifespan=lifespan)
+    app, lock = FastAPI(), threading.Lock()
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(checkpoint, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
 
     @app.post("/depth2img")
     async def depth2img(
@@ -40,9 +33,7 @@ def create_app(checkpoint):
         def work():
             with lock, torch.inference_mode():
                 generator = torch.Generator().manual_seed(seed)
-                return state["pipe"](
-                    prompt, picture, strength=strength, num_inference_steps=4, generator=generator
-                ).images[0]  # fmt: skip
+                return pipe(prompt, picture, None, strength, 4, generator=generator).images[0]
 
         buffer = io.BytesIO()
         (await run_in_threadpool(work)).save(buffer, format="PNG")
@@ -52,15 +43,14 @@ def create_app(checkpoint):
 
 
 async def session(app, photo):
-    async with app.router.lifespan_context(app):
-        transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            def post(seed, strength):
-                data = {"prompt": "a forest", "seed": seed, "strength": strength}
-                return client.post("/depth2img", data=data, files={"image": open(photo, "rb")})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
 
-            answers = await asyncio.gather(*(post(SEED + i, 0.5) for i in range(3)))
-            assert (await post(0, 1.5)).status_code == 422
+        def post(seed, strength):
+            data = {"prompt": "a forest", "seed": seed, "strength": strength}
+            return client.post("/depth2img", data=data, files={"image": Path(photo).read_bytes()})
+
+        answers = await asyncio.gather(*(post(SEED + i, 0.5) for i in range(3)))
+        assert (await post(0, 1.5)).status_code == 422
     return [np.array(Image.open(io.BytesIO(base64.b64decode(answer.content)))) for answer in answers]
 
 

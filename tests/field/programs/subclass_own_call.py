@@ -23,13 +23,14 @@ class RescaledGuidancePipeline(StableDiffusionDepth2ImgPipeline):
         )
         if do_classifier_free_guidance:
             prompt_embeds = torch.cat([negative_embeds, prompt_embeds])
+        rows = batch_size * num_images_per_prompt
         depth_mask = self.prepare_depth_map(
-            image, depth_map, batch_size * num_images_per_prompt, do_classifier_free_guidance, prompt_embeds.dtype, device
+            image, depth_map, rows, do_classifier_free_guidance, prompt_embeds.dtype, device
         )
         image = self.image_processor.preprocess(image)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, strength, device)
-        latent_timestep = timesteps[:1].repeat(batch_size * num_images_per_prompt)
+        latent_timestep = timesteps[:1].repeat(rows)
         latents = self.prepare_latents(
             image, latent_timestep, batch_size, num_images_per_prompt, prompt_embeds.dtype, device, generator
         )

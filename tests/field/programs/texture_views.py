@@ -1,4 +1,4 @@
-"""In the manner of TEXTure: one view after the other is painted by its rendered depth, within masks, from shared latents."""
+"""In the manner of TEXTure: view after view is painted by its rendered depth, within masks."""
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ class StableDiffusion:
         self.text_encoder = CLIPTextModel.from_pretrained(checkpoint, subfolder="text_encoder")
         self.unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet").eval()
         self.scheduler = DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-        self.alphas = self.scheduler.alphas_cumprod
 
     @torch.no_grad()
     def get_text_embeds(self, prompt):

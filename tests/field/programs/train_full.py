@@ -1,4 +1,4 @@
-"""In the manner of diffusers' own `train_text_to_image.py`: the whole UNet learns, with EMA, SNR weights and checkpointing."""
+"""In the manner of `train_text_to_image.py`: the whole UNet learns, with EMA, SNR weights and checkpointing."""
 
 import torch
 import torch.nn.functional as F

@@ -27,7 +27,7 @@ def main(checkpoint, photo):
     image = Image.open(photo).convert("RGB").resize((96, 64))
     depth = pipe.prepare_depth_map(image, None, 1, False, torch.float32, pipe.device).detach()
     latents = vae.encode(pipe.image_processor.preprocess(image)).latent_dist.mode() * vae.config.scaling_factor
-    ids = pipe.tokenizer("a sks cup", max_length=77, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ids = pipe.tokenizer("a sks cup", padding="max_length", truncation=True, return_tensors="pt").input_ids
     unet.train()
     losses = []
     for step in range(5):
@@ -41,7 +41,8 @@ def main(checkpoint, photo):
     unet.eval()
 
     def paint(**kwargs):
-        return pipe("a sks cup", image, num_inference_steps=3, generator=torch.manual_seed(0), output_type="np", **kwargs)[0]
+        generator = torch.manual_seed(0)
+        return pipe("a sks cup", image, None, 0.8, 3, generator=generator, output_type="np", **kwargs)[0]
 
     trained = paint()
     layers = [convert_state_dict_to_diffusers(get_peft_model_state_dict(network)) for network in (unet, text_encoder)]

@@ -1,4 +1,4 @@
-"""In the manner of a video script: frame after frame, noise kept between them, the last result blended into the next."""
+"""In the manner of a video script: frame after frame, latents kept between them, results blended in."""
 
 import numpy as np
 import torch
