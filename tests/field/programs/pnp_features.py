@@ -47,8 +47,7 @@ def main(checkpoint, photo):
     clean = 0.18215 * pipe.vae.encode(pipe.image_processor.preprocess(image)).latent_dist.mean
     pipe.scheduler.set_timesteps(6)
     register_attention(unet, 500)
-    block = unet.up_blocks[1].resnets[1]
-    block.forward = types.MethodType(conv_forward, block)
+    unet.up_blocks[1].resnets[1].forward = types.MethodType(conv_forward, unet.up_blocks[1].resnets[1])
     noise = torch.randn(clean.shape, generator=torch.manual_seed(SEED))
     latents = pipe.scheduler.add_noise(clean, noise, pipe.scheduler.timesteps[:1])
     for t in pipe.scheduler.timesteps:
