@@ -38,14 +38,15 @@ def _decoding(image: Image.Image, name: str) -> Iterator[None]:
         raise ValueError(f"{name} cannot be decoded: {reason[:200]}; {remedy}") from error
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """Turn an image as its EXIF tag says."""
     with _decoding(image, name):
         return ImageOps.exif_transpose(image)
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Turn an image as its EXIF tag says, and convert it to RGB of 8 bits."""
-    image = _upright(image, name)
+    image = upright(image, name)
     if image.mode in DEEP:
         values = np.asarray(image, dtype=np.float64)
         low, top = values.min(initial=0), values.max(initial=0)
@@ -60,5 +61,5 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def to_grey(image: Image.Image, name: str) -> np.ndarray[Any, Any]:
     """Return the values (H, W), float32, of a grey image, or the luminance of a coloured one."""
-    grey = _upright(image, name) if image.mode in (*DEEP, "L") else to_rgb(image, name).convert("L")
+    grey = upright(image, name) if image.mode in (*DEEP, "L") else to_rgb(image, name).convert("L")
     return np.array(grey, dtype=np.float32)

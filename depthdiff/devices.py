@@ -71,8 +71,9 @@ class DeviceMixin:
 
     @property
     def execution_device(self) -> torch.device:
-        """Return the device of the computation: that of offloading if it is on, else that of the networks."""
-        return self._offload_device or self.device
+        """Return the device of the computation: that of offloading, ours or accelerate's, else that of the networks."""
+        hooked = (hook_device(network) for network in self.networks.values())
+        return self._offload_device or next(filter(None, hooked), None) or self.device
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move and cast all networks, as `torch.nn.Module.to` does: a device, a dtype, or both.
@@ -185,6 +186,13 @@ class DeviceMixin:
 def device_of(network: torch.nn.Module) -> torch.device:
     """Return the device of a network's weights."""
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def hook_device(network: torch.nn.Module) -> torch.device | None:
+    """Return the device to which accelerate's hooks bring a network's weights for its work; None without hooks."""
+    hooks = [getattr(layer, "_hf_hook", None) for layer in network.modules()] if hasattr(network, "_hf_hook") else []
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(device) for device in devices if device is not None), None)
 
 
 def dtype_of(network: torch.nn.Module) -> torch.dtype:

@@ -25,6 +25,7 @@ from depthdiff.checkpoint.write import write_text
 from depthdiff.checks import brief, check_dense, check_number, check_tensor, plain, show
 from depthdiff.config import BaseOutput, Config
 from depthdiff.image import ImageInput, read_images
+from depthdiff.image import VaeImageProcessor as VaeImageProcessor  # which scripts import from here
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -18,11 +18,12 @@ from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.save import model_index, save_components
 from depthdiff.checks import check_flag, check_number, read_device_map, show
 from depthdiff.config import FrozenDict
-from depthdiff.devices import DeviceMixin, device_of, dtype_of
+from depthdiff.devices import DeviceMixin, device_of, dtype_of, hook_device
 from depthdiff.image import VaeImageProcessor
 from depthdiff.parts import check_part
 from depthdiff.progress import check_bar
 from depthdiff.registry import COMPONENT_CLASSES, Dtypes, load_components
+from depthdiff.sharing import uncompiled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,7 +108,7 @@ class DiffusionPipeline(DeviceMixin):
     @property
     def config(self) -> FrozenDict:
         """The library and class of each component by name."""
-        index = model_index(self.components, type(self).__name__)
+        index = model_index(self._uncompiled(), type(self).__name__)
         return FrozenDict({name: tuple(entry) if isinstance(entry, list) else entry for name, entry in index.items()}
                           | {"_name_or_path": self.name_or_path})  # fmt: skip
 
@@ -269,7 +270,11 @@ class DiffusionPipeline(DeviceMixin):
 
     def _saved(self) -> dict[str, Any]:
         """Return the components as they are saved."""
-        return self.components
+        return self._uncompiled()
+
+    def _uncompiled(self) -> dict[str, Any]:
+        """Return the components without what `torch.compile` wraps around them."""
+        return {name: uncompiled(part) for name, part in self.components.items()}
 
     def _need(self, *names: str) -> None:
         """Refuse to begin work without these components, or with one whose weights are not there.
@@ -285,7 +290,7 @@ class DiffusionPipeline(DeviceMixin):
                     f"the pipeline has no {name}, which this call needs; load one and pass it as {name}=..."
                 )
             check_part(name, part)
-            if isinstance(part, torch.nn.Module) and device_of(part).type == "meta":
+            if isinstance(part, torch.nn.Module) and device_of(part).type == "meta" and hook_device(part) is None:
                 raise ValueError(f"{name} must have weights, got one on the meta device, which holds none; load it")
 
     # Memory and speed

@@ -15,6 +15,7 @@ SLOW = (
     *("test_convolution.py", "test_tiled.py", "test_disks.py", "test_forks.py", "test_mini.py"),
     "parity/test_pictures.py::test_same_picture[small-",
     "parity/test_pictures.py::test_folders_go_back_and_forth[small-",
+    *("field/test_programs.py::test_program[export_", "field/test_programs.py::test_program[accelerate_compile"),
     "parity/test_adapters.py::test_every_spelling_at_several_scales[attn processor",
     "parity/test_adapters.py::test_every_spelling_at_several_scales[lora",
     *(

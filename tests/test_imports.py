@@ -15,7 +15,7 @@ ORDER = (
     ("checks",),
     ("arguments", "config", "decoding", "forks", "hooks", "process", "progress", "turns"),
     ("checkpoint", "noise", "image"),
-    ("models", "schedulers", "tokenizer", "image_processor", "parts"),
+    ("models", "schedulers", "tokenizer", "image_processor", "parts", "utils"),
     ("fast", "registry", "sharing"),
     ("approximations", "conditioning", "devices", "inputs"),
     ("pipeline_utils",),

@@ -149,10 +149,9 @@ class Merging(DiffusionPipeline):
     def _saved(self) -> dict[str, Any]:
         """Return the components with fused adapters, and without those that are merely active."""
         fused = AdapterState(fused=self._adapters.fused)
-        present = {name: getattr(self, name) for name in self._adapted()}
-        return self.components | {
-            name: self._with_scales(name, part, fused.scales(name)) for name, part in present.items()
-        }
+        present = self._adapted()
+        adapted = {name: self._with_scales(name, part, fused.scales(name)) for name, part in present.items()}
+        return super()._saved() | adapted
 
     @torch.no_grad()
     def _with_scales(self, component: str, network: Any, scales: Scales) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import load_image
 from PIL import Image
 
+from depthdiff import utils
 from depthdiff.image import from_pixels, read_images, to_pixels
 
 SIZES = [(70, 101), (64, 96), (8, 8), (9, 200), (131, 47)]
@@ -78,3 +83,32 @@ def test_modes_as_load_image_has_them(reference, tmp_path, mode, orientation):
     expected = load_image(image)
     assert expected.size == ((24, 40) if orientation in (None, 3) else (40, 24))
     assert torch.equal(to_pixels(read_images(image)), reference.preprocess(expected))
+
+
+@pytest.mark.parametrize("mode, kind", [("RGB", "png"), ("RGBA", "png"), ("L", "png"), ("P", "png"), ("CMYK", "jpeg")])
+def test_load_image(tmp_path, mode, kind):
+    """A file, an address, an open picture, and a conversion of one's own."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(40, 24)).convert(mode).save(tmp_path / f"x.{kind}", exif=exif)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/x.{kind}"
+        for source in (str(tmp_path / f"x.{kind}"), address, Image.open(tmp_path / f"x.{kind}")):
+            ours, theirs = utils.load_image(source), load_image(source)
+            assert ours.mode == "RGB" and ours.size == (40, 24)
+            assert np.array_equal(ours, theirs)
+            ours, theirs = (load(source, lambda one: one.convert("L")) for load in (utils.load_image, load_image))
+            assert ours.mode == "L" and np.array_equal(ours, theirs)
+        server.shutdown()
+
+
+def test_what_is_not_an_image_is_refused(tmp_path):
+    (tmp_path / "x.png").write_text("text")
+    with pytest.raises(ValueError, match="picture that Pillow reads"):
+        utils.load_image(tmp_path / "x.png")
+    with pytest.raises(FileNotFoundError):
+        utils.load_image("absent.png")
+    with pytest.raises(TypeError, match="path, a web address or a PIL image"):
+        utils.load_image(3)

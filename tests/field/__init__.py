@@ -1,0 +1,1 @@
+"""Programs of others' kinds, run against diffusers and against us."""
