@@ -258,6 +258,8 @@ def _describe_adapter(report: Report, state: Mapping[str, Any]) -> None:
         methods = dict.fromkeys(map(method_of, own.values()))
         found = Component(component, ", ".join(methods))
         report.components.append(found)
+        if "unknown method" in methods:
+            found.problems.append("some layers have tensors of no method known here, or too few")
         ranks = sorted({number for parts in own.values() if (number := rank(parts))})
         found.config = {"layers": len(own), "ranks": ", ".join(map(str, ranks)) or "none"}
         tensors = [tensor for parts in own.values() for tensor in parts.values()]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from depthdiff import StableDiffusionDepth2ImgPipeline
+from depthdiff import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionDepth2ImgPipeline
 from depthdiff.cli import main
 from depthdiff.options import build_parser
 
@@ -242,3 +243,46 @@ def test_the_processor_works_in_what_it_has_in_hardware(place, tiny_folder, monk
     with Image.open("a.png") as a, Image.open("b.png") as b:
         assert json.loads(a.text["depthdiff"])["dtype"] == ("bfloat16" if fast else "float32")
         assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_words_that_are_not_read_are_named(place, tiny_folder, capsys):
+    """Of both prompts, once each; a prompt of the full length is read whole."""
+    words = " ".join(["cup"] * 75)
+    assert main(command(tiny_folder, "-o", "a.png", "-n", f"{words} red blue")) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "not read" in line]
+    assert line == "depthdiff: the negative prompt is longer than 75 tokens; not read: red blue"
+    arguments = command(tiny_folder, "-o", "a.png", "-n", words)
+    assert main([f"{words} green", *arguments[1:]]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "not read" in line]
+    assert line == "depthdiff: the prompt is longer than 75 tokens; not read: green"
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "lms"])
+def test_a_chosen_scheduler_wins_over_an_unknown_one(name, place, tiny_folder, capsys):
+    """Its settings count, as far as the chosen one has them; without the option the checkpoint is refused."""
+    folder = place / "checkpoint"
+    shutil.copytree(tiny_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"][1] = "EulerDiscreteScheduler"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    settings |= {"_class_name": "EulerDiscreteScheduler", "beta_end": 0.02, "final_sigmas_type": "zero"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+    assert main(command(folder, "-o", "a.png")) == 1
+    assert "scheduler is a EulerDiscreteScheduler; implemented here" in capsys.readouterr().err
+    assert main(command(folder, "-o", "a.png", "--scheduler", name, "--seed", 1)) == 0
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder)
+    kind = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "lms": LMSDiscreteScheduler}[name]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, beta_end=0.02)
+    pipe.save_pretrained(place / "own")
+    assert main(command(place / "own", "-o", "b.png", "--seed", 1)) == 0
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda", "cuda:99", "xpu", "gpu"])
+def test_a_device_that_is_not_here_is_one_short_line(device, place, tiny_folder, capsys):
+    if (device == "mps" and torch.backends.mps.is_available()) or (device == "cuda" and torch.cuda.is_available()):
+        pytest.skip("it is here")
+    assert main(command(tiny_folder, "--device", device)) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("depthdiff: error: --device must be") and len(line) < 200

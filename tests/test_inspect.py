@@ -1,5 +1,6 @@
 """`depthdiff inspect`: what it says of good and bad files and folders, and that it reads no tensor."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -99,7 +100,7 @@ def test_folders(tiny_folder, tmp_path):
 BAD = {
     "four channels": "text-to-image.*takes 4 channels",
     "missing": "missing: 1 keys, first: out.0.bias",
-    "lora": "is a LoRA",
+    "lora": "some layers have tensors of no method known here, or too few",
     "nothing": "there is no such file or folder",
     "text": "is not a safetensors file|has 5 bytes",
 }
@@ -152,3 +153,64 @@ def test_no_tensor_is_read(single, tmp_path, form):
     save_file(tensors, path) if form == "safetensors" else torch.save(tensors, path)
     done = subprocess.run([sys.executable, "-c", SIZE, str(path)], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 60e6
+
+
+def lora_of(pipe, component, spelling):
+    network = getattr(pipe, component)
+    layer = next(name for name, _ in network.named_modules() if name.endswith(("attn1.to_q", "self_attn.q_proj")))
+    outs, ins = network.get_submodule(layer).weight.shape
+    down, up = torch.ones(4, ins), torch.ones(outs, 4)
+    if spelling == "kohya":
+        prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[component] + layer.replace(".", "_")
+        return {
+            f"{prefix}.lora_down.weight": down,
+            f"{prefix}.lora_up.weight": up,
+            f"{prefix}.alpha": torch.tensor(2.0),
+        }
+    return {f"{component}.{layer}.lora_A.weight": down, f"{component}.{layer}.lora_B.weight": up}
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "peft"])
+@pytest.mark.parametrize("form", ["safetensors", "bin", "folder"])
+def test_adapters(spelling, form, pipe, tmp_path):
+    """Files and folders that `load_lora_weights` takes: which networks, how many layers, which ranks."""
+    state = lora_of(pipe, "unet", spelling) | lora_of(pipe, "text_encoder", spelling)
+    path = tmp_path / ("x.bin" if form == "bin" else "pytorch_lora_weights.safetensors")
+    if form == "bin":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    report = inspect(tmp_path if form == "folder" else path)
+    assert report.loads and report.layout == "adapter"
+    assert [(part.name, part.kind) for part in report.components] == [("unet", "LoRA"), ("text_encoder", "LoRA")]
+    assert all(part.config == {"layers": 1, "ranks": "4"} for part in report.components)
+    assert sum(part.parameters for part in report.components) == sum(tensor.numel() for tensor in state.values())
+    assert "load_lora_weights loads it" in report.text()
+    pipe.load_lora_weights(tmp_path if form == "folder" else path)
+
+
+@pytest.mark.parametrize("width", [768, 1024, 24])
+def test_learnt_words(width, tmp_path):
+    save_file({"<cup>": torch.ones(3, width)}, tmp_path / "learned_embeds.safetensors")
+    report = inspect(tmp_path)
+    assert report.loads and report.layout == "textual inversion"
+    [word] = report.components
+    assert word.name == "<cup>" and word.config["vectors"] == 3
+    made = {768: "768 channels, of Stable Diffusion 1", 1024: "1024 channels, of Stable Diffusion 2"}
+    assert word.config["made for"] == made.get(width, "24 channels")
+
+
+@pytest.mark.parametrize("name", ["scheduler", "tokenizer", "feature_extractor", "vae"])
+def test_single_components(name, tiny_folder, tmp_path):
+    report = inspect(tiny_folder / name)
+    assert report.loads and [part.name for part in report.components] == [name]
+    assert f"it is a {name} alone" in report.text()
+    if name == "scheduler":
+        folder = tmp_path / "scheduler"
+        shutil.copytree(tiny_folder / name, folder)
+        config = json.loads((folder / "scheduler_config.json").read_text())
+        (folder / "scheduler_config.json").write_text(json.dumps(config | {"_class_name": "EulerDiscreteScheduler"}))
+        report = inspect(folder)
+        assert not report.loads
+        assert "scheduler (EulerDiscreteScheduler)" in report.text()
+        assert "implemented here: PNDMScheduler, DDIMScheduler, LMSDiscreteScheduler" in report.text()
