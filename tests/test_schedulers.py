@@ -353,7 +353,7 @@ BAD = [
         "use_karras_sigmas and use_exponential_sigmas exclude",
     ),
     (lambda: DDIMScheduler.from_config({"beta_schedule": "cubic"}), CheckpointError, "beta_schedule"),
-    (lambda: DDIMScheduler.from_config("folder"), ValueError, "config must be"),
+    (lambda: DDIMScheduler.from_config(3), ValueError, "config must be"),
     (lambda: DDIMScheduler().plan(0), ValueError, "num_inference_steps must be from 1 to 1000, got 0"),
     (lambda: DDIMScheduler().plan(1001), ValueError, "1001"),
     (lambda: DDIMScheduler().plan(2.5), TypeError, "2.5"),
