@@ -156,7 +156,7 @@ class Attention(nn.Module):
         """Select the arguments that the processor takes, and warn of others."""
         call: Any = self.processor
         if not isinstance(call, FunctionType):
-            call = call.forward if isinstance(call, nn.Module) else call.__call__
+            call = call.forward if type(call).__call__ is nn.Module.__call__ else call.__call__
         parameters = inspect.signature(call).parameters
         if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
             return kwargs
@@ -379,9 +379,7 @@ class AttentionMixin:
                 layer.set_processor(processor)
             return
         if len(processor) != len(layers):
-            raise ValueError(
-                f"processor must hold one for each of {len(layers)} paths in `attn_processors`, got {len(processor)}"
-            )
+            raise ValueError(f"the number of processors must be that of layers, {len(layers)}, got {len(processor)}")
         chosen = {name: processor[f"{name}.processor"] for name in layers}
         for name, layer in layers.items():
             layer.set_processor(chosen[name])

@@ -203,6 +203,23 @@ def test_cross_attention_kwargs(unets, kwargs):
     assert {factor for *_, factor in seen[0]} == {(kwargs or {}).get("factor", 1.0)}
 
 
+@pytest.mark.parametrize("method", ["__call__", "forward"])
+def test_kwargs_reach_processors_that_are_modules(method, unets):
+    """Whichever method they compute in: some define `__call__`, past the hooks of modules."""
+    results = []
+    for unet in unets if method == "__call__" else unets[:1]:  # today's reference passes none to a module's `forward`
+        kind = type("Own", (nn.Module,), {method: lambda self, *args, **kwargs: None})
+
+        def compute(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, factor=1.0):
+            return Plain()(attn, hidden_states, encoder_hidden_states, attention_mask, factor=factor)
+
+        setattr(kind, method, compute)
+        unet.set_attn_processor(kind())
+        results.append(run(unet, cross_attention_kwargs={"factor": 0.5}))
+        assert distance(results[-1], run(unet)) > 10 * TOLERANCE
+    assert distance(results[0], results[-1]) < TOLERANCE
+
+
 def test_all_kwargs_reach_open_processors(unets):
     """A processor with `**kwargs` gets all of them; the reference of today gives it none."""
     seen = []
