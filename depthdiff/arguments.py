@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from depthdiff.checks import nearest
+from depthdiff.checks import check_flag, nearest
 
 
 class Fate(NamedTuple):
@@ -140,6 +140,13 @@ def _outside() -> int:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("depthdiff", "torch"):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def warn_of_pickles(safe_serialization: object) -> None:
+    """Say that safetensors are written where `safe_serialization` is False; both packages load them."""
+    if not check_flag("safe_serialization", safe_serialization):
+        text = "safe_serialization=False is ignored: pickles are never written, safetensors are"
+        warnings.warn(text, UserWarning, stacklevel=_outside())
 
 
 def sort_out(

@@ -44,8 +44,9 @@ def check_prompts(
     if prompt is None and embeds is None:
         raise ValueError("Provide either `prompt` or `prompt_embeds`; both are None")
     reads = prompt is not None or (guided and negative_embeds is None)
-    pipe._need("unet", *(pipe.FOR_TEXT if reads or clip_skip is not None else ()))
-    check_embeds(embeds, negative_embeds, max(widths_read(pipe.unet)), beside_text=reads)
+    pipe._need(*(pipe.FOR_TEXT if reads or clip_skip is not None else ()))
+    width = None if pipe.unet is None else max(widths_read(pipe.unet))
+    check_embeds(embeds, negative_embeds, width, beside_text=reads)
     if clip_skip is None:
         return None
     return check_number("clip_skip", clip_skip, 0, pipe.text_encoder.config.num_hidden_layers - 1, whole=True)
@@ -85,11 +86,11 @@ def check_latents(latents: object, channels: int) -> None:
 
 
 def check_embeds(
-    prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None, width: int, beside_text: bool = False
+    prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None, width: int | None, beside_text: bool = False
 ) -> None:
     """Refuse embeddings (B, L, C) that differ in shape, whose C is not `width`, or whose L is too short for a text."""
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-        if embeds is not None and embeds.shape[2] != width:
+        if embeds is not None and width is not None and embeds.shape[2] != width:
             raise ValueError(f"`{name}` must be {width} wide, which this UNet reads, got {embeds.shape[2]}")
         if embeds is not None and beside_text and embeds.shape[1] < SHORTEST:
             raise ValueError(

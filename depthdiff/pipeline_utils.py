@@ -244,14 +244,14 @@ class DiffusionPipeline(DeviceMixin):
 
         Args:
             save_directory: the folder; made where it does not exist.
-            safe_serialization: must be True: pickles are not written.
+            safe_serialization: False is ignored, with a warning: pickles are never written.
             variant: put into the names of the weight files, such as "fp16".
             max_shard_size: bytes, or text such as "5GB"; larger weights are split into shards with an index.
             **unused: arguments of diffusers in `depthdiff.arguments.SAVING`.
 
         Raises:
             TypeError: an unknown argument, or one of a wrong type.
-            ValueError: `safe_serialization` or `push_to_hub`, or a size or variant that no file can have.
+            ValueError: `push_to_hub`, or a size or variant that no file can have.
         """
         sort_out("save_pretrained", SAVING, unused, (), inspect.signature(self.save_pretrained).parameters)
         with self._turns.use():

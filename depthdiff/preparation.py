@@ -103,7 +103,11 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
             texts = [prompt] if isinstance(prompt, str) else prompt or []
             length = None if negative_prompt_embeds is None else negative_prompt_embeds.shape[1]
             prompt_embeds = self._read_at(texts, length, lora_scale, clip_skip)
-        kind: dict[str, Any] = {"device": device, "dtype": dtype_of(self.unet)}
+        network = self.text_encoder if self.unet is None else self.unet
+        kind: dict[str, Any] = {
+            "device": device,
+            "dtype": prompt_embeds.dtype if network is None else dtype_of(network),
+        }
         positive = prompt_embeds.to(**kind).repeat_interleave(times, dim=0)
         if not guided:
             return positive, None

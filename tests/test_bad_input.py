@@ -330,10 +330,10 @@ LOADS = {
         OSError,
         "is a file",
     ),
-    "save as pickle": (
-        lambda f: build_pipeline("tiny").save_pretrained(f / "new", safe_serialization=False),
-        ValueError,
-        "safe_serialization",
+    "save in a form of no name": (
+        lambda f: build_pipeline("tiny").save_pretrained(f / "new", safe_serialization="no"),
+        TypeError,
+        "safe_serialization must be True or False",
     ),
     "attention that does not exist": (lambda f: build_pipeline("tiny").set_attention("flash3"), ValueError, "'flash3'"),
     "slices beyond the heads": (lambda f: build_pipeline("tiny").enable_attention_slicing(9), ValueError, "slice_size"),

@@ -417,9 +417,14 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(pipe, tmp_path, monkey
 
 
 def test_pickles_are_not_written(pipe, tmp_path):
-    with pytest.raises(ValueError, match="safe_serialization"):
+    with pytest.warns(UserWarning, match="safe_serialization=False is ignored: pickles are never written") as found:
         pipe.unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
-    assert not list(tmp_path.iterdir())
+        pipe.save_pretrained(tmp_path / "pipe", safe_serialization=False)
+    assert [one.filename for one in found] == [__file__] * 2
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    for folder, where in ((tmp_path / "unet", None), (tmp_path / "pipe", "unet")):
+        saved = type(pipe.unet).from_pretrained(folder, subfolder=where).state_dict()
+        assert all(torch.equal(saved[key], value) for key, value in pipe.unet.state_dict().items())
 
 
 def test_new_folders_may_be_deep_and_have_ordinary_rights(pipe, tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from depthdiff.adapters.formats import COMPONENTS, lora_state, prefixed, read_file, read_lora, write_layers
 from depthdiff.adapters.merging import AdapterState, Merging, Weight, check_weight, component_weight, scaled
 from depthdiff.adapters.textual_inversion import TextualInversionLoaderMixin
-from depthdiff.arguments import ADAPTER, sort_out
+from depthdiff.arguments import ADAPTER, sort_out, warn_of_pickles
 from depthdiff.checks import check_flag, check_names, check_number, check_text, nearest
 from depthdiff.models.peft import LORA_FILE
 
@@ -250,17 +250,16 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             is_main_process: whether to write; of several processes one should.
             weight_name: of the file; "pytorch_lora_weights.safetensors" if absent.
             save_function: called with tensors and path instead of writing.
-            safe_serialization: must be True: pickles are not written.
+            safe_serialization: False is ignored, with a warning: pickles are never written.
             unet_lora_adapter_metadata: the settings of peft, `LoraConfig.to_dict()`, without which alpha and ranks are
                 taken from the tensors alone.
             text_encoder_lora_adapter_metadata: the same, of the text encoder.
 
         Raises:
             TypeError: settings that are not a dict of what JSON holds.
-            ValueError: no layers, keys that are not a LoRA's, or `safe_serialization=False`.
+            ValueError: no layers, or keys that are not a LoRA's.
         """
-        if not safe_serialization:
-            raise ValueError("safe_serialization must be True, got False: pickles are not written")
+        warn_of_pickles(safe_serialization)
         if transformer_lora_layers is not None:
             raise ValueError("transformer_lora_layers must be None: depth-to-image has a UNet")
         state = prefixed(unet_lora_layers, "unet") | prefixed(text_encoder_lora_layers, "text_encoder")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthdiff.arguments import warn_of_pickles
 from depthdiff.checkpoint.hub import DIFFUSERS_VERSION
 from depthdiff.checkpoint.ldm import TABLES
 from depthdiff.checkpoint.transaction import check_folder, replacing
@@ -128,8 +129,7 @@ def save_components(
 def _check_arguments(folder: object, safe_serialization: object, variant: object, max_shard_size: object) -> Path:
     """Refuse invalid arguments before anything is written; return the folder's absolute path."""
     place = check_folder("save_directory", folder)
-    if safe_serialization is not True:
-        raise ValueError(f"safe_serialization must be True, got {safe_serialization!r}: pickles are never written")
+    warn_of_pickles(safe_serialization)
     check_variant(variant)
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, (int, str)):
         raise TypeError(f"max_shard_size must be bytes or a text, got {type(max_shard_size).__name__}")

@@ -208,14 +208,14 @@ class Network(nn.Module):
             save_directory: the folder; made where it does not exist.
             is_main_process: whether to write; of several processes one should.
             save_function: ignored: weights are written as safetensors.
-            safe_serialization: must be True: pickles are not written.
+            safe_serialization: False is ignored, with a warning: pickles are never written.
             variant: put into the file's name, such as "fp16".
             max_shard_size: bytes, or text such as "5GB"; larger weights are split into shards with an index.
             **unused: arguments of diffusers in `depthdiff.arguments.SAVING`.
 
         Raises:
             TypeError: an unknown argument, or one of a wrong type.
-            ValueError: `safe_serialization` or `push_to_hub`, or a size or variant that no file can have.
+            ValueError: `push_to_hub`, or a size or variant that no file can have.
         """
         given, known = {"save_function": save_function, **unused}, inspect.signature(self.save_pretrained).parameters
         sort_out("save_pretrained", SAVING, given, (), known)

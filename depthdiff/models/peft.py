@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from depthdiff.arguments import ADAPTER, sort_out
+from depthdiff.arguments import ADAPTER, sort_out, warn_of_pickles
 from depthdiff.checkpoint.hub import HUB_ARGUMENTS, fetch, parse_json
 from depthdiff.checkpoint.save import tensor_entry, write_safetensors
 from depthdiff.checkpoint.transaction import check_folder, making
@@ -168,13 +168,13 @@ class PeftAdapterMixin:
             save_directory: the folder; made if it does not exist.
             adapter_name: of the adapter.
             upcast_before_saving: write float32.
-            safe_serialization: must be True: pickles are not written.
+            safe_serialization: False is ignored, with a warning: pickles are never written.
             weight_name: of the file; "pytorch_lora_weights.safetensors" if None.
 
         Raises:
-            ValueError: there is no such adapter, or `safe_serialization` is False.
+            ValueError: there is no such adapter.
         """
-        refuse_values("save_lora_adapter", safe_serialization=(safe_serialization, True))
+        warn_of_pickles(safe_serialization)
         self._need([adapter_name])
         state = _peft().get_peft_model_state_dict(self, adapter_name=adapter_name)
         settings = self.peft_config[adapter_name].to_dict()

@@ -66,3 +66,13 @@ def test_beyond_the_text_encoder_the_empty_text_follows(length, pair, small_phot
 def test_a_text_needs_its_start_and_end(pair, small_photo):
     with pytest.raises(ValueError, match="`prompt_embeds` must have at least 2 tokens, start and end"):
         pair[0](image=small_photo, prompt_embeds=embeds(pair[0], 1))
+
+
+def test_prompts_are_read_without_the_other_networks(pair):
+    """By a pipeline that has tokenizer and text encoder alone, as scripts do that encode prompts beforehand."""
+    results = []
+    for pipe in pair:
+        parts = dict.fromkeys(pipe.components) | {"tokenizer": pipe.tokenizer, "text_encoder": pipe.text_encoder}
+        results.append(type(pipe)(**parts).encode_prompt("two dogs", "cpu", 2, True, "blurry"))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # observed: 0
