@@ -81,10 +81,11 @@ class Merge:
             if not amounts:
                 continue
             original = self.original(key)
-            total = upcast(original)
-            for lora, amount in amounts:
-                total = total + amount * lora.deltas[component][key].of(original)
-            weights[key] = total.to(original.dtype)
+            with torch.inference_mode(original.is_inference()), torch.no_grad():  # of the kind that it replaces
+                total = upcast(original)
+                for lora, amount in amounts:
+                    total = total + amount * lora.deltas[component][key].of(original)
+                weights[key] = total.to(original.dtype)
             if not has_numbers(weights[key]) and has_numbers(original):
                 names = ", ".join(repr(lora.name) for lora, _ in scales)
                 raise ValueError(f"{component} {key} would hold NaN or infinity with the adapters {names}; give "
