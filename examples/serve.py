@@ -13,6 +13,7 @@ from PIL import Image
 from depthdiff import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionDepth2ImgPipeline
 
 MAX_BYTES, MAX_PIXELS, MAX_JOBS = 10_000_000, 1024 * 1024, 16
+UNKNOWN = "photo must be a PNG, JPEG or WebP file"
 
 
 def paint(pipe, gone, content, prompt, strength, steps, guidance, seed, scale):
@@ -47,13 +48,12 @@ def serve(pipe=None):
         async with places:
             job = worker.submit(paint, pipes[scheduler], gone, content, prompt, strength, steps, guidance, seed, lora)
             try:
-                while not job.done() and not await request.is_disconnected():
+                while not (job.done() or await request.is_disconnected()):
                     await asyncio.sleep(0.02)
                 return Response(job.result() if job.done() else None, media_type="image/png")
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise HTTPException(422, str(error)) from error
+                raise HTTPException(422, UNKNOWN if isinstance(error, OSError) else str(error)) from error
             finally:
-                gone.set()
-                job.cancel()
+                job.cancel() or gone.set()  # one that waits never begins; one under way stops
 
     return app

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import multiprocessing
+import os
 import pickle
 import random
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor

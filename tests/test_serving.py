@@ -152,15 +152,15 @@ def bomb():
 
 
 UPLOADS = {
-    "text": (b"this is not a picture", "cannot identify image file"),
-    "empty": (b"", "cannot identify image file"),
+    "text": (b"this is not a picture", "photo must be a PNG, JPEG or WebP file"),
+    "empty": (b"", "photo must be a PNG, JPEG or WebP file"),
     "cut off": (png(Image.new("RGB", (64, 64), "red").resize((64, 64)))[:-30], "cannot be decoded"),
     "a bomb": (bomb(), "400000000 pixels"),
     "one pixel": (png(Image.new("RGB", (1, 1))), "at least 8x8 pixels, got 1x1"),
     "too many pixels": (png(Image.new("L", (1025, 1024))), "at most 10000000 bytes and 1048576 pixels"),
     "too many bytes": (png(Image.new("L", (64, 64))) + bytes(10_000_000), "at most 10000000 bytes"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "cannot identify image file"),
-    "a GIF": (png(Image.new("L", (64, 64)), "GIF"), "cannot identify image file"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "photo must be a PNG, JPEG or WebP file"),
+    "a GIF": (png(Image.new("L", (64, 64)), "GIF"), "photo must be a PNG, JPEG or WebP file"),
 }
 VALUES = {
     "strength": {
