@@ -95,7 +95,8 @@ class DeviceMixin:
             check_device("device", device)
         with self._turns.change("to"):
             for network in self.networks.values():
-                network.to(*args, **kwargs)
+                with torch.inference_mode(is_inference(network)):  # an assignment must not change the kind of tensor
+                    network.to(*args, **kwargs)
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
@@ -181,6 +182,11 @@ class DeviceMixin:
         if self._fast:
             fast.lay_out(network, self.execution_device)
         return network
+
+
+def is_inference(network: torch.nn.Module) -> bool:
+    """Return whether the weights of a network were made in inference mode."""
+    return any(parameter.is_inference() for parameter in network.parameters())
 
 
 def device_of(network: torch.nn.Module) -> torch.device:

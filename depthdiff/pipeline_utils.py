@@ -127,6 +127,9 @@ class DiffusionPipeline(DeviceMixin):
     ) -> Self:
         """Make a pipeline of this class with the components of another one, but for those that are given.
 
+        Both are one for threads: a change of weights by either waits for the calls of both. While they have the same
+        UNet and text encoder, they have the same adapters.
+
         Args:
             pipeline: whose components are shared.
             torch_dtype: to cast them to, for both pipelines.
@@ -139,8 +142,13 @@ class DiffusionPipeline(DeviceMixin):
         """
         components = sort_out("from_pipe", SHARING, components, cls.NAMES)
         made = cls(**{**pipeline.components, **components}, fast=pipeline._fast)
+        made._share(pipeline)
         dtype = dtype if torch_dtype is None else torch_dtype
         return made if dtype is None else made.to(dtype=dtype)
+
+    def _share(self, pipeline: DiffusionPipeline) -> None:
+        """Use the locks of a pipeline whose components this one has."""
+        self._turns, self._planning, self._workers = pipeline._turns, pipeline._planning, pipeline._workers
 
     # Loading and saving
 

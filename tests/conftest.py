@@ -35,6 +35,12 @@ SLOW = (
     "test_old_folders.py::test_half_precision",
     "test_precision.py::test_what_overflows_works_in_float32",
     *("test_saving.py::test_killed_between_any_two_steps", "test_saving.py::test_a_component_whose_save_was_killed"),
+    *("test_serving.py::test_over_a_network", "test_hosts.py::test_memory_is_flat[1000"),
+    "test_serving.py::test_concurrent_requests_give_what_each_gives_alone[100",
+    *(
+        f"test_hosts.py::test_{what}"
+        for what in ("a_pipeline_goes_to", "schedulers_and_scales_of_their_own_in_threads[a")
+    ),
     "test_state.py::test_interrupted_at_any_line",
 )
 """Files and tests, as the names of tests begin below a folder, that take long; CI runs them all."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,10 +81,11 @@ class Merge:
             if not amounts:
                 continue
             original = self.original(key)
-            total = upcast(original)
-            for lora, amount in amounts:
-                total = total + amount * lora.deltas[component][key].of(original)
-            weights[key] = total.to(original.dtype)
+            with torch.inference_mode(original.is_inference()), torch.no_grad():  # of the kind that it replaces
+                total = upcast(original)
+                for lora, amount in amounts:
+                    total = total + amount * lora.deltas[component][key].of(original)
+                weights[key] = total.to(original.dtype)
             if not has_numbers(weights[key]) and has_numbers(original):
                 names = ", ".join(repr(lora.name) for lora, _ in scales)
                 raise ValueError(f"{component} {key} would hold NaN or infinity with the adapters {names}; give "
@@ -92,13 +93,37 @@ class Merge:
         return weights
 
 
+@dataclass(eq=False)
+class Merged:
+    """What is merged into the networks of one pipeline, or of several that share them.
+
+    Attributes:
+        adapters: that the pipelines have.
+        merges: component -> what is merged into it.
+        shared: whether several pipelines hold this.
+    """
+
+    adapters: AdapterState
+    merges: Mapping[str, Merge]
+    shared: bool = False
+
+
 class Merging(DiffusionPipeline):
     """Holds the adapters of a pipeline, and keeps its weights equal to base + fused + active adapters."""
 
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
-        self._adapters = AdapterState()
-        self._merges = {component: Merge(self._host(component)) for component in COMPONENTS}
+        self._merged = Merged(AdapterState(), {component: Merge(self._host(component)) for component in COMPONENTS})
+
+    @property
+    def _adapters(self) -> AdapterState:
+        return self._merged.adapters
+
+    def _share(self, pipeline: DiffusionPipeline) -> None:
+        super()._share(pipeline)
+        if isinstance(pipeline, Merging) and self._adapted() == pipeline._adapted():
+            self._merged = pipeline._merged
+            self._merged.shared = True
 
     def _host(self, component: str) -> Any:
         """Return the network that hosts a component's adapters: the one within, if it was compiled."""
@@ -115,11 +140,15 @@ class Merging(DiffusionPipeline):
     @torch.no_grad()
     def _become(self, state: AdapterState) -> None:
         """Change the adapters, and the weights with them, both or neither; the caller holds `self._turns`."""
-        merges, changes = dict(self._merges), []
-        for component, merge in self._merges.items():
+        merged, own = self._merged, self._merged
+        merges, changes = dict(merged.merges), []
+        for component, merge in merged.merges.items():
             network = self._host(component)
             if merge.network is not network:  # the user has replaced it
-                changes += [(merge.network, key, merge.original(key)) for key in merge.originals]
+                if not merged.shared:
+                    changes += [(merge.network, key, merge.original(key)) for key in merge.originals]
+                elif own is merged:  # the others go on as they are
+                    own = replace(merged, shared=False)
                 merge = Merge(network)
             weights = merge.weights(component, state.scales(component))
             if weights is not None:
@@ -129,15 +158,17 @@ class Merging(DiffusionPipeline):
                 merge = Merge(network, state.scales(component), originals)
             merges[component] = merge
         parameters = [(network.get_parameter(key), tensor) for network, key, tensor in changes]
-        before = [(parameter, parameter.data) for parameter, _ in parameters], self._adapters, self._merges
+        before = [(parameter, parameter.data) for parameter, _ in parameters], merged.adapters, merged.merges
         try:
             for parameter, tensor in parameters:
                 parameter.data = tensor
-            vars(self).update(_adapters=state, _merges=merges)
+            vars(own).update(adapters=state, merges=merges)
+            self._merged = own
         except BaseException:
             for parameter, tensor in before[0]:
                 parameter.data = tensor
-            vars(self).update(_adapters=before[1], _merges=before[2])
+            self._merged = merged
+            vars(merged).update(adapters=before[1], merges=before[2])
             raise
 
     def _at_scale(self, component: str, network: Any, scale: float | None) -> Any:
@@ -156,7 +187,7 @@ class Merging(DiffusionPipeline):
     @torch.no_grad()
     def _with_scales(self, component: str, network: Any, scales: Scales) -> Any:
         """Return a network with these adapters instead; as it is if nothing is merged into it."""
-        merge = self._merges[component]
+        merge = self._merged.merges[component]
         weights = merge.weights(component, scales) if merge.network is uncompiled(network) else None
         if weights is None:
             return network

@@ -107,7 +107,8 @@ class TextualInversionLoaderMixin:
                 raise ValueError(
                     f"the tokenizer has {len(tokenizer)} tokens, the text encoder {len(table)}; they must be equal"
                 )
-            longer = torch.cat([table, *(vectors.to(table.device, table.dtype) for vectors in words.values())])
+            with torch.inference_mode(table.is_inference()):
+                longer = torch.cat([table, *(vectors.to(table.device, table.dtype) for vectors in words.values())])
             counts = {word: len(vectors) for word, vectors in words.items()}
             _exchange(tokenizer, encoder, longer, lambda: tokenizer.add_words(counts))
 
@@ -136,7 +137,9 @@ class TextualInversionLoaderMixin:
                 return tokenizer.remove_words(chosen)
             table = encoder.get_input_embeddings().weight.data
             kept = [index for index in range(len(table)) if index not in gone]
-            _exchange(tokenizer, encoder, table[kept], lambda: tokenizer.remove_words(chosen))
+            with torch.inference_mode(table.is_inference()):
+                shorter = table[kept]
+            _exchange(tokenizer, encoder, shorter, lambda: tokenizer.remove_words(chosen))
 
 
 def read_words(content: Any, token: str | None, name: str, stem: str | None) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ DType = torch.dtype | Literal["auto"] | None
 EMPTY: Mapping[str, Any] = {}
 
 
+@torch.inference_mode(False)  # so that what is loaded in inference mode can be trained later
 def load_model(
     cls: type[Any],
     name_or_path: str | os.PathLike[str],

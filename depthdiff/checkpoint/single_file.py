@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from depthdiff.checkpoint.geometry import INFER, Shapes, guessed_wrongly
 from depthdiff.checkpoint.hub import HUB_ID, HubOptions, Name, check_places, fetch, read_json
 from depthdiff.checkpoint.ldm import IGNORED, IGNORED_PREFIXES, PREFIXES, TABLES, TABLES_LDM, Table
@@ -138,6 +140,7 @@ def find_single_file(name: Name, **hub: Unpack[HubOptions]) -> Path:
     return fetch(repo_id, [file], **hub) / file
 
 
+@torch.inference_mode(False)
 def open_single_file(path: Path) -> SingleFile:
     """Sort what a file holds by the network that it belongs to; no tensor is read."""
     sources = open_pickle(path) if is_pickle(read_start(path)) else open_safetensors(path)
@@ -199,6 +202,7 @@ def check_known(file: SingleFile) -> None:
         raise CheckpointError(f"{name}: {len(file.unknown)} keys belong to no network, first: {first}")
 
 
+@torch.inference_mode(False)
 def load_part(
     file: SingleFile,
     component: str,

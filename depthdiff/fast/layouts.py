@@ -41,6 +41,6 @@ def lay_out(network: Any, device: torch.device | None = None) -> None:
     for layer in changed:
         if not layer.weight.is_contiguous(memory_format=wanted):
             before = layer.weight.data
-            with torch.inference_mode(False):  # weights made in inference mode could not be trained later
+            with torch.inference_mode(layer.weight.is_inference()):  # an assignment must not change the kind of tensor
                 layer.to(memory_format=wanted)
             give_back_unwritten(before)  # what is mapped from a file would count twice
