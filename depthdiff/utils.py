@@ -1,10 +1,10 @@
-"""Under the module name that scripts import it from: opening a picture."""
+"""Under the module name that scripts import them from: opening a picture, and pictures in a grid."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.request import Request, urlopen
 
 from PIL import Image, UnidentifiedImageError
@@ -37,6 +37,28 @@ def load_image(
     except UnidentifiedImageError as error:
         raise ValueError(f"image must be a picture that Pillow reads, got {show(image)}") from error
     return to_rgb(picture, "image") if convert_method is None else convert_method(upright(picture, "image"))
+
+
+def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize: int | None = None) -> Image.Image:
+    """Put pictures side by side, row by row.
+
+    Args:
+        images: rows * cols of them; each place has the size of the first.
+        rows: how many rows.
+        cols: how many pictures in a row.
+        resize: to squares with this side first.
+
+    Raises:
+        ValueError: their number is not rows * cols.
+    """
+    if not images or len(images) != rows * cols:
+        raise ValueError(f"images must be rows * cols, {rows} * {cols}, got {len(images)}")
+    tiles = [image if resize is None else image.resize((resize, resize)) for image in images]
+    width, height = tiles[0].size
+    grid = Image.new("RGB", (cols * width, rows * height))
+    for index, tile in enumerate(tiles):
+        grid.paste(tile, (index % cols * width, index // cols * height))
+    return grid
 
 
 def _open(place: str) -> Image.Image:

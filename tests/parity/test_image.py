@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import load_image
+from diffusers.utils import load_image, make_image_grid
 from PIL import Image
 
 from depthdiff import utils
@@ -112,3 +112,12 @@ def test_what_is_not_an_image_is_refused(tmp_path):
         utils.load_image("absent.png")
     with pytest.raises(TypeError, match="path, a web address or a PIL image"):
         utils.load_image(3)
+
+
+@pytest.mark.parametrize("resize", [None, 16])
+def test_grids(resize):
+    images = [Image.fromarray(picture(40, 24)).rotate(90 * turn) for turn in range(6)]
+    grids = [make(images, 2, 3, resize) for make in (utils.make_image_grid, make_image_grid)]
+    assert np.array_equal(*grids)
+    with pytest.raises(ValueError, match=r"images must be rows \* cols, 2 \* 2, got 6"):
+        utils.make_image_grid(images, 2, 2)
