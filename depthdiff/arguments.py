@@ -67,7 +67,7 @@ PIPELINE = WEIGHTS | {
 SINGLE_FILE = WEIGHTS | {
     **_ignored("original_config", "original_config_file", "image_size", "num_in_channels", "upcast_attention",
                says="the geometry is inferred from the shapes of the weights"),
-    **_ignored("low_cpu_mem_usage", "disable_mmap", says="weights that keep their dtype are mapped from the file"),
+    **_ignored("low_cpu_mem_usage", "disable_mmap", says="weights that keep their dtype are mapped, others copied"),
     "config_file": Fate("renamed", "config"),
     "config_revision": Fate("ignored", "the config is read at its repository's main branch"),
     "extract_ema": Fate("ignored", "the weights that the file holds for inference are read"),
@@ -106,6 +106,8 @@ SAVING = {
 """Arguments of `save_pretrained`."""
 
 SHARING = {
+    **_ignored("safety_checker", "requires_safety_checker", says="this pipeline has no safety checker"),
+    "image_encoder": Fate("ignored", "this pipeline reads no picture as a prompt"),
     **_ignored("trust_remote_code", "custom_revision", says="code of a repository is never run"),
     "custom_pipeline": Fate("refused", "no downloaded code is run; call from_pipe of your own class"),
 }
@@ -121,14 +123,18 @@ CALL = {
 """Arguments of calls of other pipelines, which diffusers 0.26.3 ignores in this one's."""
 
 SETTINGS = {
-    "dtype": Fate("ignored", "a config has no weights"),
+    **_ignored("dtype", "torch_dtype", says="a config has no weights"),
     "pretrained_model_name_or_path": Fate("refused", "call from_pretrained"),
 } | _ignored(
     *("algorithm_type", "corrector_order", "disable_corrector", "euler_at_final", "final_sigmas_type", "flow_shift"),
     *("interpolation_type", "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0"),
     *("predictor_order", "rho", "shift_terminal", "sigma_data", "sigma_max", "sigma_min", "sigma_schedule", "tau_func"),
     *("solver_order", "solver_p", "solver_type", "time_shift_type", "timestep_scaling", "timestep_type"),
-    *("use_dynamic_shifting", "use_flow_sigmas", "use_lu_lambdas", "variance_type"),
+    *("use_dynamic_shifting", "use_flow_sigmas", "use_lu_lambdas", "variance_type", "use_karras_sigmas", "snr"),
+    *("use_beta_sigmas", "use_exponential_sigmas", "clip_sample", "clip_sample_range", "sample_max_value"),
+    *("thresholding", "dynamic_thresholding_ratio", "rescale_betas_zero_snr", "set_alpha_to_one", "skip_prk_steps"),
+    *("fix_start", "steps_offset", "timestep_spacing", "trained_betas", "shift", "base_shift", "max_shift", "eta"),
+    *("base_image_seq_len", "max_image_seq_len", "invert_sigmas", "stochastic_sampling", "s_noise", "s_churn"),
     says="it is a setting of other schedulers",
 )
 """Settings of schedulers that one of another class has; a menu of schedulers passes them to all."""
@@ -181,7 +187,7 @@ def sort_out(
         if name not in fates:
             raise TypeError(f"{door} got an unknown argument {name!r}{nearest(name, [*known, *parameters, *fates])}")
         kind, says = fates[name]
-        if value is None or value is False:
+        if value is None or (value is False and name != "low_cpu_mem_usage"):
             continue
         if kind == "refused":
             raise ValueError(f"{door} does not take {name}: {says}")

@@ -204,8 +204,8 @@ def read_device_map(device_map: object) -> torch.device | None:
     """Return the device that a `device_map` of diffusers or accelerate names; None for None.
 
     Args:
-        device_map: a device; "auto", "balanced", "balanced_low_0" or "sequential" for the fastest one here; or a dict
-            all of whose values are one device.
+        device_map: a device, or the number of a CUDA device; "auto", "balanced", "balanced_low_0" or "sequential" for
+            the fastest one here; or a dict all of whose values are one device.
 
     Raises:
         TypeError: not a device.
@@ -214,12 +214,14 @@ def read_device_map(device_map: object) -> torch.device | None:
     if device_map is None:
         return None
     if isinstance(device_map, Mapping):
-        devices = list(dict.fromkeys(device_map.values()))
+        devices = list({str(device): device for device in device_map.values()}.values())
         if len(devices) != 1:
             raise ValueError(f"device_map must name one device, which holds all weights, got {len(devices)}")
         [device_map] = devices
     if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.device(best_device())
+    if isinstance(device_map, int) and not isinstance(device_map, bool):
+        device_map = f"cuda:{device_map}"
     return check_device("device_map", device_map)
 
 

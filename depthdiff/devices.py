@@ -84,6 +84,8 @@ class DeviceMixin:
                 dtype in which nothing is; or the networks are being offloaded, which a plain move would undo.
         """
         kwargs.pop("silence_dtype_warnings", None)
+        names = {"torch_device": "device", "torch_dtype": "dtype"}  # of diffusers 0.26
+        kwargs = {names.get(name, name): value for name, value in kwargs.items()}
         device, dtype, _, memory_format = parse_move(args, kwargs)
         if dtype not in (None, *FLOATS):
             raise ValueError(f"dtype must be a floating-point torch dtype, got {dtype}")

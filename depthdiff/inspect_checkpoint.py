@@ -104,7 +104,7 @@ def _describe(part: Component) -> list[str]:
 
 
 def inspect(path: str | os.PathLike[str]) -> Report:
-    """Infer what a file or folder, or "mini", is and whether it will load, without reading tensors but an adapter's.
+    """Infer what a file or folder, or "mini", is and whether it will load; no tensors but an adapter's are read.
 
     A pickle's program is run by torch's interpreter, which knows nothing but tensors; those in files of torch before
     version 1.6 cannot be mapped and are read. What is wrong with the checkpoint is in the report and is not raised.

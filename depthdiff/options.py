@@ -28,11 +28,11 @@ MAX_STEPS, MAX_IMAGES, MAX_SIZE = 100_000, 1000, 2**14
 """Limit of the numbers of the command line; schedulers have lower ones."""
 
 SHELLS = ("bash", "zsh", "tcsh")
-COMPLETION_HELP = "print what makes a shell complete these options (needs shtab), for `eval` in its start-up file"
+COMPLETION_HELP = "print a completion script for this shell (needs shtab)"
 SIZE_HELP = "length of the picture's shorter side (default: the photo's, or 128 for mini if 1.5 times too large)"
 LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
 EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
-PREDICTION_HELP = "of a --model that is a single file, which does not tell (epsilon)"
+PREDICTION_HELP = "of a --model that is a single file, which does not record it (epsilon)"
 DTYPE_HELP = "of the weights; auto is bfloat16 where the processor has it, else float32 (float16 on cuda, else auto)"
 TF32_HELP = "multiply float32 matrices in TF32: faster, with about 3 digits; cuda only"
 SHORTCUT_HELP = {

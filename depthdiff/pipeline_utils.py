@@ -127,28 +127,34 @@ class DiffusionPipeline(DeviceMixin):
     ) -> Self:
         """Make a pipeline of this class with the components of another one, but for those that are given.
 
-        Both are one for threads: a change of weights by either waits for the calls of both. While they have the same
-        UNet and text encoder, they have the same adapters.
+        Both share their locks: a change of weights by either waits for the calls of both. While they have the same
+        UNet and text encoder, they have the same adapters. Offloading that is on is on for both.
 
         Args:
-            pipeline: whose components are shared.
+            pipeline: whose components are shared; one of diffusers may be given as well.
             torch_dtype: to cast them to, for both pipelines.
             dtype: another name of `torch_dtype`.
             **components: to use instead; or an argument of diffusers in `depthdiff.arguments.SHARING`.
 
         Raises:
-            TypeError: an unknown argument, or a component that is none.
+            TypeError: an unknown argument, or not a pipeline or a component.
             ValueError: an argument that is refused, or components that do not fit each other.
         """
         components = sort_out("from_pipe", SHARING, components, cls.NAMES)
-        made = cls(**{**pipeline.components, **components}, fast=pipeline._fast)
-        made._share(pipeline)
+        shared = getattr(pipeline, "components", None)
+        if not isinstance(shared, Mapping):
+            raise TypeError(f"pipeline must be one, with components, got {show(pipeline)}")
+        parts = {name: part for name, part in shared.items() if name in cls.NAMES} | components
+        made = cls(**parts, fast=getattr(pipeline, "_fast", True))
+        if isinstance(pipeline, DiffusionPipeline):
+            made._share(pipeline)
         dtype = dtype if torch_dtype is None else torch_dtype
         return made if dtype is None else made.to(dtype=dtype)
 
     def _share(self, pipeline: DiffusionPipeline) -> None:
         """Use the locks of a pipeline whose components this one has."""
         self._turns, self._planning, self._workers = pipeline._turns, pipeline._planning, pipeline._workers
+        self._offload_device, self._offload_whole = pipeline._offload_device, pipeline._offload_whole
 
     # Loading and saving
 
@@ -206,8 +212,9 @@ class DiffusionPipeline(DeviceMixin):
         for name in components.keys() & set(cls.NAMES):
             check_part(name, components[name])
         known = inspect.signature(cls.from_pretrained).parameters
-        components = sort_out("from_pretrained", PIPELINE, components, cls.NAMES, known)
-        token = components.pop("token", token)
+        given = {"token": token, **components}
+        components = sort_out("from_pretrained", PIPELINE, given, (*cls.NAMES, "token"), known)
+        token = components.pop("token")
         device = read_device_map(device_map)
         if pretrained_model_name_or_path is None:
             logger.warning("no model is named, so the small one that comes with the package is used: %r", BUNDLED)

@@ -90,14 +90,17 @@ class FromSingleFileMixin(DiffusionPipeline):
         Raises:
             CheckpointError: the file is missing, damaged, holds code, or is of a model without depth.
             TypeError: an unknown argument.
-            ValueError: `prediction_type` or `scheduler_type` beside a scheduler, an unknown one, an argument that is
-                refused, or components that do not fit each other.
+            ValueError: `prediction_type` or `scheduler_type` beside a scheduler, `scaling_factor` beside a `vae`, an
+                unknown type, an argument that is refused, or components that do not fit each other.
         """
         known = inspect.signature(cls.from_single_file).parameters
-        components = sort_out("from_single_file", SINGLE_FILE, components, cls.NAMES, known)
-        token, config = components.pop("token", token), components.pop("config", config)
+        given = {"token": token, "config": config, **components}
+        components = sort_out("from_single_file", SINGLE_FILE, given, (*cls.NAMES, "token", "config"), known)
+        token, config = components.pop("token"), components.pop("config")
         kind = _scheduler_class(scheduler_type, "scheduler" in components)
         factor = None if scaling_factor is None else check_number("scaling_factor", scaling_factor, 1e-6, 1e6)
+        if factor is not None and "vae" in components:
+            raise ValueError("scaling_factor and vae both say how latents are scaled; give one of them")
         device = read_device_map(device_map)
         parts = load_single_components(
             pretrained_model_link_or_path,
@@ -174,7 +177,7 @@ def _scheduler_class(name: str | None, given: bool) -> Any:
     if name is None:
         return None
     kinds = {"pndm": PNDMScheduler, "ddim": DDIMScheduler, "lms": LMSDiscreteScheduler}
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"scheduler_type must be one of {', '.join(kinds)}, got {brief(name)}")
     if given:
         raise ValueError("scheduler_type and scheduler both say which solver to use; give one of them")

@@ -1,4 +1,4 @@
-"""Under the module name that scripts import them from: opening a picture, and pictures in a grid."""
+"""`load_image` and `make_image_grid`, under the module name that scripts import them from."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize:
     Raises:
         ValueError: their number is not rows * cols.
     """
-    if not images or len(images) != rows * cols:
+    if not images or min(rows, cols) < 1 or len(images) != rows * cols:
         raise ValueError(f"images must be rows * cols, {rows} * {cols}, got {len(images)}")
     tiles = [image if resize is None else image.resize((resize, resize)) for image in images]
     width, height = tiles[0].size

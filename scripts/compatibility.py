@@ -54,7 +54,7 @@ def because(reason: str, *names: str) -> dict[str, str]:
 
 ABSENT = {
     **because("nothing is uploaded; use huggingface_hub with a saved folder", "push_to_hub"),
-    **because("an attribute of each pipeline here, not of the class", "name_or_path"),
+    **because("elsewhere: an attribute of each pipeline, not of the class", "name_or_path"),
     **because("a layout of weights that no checkpoint here has", "fuse_qkv_projections", "unfuse_qkv_projections"),
     **because("old keys are translated when weights are loaded", "convert_state_dict_legacy_attn_format"),
     **because("IP-Adapter needs an image encoder that this pipeline lacks", "get_aug_embed",
@@ -65,7 +65,7 @@ ABSENT = {
     **because("call load_config and from_config", "get_config_dict", "extract_init_dict"),
     **because("call from_pretrained, which downloads", "download"),
     **because("no code of a repository is run", "register_for_auto_class"),
-    **because("call fuse_lora, disable_lora, enable_lora or set_adapters, with components or weights by component",
+    **because("call set_adapters with weights by component, such as {'text_encoder': 0.0}",
               "disable_lora_for_text_encoder", "enable_lora_for_text_encoder", "set_adapters_for_text_encoder"),
     **because("inside of the LoRA loader; load_lora_weights and save_lora_weights do it", "load_lora_into_text_encoder",
               "load_lora_into_transformer", "load_lora_into_unet", "lora_state_dict", "pack_weights",
@@ -91,7 +91,6 @@ BETTER = {
     "save_pretrained": "all or nothing, also when the process is killed; other files of the folder stay",
     "load_lora_weights": "all or nothing; LoCon, LoHa, LoKr and DoRA as well; merged, so that a step costs the same",
     "load_textual_inversion": "all or nothing",
-    "unfuse_lora": "bit for bit, and takes back `lora_scale`",
     "enable_model_cpu_offload": "without accelerate; device may be any",
     "enable_sequential_cpu_offload": "without accelerate",
     "save_lora_weights": "refuses keys that no loader reads",
@@ -99,7 +98,10 @@ BETTER = {
 """Public names that do more here -> what."""
 
 ELSEWHERE = {
-    "device": "`to(device)`",
+    "device": "same",
+    "dtype": "same",
+    "torch_device": "renamed `device`",
+    "torch_dtype": "renamed `dtype`",
     "scaling_factor": "for an autoencoder",
     "silence_dtype_warnings": "accepted: there are no such warnings",
     "pretrained_model_link_or_path_or_dict": "a file, as first argument; `load_state_dict` takes tensors",
@@ -182,7 +184,9 @@ def name_rows(kind: str, old: list[str], new: list[str]) -> list[str]:
     better = [name for name in every if hasattr(ours, name) and name in BETTER]
     same = [name for name in every if hasattr(ours, name) and name not in BETTER]
     rows = [f"| same | {', '.join(f'`{name}`{versions(name, old, new)}' for name in same)} | |"]
-    rows += [f"| better | `{name}`{versions(name, old, new)} | {BETTER[name]} |" for name in better]
+    for name in better:
+        how = "strict" if name == "from_pretrained" and kind.endswith("Scheduler") else BETTER[name]
+        rows.append(f"| better | `{name}`{versions(name, old, new)} | {how} |")
     reasons: dict[str, list[str]] = {}
     for name in every:
         if not hasattr(ours, name):
@@ -206,15 +210,15 @@ def argument_verdicts(kind: str, method: str, published: list[str]) -> dict[str,
     here = parameters(function) if callable(function) else []
     fates, verdicts = fates_of(kind, method), {}
     for name in published:
-        if name in here or (method in TAKES_HUB and name in HUB_ARGUMENTS) or (method == "to" and "dtype" in name):
+        if name in here or (method in TAKES_HUB and name in HUB_ARGUMENTS):
             verdicts[name] = "same"
         elif name in fates:
             what, says = fates[name]
             verdicts[name] = f"renamed `{says}`" if what == "renamed" else f"{what}: {says}"
         elif method == "load_attn_procs" and name in parameters(getattr(depthdiff, kind).load_lora_adapter):
             verdicts[name] = "same"
-        elif name in ELSEWHERE or name == "torch_device":
-            verdicts[name] = ELSEWHERE.get(name, ELSEWHERE["device"])
+        elif name in ELSEWHERE:
+            verdicts[name] = ELSEWHERE[name]
         else:
             raise SystemExit(f"{kind}.{method}({name}=) is published and not here, and there is no reason")
     return verdicts
@@ -296,7 +300,7 @@ def page() -> str:
         "",
         "## Public names",
         "",
-        "Of both versions of diffusers; one in brackets is the only one that has a name.",
+        "Of both versions of diffusers; a version in brackets is the only one with that name.",
     ]
     for kind in CLASSES:
         rows = name_rows(kind, old[kind]["names"], new[kind]["names"])
@@ -314,13 +318,13 @@ def page() -> str:
         "|---|---|---|",
         *argument_rows(old, new),
         "",
-        "A call besides takes these words of other pipelines, which diffusers 0.26.3 drops silently:",
+        "A call also accepts these arguments of other pipelines, which diffusers 0.26.3 drops silently:",
         "",
         *(f"- `{name}`: {fate.kind}: {fate.says}" for name, fate in arguments.CALL.items()),
         "",
-        "Loaders of tokenizers, preprocessors and schedulers besides take these: "
-        + listed(name for name in arguments.NO_WEIGHTS if name not in arguments.HUB)
-        + ". Schedulers take the settings of other schedulers, with a warning.",
+        "Loaders of tokenizers, preprocessors and schedulers also accept these:",
+        listed(name for name in arguments.NO_WEIGHTS if name not in arguments.HUB) + ".",
+        "Schedulers accept the settings of other schedulers, with a warning.",
     ]
     return "\n".join(lines) + "\n" + SUITES
 

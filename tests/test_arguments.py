@@ -1,5 +1,6 @@
 """Arguments of diffusers that count for something else here, or for nothing: renamed, ignored and said, or refused."""
 
+import inspect
 import warnings
 
 import pytest
@@ -19,6 +20,7 @@ from depthdiff import (
     arguments,
     convert,
 )
+from depthdiff.checks import read_device_map
 
 
 def load_pipeline(folder, pipe, tmp_path, **options):
@@ -100,10 +102,16 @@ def read_settings(folder, pipe, tmp_path, **options):
     return DDIMScheduler.load_config(folder, subfolder="scheduler", **options)
 
 
+def foreign(kind):
+    """Select the settings that a scheduler does not have itself."""
+    own = inspect.signature(kind.__init__).parameters
+    return {name: fate for name, fate in arguments.SETTINGS.items() if name not in own}
+
+
 DOORS = {
     load_pipeline: arguments.PIPELINE,
     load_unet: arguments.WEIGHTS,
-    load_scheduler: arguments.NO_WEIGHTS | arguments.SETTINGS,
+    load_scheduler: arguments.NO_WEIGHTS | foreign(DDIMScheduler),
     load_tokenizer: arguments.NO_WEIGHTS,
     load_preprocessor: arguments.NO_WEIGHTS,
     load_adapter: {name: fate for name, fate in arguments.ADAPTER.items() if name != "use_safetensors"},
@@ -115,7 +123,7 @@ DOORS = {
     save_scheduler: arguments.SAVING,
     save_tokenizer: arguments.SAVING,
     share: arguments.SHARING,
-    configure: arguments.SETTINGS,
+    configure: foreign(PNDMScheduler),
     read_settings: arguments.HUB | arguments.CONFIGS,
 }
 """What is called -> the arguments of diffusers that it takes beside its own."""
@@ -285,3 +293,72 @@ def test_sharing_components_with_another_dtype(pipe):
     made = StableDiffusionDepth2ImgPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
     assert made.unet is pipe.unet
     assert {network.dtype for network in made.networks.values()} == {torch.bfloat16}
+
+
+def test_old_names_beside_the_new_ones_at_every_loader(tiny_folder, pipe):
+    """Neither is dropped silently."""
+    load = StableDiffusionDepth2ImgPipeline
+    old = {"token": "a", "use_auth_token": "b"}
+    for call in (
+        lambda: load.from_pretrained(tiny_folder, **old),
+        lambda: load.from_single_file(single_file(tiny_folder), config=tiny_folder, **old),
+        lambda: load.from_single_file(single_file(tiny_folder), config=tiny_folder, config_file=tiny_folder),
+        lambda: load_adapter(tiny_folder, pipe, None, **old),
+        lambda: learn_word(tiny_folder, pipe, None, hf_token="a", use_auth_token="b"),
+        lambda: load_tokenizer(tiny_folder, pipe, None, **old),
+        lambda: load_preprocessor(tiny_folder, pipe, None, **old),
+        lambda: load_scheduler(tiny_folder, pipe, None, **old),
+        lambda: read_settings(tiny_folder, pipe, None, return_unused_kwargs=True, **old),
+    ):
+        with pytest.raises(TypeError, match="got both"):
+            call()
+
+
+def test_a_scaling_factor_leaves_a_vae_that_is_given(tiny_folder, pipe):
+    with pytest.raises(ValueError, match="scaling_factor and vae both say"):
+        StableDiffusionDepth2ImgPipeline.from_single_file(single_file(tiny_folder), vae=pipe.vae, scaling_factor=0.5)
+    assert pipe.vae.config.scaling_factor != 0.5
+
+
+def test_moving_by_old_names(pipe):
+    assert pipe.to(torch_device="cpu", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert pipe.to(device="cpu", dtype=torch.float32, silence_dtype_warnings=True).dtype == torch.float32
+
+
+def test_the_number_of_a_device():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device_map must be one that exists here, got cuda:0"):
+            read_device_map({"": 0})
+    with pytest.raises(TypeError, match="device_map must be a device"):
+        read_device_map({"": [0]})
+    with pytest.raises(TypeError, match="device_map must be a device"):
+        read_device_map(True)
+
+
+def test_unfusing_names_its_own_flag(pipe):
+    with pytest.raises(TypeError, match="unfuse_unet must be True or False"):
+        pipe.unfuse_lora(unfuse_unet="x")
+
+
+def test_one_component_is_fused(pipe, tiny_folder):
+    load_adapter(tiny_folder, pipe, None)
+    pipe.fuse_lora(fuse_unet=False)
+    assert not any(pipe._adapters.fused.get("unet", ()))
+    with pytest.raises(TypeError, match="pipeline must be one, with components, got int 3"):
+        StableDiffusionDepth2ImgPipeline.from_pipe(3)
+
+
+def test_every_setting_of_every_scheduler_is_known():
+    """Of the installed diffusers: no menu of schedulers passes a word that is refused."""
+    diffusers = pytest.importorskip("diffusers")
+    kinds = [kind for name, kind in vars(diffusers.schedulers).items() if name.endswith("Scheduler")]
+    kinds = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")] or kinds
+    for kind in kinds:
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        names = [one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+        for ours in (DDIMScheduler, PNDMScheduler, LMSDiscreteScheduler):
+            fields = inspect.signature(ours.__init__).parameters
+            unknown = {
+                name for name in names if name != "self" and name not in fields and name not in arguments.SETTINGS
+            }
+            assert not unknown, f"{kind.__name__}: {unknown}"

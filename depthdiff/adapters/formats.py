@@ -388,7 +388,10 @@ def _pack_settings(settings: Mapping[str, Mapping[str, Any] | None]) -> dict[str
             raise TypeError(f"{component}_lora_adapter_metadata must be a dict or None, got {show(values)}")
         for name, value in (values or {}).items():
             flat[f"{component}.{name}"] = sorted(value) if isinstance(value, (set, frozenset)) else value
-    return {SETTINGS: json.dumps(flat, indent=2, sort_keys=True)} if flat else {}
+    try:
+        return {SETTINGS: json.dumps(flat, indent=2, sort_keys=True)} if flat else {}
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"lora_adapter_metadata must hold what JSON can: {error}") from error
 
 
 def lora_state(lora: Lora, networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -142,6 +142,8 @@ class Merging(DiffusionPipeline):
         """Change the adapters, and the weights with them, both or neither; the caller holds `self._turns`."""
         merged, own = self._merged, self._merged
         merges, changes = dict(merged.merges), []
+        if merged.shared:
+            self._refuse_half(state)
         for component, merge in merged.merges.items():
             network = self._host(component)
             if merge.network is not network:  # the user has replaced it
@@ -170,6 +172,16 @@ class Merging(DiffusionPipeline):
             self._merged = merged
             vars(merged).update(adapters=before[1], merges=before[2])
             raise
+
+    def _refuse_half(self, state: AdapterState) -> None:
+        """Refuse to change adapters where another pipeline has one of the two networks, and this one the other."""
+        for component, merge in self._merged.merges.items():
+            others = [name for name, one in self._merged.merges.items() if one.network is not self._host(name)]
+            if others and merge.network is self._host(component) and (merge.scales or state.scales(component)):
+                raise ValueError(
+                    f"{component} and its adapters are shared with another pipeline, {others[0]} is not: change the "
+                    f"adapters there, or give this pipeline a {component} of its own"
+                )
 
     def _at_scale(self, component: str, network: Any, scale: float | None) -> Any:
         """Return a network as a call uses it that takes the active adapters times `scale`."""

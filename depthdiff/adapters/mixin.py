@@ -69,7 +69,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             ValueError: the name is taken.
         """
         known = inspect.signature(self.load_lora_weights).parameters
-        token = sort_out("load_lora_weights", ADAPTER, unused, (), known).get("token", token)
+        token = sort_out("load_lora_weights", ADAPTER, {"token": token, **unused}, ("token",), known)["token"]
         check_text("adapter_name", adapter_name)
         name = self._free_name(adapter_name, hotswap)
         given = pretrained_model_name_or_path_or_dict
@@ -196,7 +196,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         Raises:
             ValueError: no adapter, an unknown one, or a result that is not finite; nothing has changed then.
         """
-        components = _check_components(components, unet=fuse_unet, text_encoder=fuse_text_encoder)
+        components = _check_components(components, fuse_unet=fuse_unet, fuse_text_encoder=fuse_text_encoder)
         lora_scale = check_number("lora_scale", lora_scale, -1e6, 1e6)
         check_flag("safe_fusing", safe_fusing)
         with self._turns.change("fuse_lora"):
@@ -219,7 +219,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
         unfuse_text_encoder: bool = True,
     ) -> None:
         """Remove fused adapters from the weights, bit for bit; arguments are those of `fuse_lora`."""
-        gone = _check_components(components, unet=unfuse_unet, text_encoder=unfuse_text_encoder)
+        gone = _check_components(components, unfuse_unet=unfuse_unet, unfuse_text_encoder=unfuse_text_encoder)
         with self._turns.change("unfuse_lora"):
             fused = {component: scales for component, scales in self._adapters.fused.items() if component not in gone}
             self._become(replace(self._adapters, fused=fused))
@@ -252,14 +252,15 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             save_function: called with tensors and path instead of writing.
             safe_serialization: False is ignored, with a warning: pickles are never written.
             unet_lora_adapter_metadata: the settings of peft, `LoraConfig.to_dict()`, without which alpha and ranks are
-                taken from the tensors alone.
+                taken from the tensors alone; not written by a `save_function`.
             text_encoder_lora_adapter_metadata: the same, of the text encoder.
 
         Raises:
             TypeError: settings that are not a dict of what JSON holds.
             ValueError: no layers, or keys that are not a LoRA's.
         """
-        warn_of_pickles(safe_serialization)
+        if save_function is None:
+            warn_of_pickles(safe_serialization)
         if transformer_lora_layers is not None:
             raise ValueError("transformer_lora_layers must be None: depth-to-image has a UNet")
         state = prefixed(unet_lora_layers, "unet") | prefixed(text_encoder_lora_layers, "text_encoder")
@@ -292,9 +293,10 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
 
 
 def _check_components(components: str | Sequence[str], **wanted: bool) -> list[str]:
-    """Return the names of components that are wanted."""
+    """Return the names of components but those that a flag such as `fuse_unet` leaves out."""
+    out = [name.partition("fuse_")[2] for name, flag in wanted.items() if not check_flag(name, flag)]
     names = check_names("components", components)
     for name in names or ["none"]:
         if name not in COMPONENTS:
             raise ValueError(f"components must be among {', '.join(COMPONENTS)}, got {name!r}")
-    return [name for name in names if check_flag(f"fuse_{name}", wanted[name])]
+    return [name for name in names if name not in out]

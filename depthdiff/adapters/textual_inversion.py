@@ -79,7 +79,8 @@ class TextualInversionLoaderMixin:
             ValueError: a word is known already, or words and sources do not pair.
         """
         known = inspect.signature(self.load_textual_inversion).parameters
-        hf_token = sort_out("load_textual_inversion", ADAPTER, unused, (), known).get("token", hf_token)
+        hub = {"token": hf_token, **unused}  # `token` is a word here, and the Hub's in the table of arguments
+        hf_token = sort_out("load_textual_inversion", ADAPTER, hub, ("token",), known)["token"]
         tokenizer, encoder = tokenizer or self.tokenizer, text_encoder or self.text_encoder
         given = pretrained_model_name_or_path
         sources: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]

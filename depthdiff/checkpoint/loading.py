@@ -258,9 +258,10 @@ class ConfigMixin:
             CheckpointError: the file is missing or damaged.
             TypeError: an unknown argument; not with `return_unused_kwargs`.
         """
-        strays = {name: value for name, value in kwargs.items() if name in HUB or not return_unused_kwargs}
-        rest = {name: value for name, value in kwargs.items() if name not in strays}
-        kwargs = rest | sort_out("load_config", HUB | CONFIGS, strays, HUB_ARGUMENTS)
+        known = {*HUB, *CONFIGS, *HUB_ARGUMENTS}
+        given = {name: value for name, value in kwargs.items() if name in known or not return_unused_kwargs}
+        rest = {name: value for name, value in kwargs.items() if name not in given}
+        kwargs = rest | sort_out("load_config", HUB | CONFIGS, given, HUB_ARGUMENTS)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         config = fetch_config(pretrained_model_name_or_path, cls.config_name, subfolder=subfolder, **hub)
         return (config, kwargs) if return_unused_kwargs else config

@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from types import FunctionType
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -155,7 +156,7 @@ class Attention(nn.Module):
     def _accepted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Select the arguments that the processor takes, and warn of others."""
         call: Any = self.processor
-        if not isinstance(call, FunctionType):
+        if not isinstance(call, (FunctionType, MethodType, partial)):
             call = call.forward if type(call).__call__ is nn.Module.__call__ else call.__call__
         parameters = inspect.signature(call).parameters
         if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):

@@ -146,7 +146,7 @@ class CLIPTokenizer:
             TypeError: an unknown argument.
         """
         known = inspect.signature(cls.from_pretrained).parameters
-        token = sort_out("from_pretrained", NO_WEIGHTS, unused, (), known).get("token", token)
+        token = sort_out("from_pretrained", NO_WEIGHTS, {"token": token, **unused}, ("token",), known)["token"]
         folder = fetch(
             pretrained_model_name_or_path, (), optional=FILES, subfolder=subfolder, revision=revision,
             cache_dir=cache_dir, token=token, local_files_only=local_files_only, force_download=force_download,
