@@ -388,7 +388,11 @@ def _pack_settings(settings: Mapping[str, Mapping[str, Any] | None]) -> dict[str
             raise TypeError(f"{component}_lora_adapter_metadata must be a dict or None, got {show(values)}")
         for name, value in (values or {}).items():
             flat[f"{component}.{name}"] = sorted(value) if isinstance(value, (set, frozenset)) else value
-    return {SETTINGS: json.dumps(flat, indent=2, sort_keys=True)} if flat else {}
+    try:
+        return {SETTINGS: json.dumps(flat, indent=2, sort_keys=True)} if flat else {}
+    except TypeError as error:
+        names = " and ".join(f"{component}_lora_adapter_metadata" for component, values in settings.items() if values)
+        raise TypeError(f"{names} must hold what JSON can, as LoraConfig.to_dict() does: {error}") from error
 
 
 def lora_state(lora: Lora, networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
