@@ -109,6 +109,7 @@ class DeviceMixin:
             device: where to work.
 
         Raises:
+            TypeError: not a device, or a `gpu_id` that is not a number.
             ValueError: a device that does not exist, or two different ones.
         """
         with self._turns.change("enable_model_cpu_offload"):
@@ -123,6 +124,7 @@ class DeviceMixin:
             device: where to work.
 
         Raises:
+            TypeError: not a device, or a `gpu_id` that is not a number.
             ValueError: a device that does not exist, or two different ones.
         """
         with self._turns.change("enable_sequential_cpu_offload"):

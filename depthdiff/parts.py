@@ -39,8 +39,7 @@ def parse_move(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, A
     """Read the arguments of `torch.nn.Module.to`: device, dtype, whether to wait, and memory format.
 
     Raises:
-        TypeError: no such arguments.
-        ValueError: an unknown device.
+        TypeError: no such arguments, or an unknown device.
     """
     for name, value in [*((f"argument {i}", value) for i, value in enumerate(args, 1)), *kwargs.items()]:
         if not isinstance(value, (str, torch.device, torch.dtype, torch.memory_format, torch.Tensor, bool, type(None))):

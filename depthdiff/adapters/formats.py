@@ -390,8 +390,9 @@ def _pack_settings(settings: Mapping[str, Mapping[str, Any] | None]) -> dict[str
             flat[f"{component}.{name}"] = sorted(value) if isinstance(value, (set, frozenset)) else value
     try:
         return {SETTINGS: json.dumps(flat, indent=2, sort_keys=True)} if flat else {}
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"lora_adapter_metadata must hold what JSON can: {error}") from error
+    except TypeError as error:
+        names = " and ".join(f"{component}_lora_adapter_metadata" for component, values in settings.items() if values)
+        raise TypeError(f"{names} must hold what JSON can, as LoraConfig.to_dict() does: {error}") from error
 
 
 def lora_state(lora: Lora, networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

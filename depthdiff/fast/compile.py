@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthdiff.checks import brief, check_flag
+from depthdiff.checks import brief, check_flag, show
 from depthdiff.fast.calls import ModuleCall, chain, put_on, take_off
 from depthdiff.fast.switch import networks_of
 
@@ -86,6 +86,8 @@ def compile(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {brief(mode)}")
+    if not isinstance(backend, str) and not callable(backend):
+        raise TypeError(f"backend must be the name of a backend of torch.compile, or a function, got {show(backend)}")
     options = {"fullgraph": check_flag("fullgraph", fullgraph), "mode": mode, "backend": backend}
     options["dynamic"] = None if dynamic is None else check_flag("dynamic", dynamic)
     for network in _compiled_networks(pipe):

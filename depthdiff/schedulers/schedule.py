@@ -52,9 +52,12 @@ def make_betas(
         `make_beta_schedule` (scaled_linear); arXiv:2102.09672, eq. 17 (squared cosine).
     """
     count = check_number("num_train_timesteps", num_train_timesteps, 1, MAX_LENGTH, whole=True)
-    betas = (beta_start, beta_end) if trained_betas is None else trained_betas
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"beta_start, beta_end and trained_betas must be in [0, 1), got {betas[:3]}")
+    betas = {"beta_start": beta_start, "beta_end": beta_end}
+    if trained_betas is not None:
+        betas = {f"trained_betas[{i}]": beta for i, beta in enumerate(trained_betas)}
+    for name, beta in betas.items():
+        if not 0 <= check_number(name, beta) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {beta}")
     if trained_betas is not None:
         if len(trained_betas) != count:
             raise ValueError(f"trained_betas must hold {count} numbers, got {len(trained_betas)}")

@@ -360,6 +360,7 @@ class CLIPTokenizer:
         Raises:
             ValueError: an unknown option, or texts of different lengths for one tensor.
         """
+        one_of("return_tensors", return_tensors, dict.fromkeys((None, "pt", "np")))
         rows = [[int(index) for index in row] for row in encoded_inputs["input_ids"]]
         return self._batch(rows, padding, self._limit(padding, max_length), return_tensors)
 
