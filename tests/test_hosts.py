@@ -1,6 +1,7 @@
 """Hosts of a pipeline: inference mode, threads, executors, processes, pipelines that share networks, memory."""
 
 import asyncio
+import copy
 import gc
 import multiprocessing
 import os
@@ -227,15 +228,45 @@ def test_pipelines_that_share_networks_have_the_same_adapters(pipe, little):
     assert torch.equal(paint(pipe, little), plain)
 
 
+def of_unet(adapter):
+    return {key: tensor for key, tensor in adapter.items() if key.startswith("unet")}
+
+
 def test_a_pipeline_that_gets_another_unet_leaves_the_others_their_adapters(pipe, little):
+    pipe.load_lora_weights(of_unet(lora(pipe, strength=1.0)), "a")
+    loaded, other = paint(pipe, little), silent(type(pipe).from_pipe(pipe))
+    other.unet = UNet2DConditionModel.from_config(pipe.unet.config)
+    other.load_lora_weights(of_unet(lora(pipe, 1)), "b")
+    assert list(pipe._adapters.loras) == ["a"] and list(other._adapters.loras) == ["a", "b"]
+    assert torch.equal(paint(pipe, little), loaded)
+    pipe.delete_adapters("a")
+    pipe.load_lora_weights(of_unet(lora(pipe, strength=1.0)), "a")
+    assert torch.equal(paint(pipe, little), loaded)
+
+
+@pytest.mark.parametrize("change", ["unload_lora_weights", "disable_lora", "load_lora_weights"])
+def test_a_network_that_both_have_keeps_the_adapters_of_the_other(change, pipe, little):
+    """A pipeline with a UNet of its own cannot take them out of the text encoder, nor add to it."""
     pipe.load_lora_weights(lora(pipe, strength=1.0), "a")
     loaded, other = paint(pipe, little), silent(type(pipe).from_pipe(pipe))
     other.unet = UNet2DConditionModel.from_config(pipe.unet.config)
-    other.load_lora_weights({key: x for key, x in lora(pipe, 1).items() if key.startswith("unet")}, "b")
-    assert list(pipe._adapters.loras) == ["a"] and list(other._adapters.loras) == ["a", "b"]
-    pipe.delete_adapters("a")
-    pipe.load_lora_weights(lora(pipe, strength=1.0), "a")
+    with pytest.raises(ValueError, match="text_encoder and its adapters are shared with another pipeline, unet is not"):
+        getattr(other, change)(*([lora(pipe, 1), "b"] if change == "load_lora_weights" else []))
     assert torch.equal(paint(pipe, little), loaded)
+    assert pipe.get_active_adapters() == ["a"]
+    other.text_encoder = copy.deepcopy(pipe.text_encoder)
+    other.load_lora_weights(lora(pipe, 1), "b")
+    assert torch.equal(paint(pipe, little), loaded)
+
+
+def test_offloading_is_on_for_both(pipe, little):
+    expected = paint(pipe, little)
+    pipe.enable_model_cpu_offload(device="cpu")
+    other = silent(type(pipe).from_pipe(pipe))
+    assert other.execution_device == pipe.execution_device
+    assert torch.equal(paint(other, little), expected)
+    with pytest.raises(ValueError, match="clashes with CPU offloading"):
+        other.to("cuda")
 
 
 def test_a_change_by_one_of_them_waits_for_the_calls_of_the_others(pipe, little):

@@ -391,11 +391,6 @@ CASES = {
     "add_adapter without peft": (lambda pipe: without_peft(pipe.unet), ImportError, "peft"),
     "delete_adapters": (lambda pipe: pipe.unet.delete_adapters("toy"), ValueError, "No adapter loaded"),
     "save_lora_adapter": (lambda pipe: pipe.unet.save_lora_adapter("unused", "toy"), ValueError, "No adapter loaded"),
-    "save_lora_adapter pickle": (
-        lambda pipe: pipe.unet.save_lora_adapter("unused", safe_serialization=False),
-        ValueError,
-        "safe_serialization must be True, got False",
-    ),
     "prepare_latents": (
         lambda pipe: pipe.prepare_latents(X[:, :3], torch.tensor([1]), 3, 1, torch.float32, torch.device("cpu")),
         ValueError,
