@@ -331,7 +331,7 @@ def test_offloading(pipe, photo, how):
 def test_offloading_to_a_device_that_does_not_exist(pipe, photo, how):
     """Is refused at once, and nothing has changed."""
     for arguments in ({"device": "second:3"}, {"device": "second", "gpu_id": 3}, {"device": "xpu"}):
-        with pytest.raises(ValueError, match="device must be one that exists, got "):
+        with pytest.raises(ValueError, match="device must be one that exists here, got "):
             getattr(pipe, how)(**arguments)
     assert pipe.execution_device.type == "cpu"
     pipe.to(ON)
