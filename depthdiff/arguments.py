@@ -6,9 +6,10 @@ docs/compatibility.md lists them all.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from depthdiff.checks import check_flag, nearest
@@ -30,6 +31,10 @@ def _ignored(*names: str, says: str) -> dict[str, Fate]:
     return dict.fromkeys(names, Fate("ignored", says))
 
 
+CODE = _ignored("trust_remote_code", "custom_revision", says="code of a repository is never run")
+CHECKER = _ignored("safety_checker", "requires_safety_checker", says="this pipeline has no safety checker")
+IMAGE_ENCODER = _ignored("image_encoder", says="this pipeline reads no picture as a prompt")
+
 HUB = {
     "use_auth_token": Fate("renamed", "token"),
     "resume_download": Fate("ignored", "downloads always resume"),
@@ -37,7 +42,7 @@ HUB = {
     "mirror": Fate("ignored", "mirrors are read from the environment variable HF_ENDPOINT"),
     "user_agent": Fate("ignored", "huggingface_hub names itself"),
     **_ignored("local_dir", "local_dir_use_symlinks", says="downloads are stored in cache_dir"),
-    **_ignored("trust_remote_code", "custom_revision", says="code of a repository is never run"),
+    **CODE,
 }
 """Arguments of every loader."""
 
@@ -52,8 +57,8 @@ WEIGHTS = HUB | {
 """Arguments of loaders of networks."""
 
 PIPELINE = WEIGHTS | {
-    **_ignored("safety_checker", "requires_safety_checker", says="this pipeline has no safety checker"),
-    "image_encoder": Fate("ignored", "this pipeline reads no picture as a prompt"),
+    **CHECKER,
+    **IMAGE_ENCODER,
     **_ignored("provider", "provider_options", "sess_options", says="networks run in PyTorch"),
     "load_connected_pipeline": Fate("ignored", "there is no second pipeline"),
     "custom_pipeline": Fate(
@@ -73,8 +78,8 @@ SINGLE_FILE = WEIGHTS | {
     "extract_ema": Fate("ignored", "the weights that the file holds for inference are read"),
     "use_safetensors": Fate("ignored", "the file's name says which kind it is"),
     "model_type": Fate("ignored", "the file is read as a depth-to-image checkpoint"),
-    **_ignored("load_safety_checker", "safety_checker", "requires_safety_checker",
-               says="this pipeline has no safety checker"),
+    **_ignored("load_safety_checker", says="this pipeline has no safety checker"),
+    **CHECKER,
 }  # fmt: skip
 """Arguments of `from_single_file`."""
 
@@ -106,9 +111,9 @@ SAVING = {
 """Arguments of `save_pretrained`."""
 
 SHARING = {
-    **_ignored("safety_checker", "requires_safety_checker", says="this pipeline has no safety checker"),
-    "image_encoder": Fate("ignored", "this pipeline reads no picture as a prompt"),
-    **_ignored("trust_remote_code", "custom_revision", says="code of a repository is never run"),
+    **CHECKER,
+    **IMAGE_ENCODER,
+    **CODE,
     "custom_pipeline": Fate("refused", "no downloaded code is run; call from_pipe of your own class"),
 }
 """Arguments of `from_pipe`."""
@@ -156,28 +161,24 @@ def warn_of_pickles(safe_serialization: object) -> None:
 
 
 def sort_out(
-    door: str,
-    fates: Mapping[str, Fate],
-    given: Mapping[str, Any],
-    known: Iterable[str] = (),
-    parameters: Iterable[str] = (),
+    function: Callable[..., Any], fates: Mapping[str, Fate], given: Mapping[str, Any], known: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Select the arguments that count, and say once of each other one what becomes of it.
 
     Args:
-        door: the name of the function, for messages.
+        function: which got them; for messages.
         fates: of the arguments of diffusers that may be given.
-        given: the arguments for which `door` has no parameter.
+        given: the arguments that `function` leaves to this; first those that have an old name.
         known: names that count.
-        parameters: names of the function's other arguments, for suggestions.
 
     Returns:
         Those that are known or renamed, by their names here.
 
     Raises:
-        TypeError: a name that nobody knows; the nearest known one is suggested.
+        TypeError: an unknown name; the nearest known one is suggested.
         ValueError: an argument that is refused.
     """
+    door = "the pipeline" if function.__name__ == "__call__" else function.__name__
     known = tuple(known)
     kept = {}
     for name, value in given.items():
@@ -185,7 +186,8 @@ def sort_out(
             kept[name] = value
             continue
         if name not in fates:
-            raise TypeError(f"{door} got an unknown argument {name!r}{nearest(name, [*known, *parameters, *fates])}")
+            every = [*known, *inspect.signature(function).parameters, *fates]
+            raise TypeError(f"{door} got an unknown argument {name!r}{nearest(name, every)}")
         kind, says = fates[name]
         if value is None or (value is False and name != "low_cpu_mem_usage"):
             continue

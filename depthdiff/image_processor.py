@@ -5,7 +5,6 @@ Letters: B images, H and W of the resized ones.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -161,8 +160,7 @@ class DPTImageProcessor:
             CheckpointError: the file is missing or damaged, or belongs to another kind of processor.
             TypeError: an unknown argument.
         """
-        known = inspect.signature(cls.from_pretrained).parameters
-        token = sort_out("from_pretrained", NO_WEIGHTS, {"token": token, **unused}, ("token",), known)["token"]
+        token = sort_out(cls.from_pretrained, NO_WEIGHTS, {"token": token, **unused}, ("token",))["token"]
         folder = fetch(
             pretrained_model_name_or_path, (FILE,), subfolder=subfolder, revision=revision, cache_dir=cache_dir,
             token=token, local_files_only=local_files_only, force_download=force_download,
@@ -179,7 +177,7 @@ class DPTImageProcessor:
         Raises:
             TypeError: an unknown argument.
         """
-        sort_out("save_pretrained", SAVING, unused)
+        sort_out(self.save_pretrained, SAVING, unused)
         folder = check_folder("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         values = {**self.config.to_dict(), "image_processor_type": "DPTImageProcessor"}

@@ -15,7 +15,6 @@ Letters: B pictures (prompts or images, times `num_images_per_prompt`), L tokens
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -213,8 +212,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             ValueError: a value out of range, or arguments that do not fit each other.
             FloatingPointError: NaN or infinity in the work; names the stage that they come from.
         """
-        known = inspect.signature(StableDiffusionDepth2ImgPipeline.__call__).parameters
-        sort_out("the pipeline", CALL, unknown, (), known)
+        sort_out(StableDiffusionDepth2ImgPipeline.__call__, CALL, unknown)
         callback_steps, names = check_callbacks(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import threading
@@ -140,7 +139,7 @@ class DiffusionPipeline(DeviceMixin):
             TypeError: an unknown argument, or not a pipeline or a component.
             ValueError: an argument that is refused, or components that do not fit each other.
         """
-        components = sort_out("from_pipe", SHARING, components, cls.NAMES)
+        components = sort_out(cls.from_pipe, SHARING, components, cls.NAMES)
         shared = getattr(pipeline, "components", None)
         if not isinstance(shared, Mapping):
             raise TypeError(f"pipeline must be one, with components, got {show(pipeline)}")
@@ -211,9 +210,8 @@ class DiffusionPipeline(DeviceMixin):
         """
         for name in components.keys() & set(cls.NAMES):
             check_part(name, components[name])
-        known = inspect.signature(cls.from_pretrained).parameters
         given = {"token": token, **components}
-        components = sort_out("from_pretrained", PIPELINE, given, (*cls.NAMES, "token"), known)
+        components = sort_out(cls.from_pretrained, PIPELINE, given, (*cls.NAMES, "token"))
         token = components.pop("token")
         device = read_device_map(device_map)
         if pretrained_model_name_or_path is None:
@@ -268,7 +266,7 @@ class DiffusionPipeline(DeviceMixin):
             TypeError: an unknown argument, or one of a wrong type.
             ValueError: `push_to_hub`, or a size or variant that no file can have.
         """
-        sort_out("save_pretrained", SAVING, unused, (), inspect.signature(self.save_pretrained).parameters)
+        sort_out(self.save_pretrained, SAVING, unused)
         with self._turns.use():
             save_components(
                 self._saved(),

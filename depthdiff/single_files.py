@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,9 +92,8 @@ class FromSingleFileMixin(DiffusionPipeline):
             ValueError: `prediction_type` or `scheduler_type` beside a scheduler, `scaling_factor` beside a `vae`, an
                 unknown type, an argument that is refused, or components that do not fit each other.
         """
-        known = inspect.signature(cls.from_single_file).parameters
         given = {"token": token, "config": config, **components}
-        components = sort_out("from_single_file", SINGLE_FILE, given, (*cls.NAMES, "token", "config"), known)
+        components = sort_out(cls.from_single_file, SINGLE_FILE, given, (*cls.NAMES, "token", "config"))
         token, config = components.pop("token"), components.pop("config")
         kind = _scheduler_class(scheduler_type, "scheduler" in components)
         factor = None if scaling_factor is None else check_number("scaling_factor", scaling_factor, 1e-6, 1e6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import os
@@ -68,8 +67,7 @@ class LoraLoaderMixin(TextualInversionLoaderMixin, Merging):
             TypeError: an unknown argument.
             ValueError: the name is taken.
         """
-        known = inspect.signature(self.load_lora_weights).parameters
-        token = sort_out("load_lora_weights", ADAPTER, {"token": token, **unused}, ("token",), known)["token"]
+        token = sort_out(self.load_lora_weights, ADAPTER, {"token": token, **unused}, ("token",))["token"]
         check_text("adapter_name", adapter_name)
         name = self._free_name(adapter_name, hotswap)
         given = pretrained_model_name_or_path_or_dict

@@ -8,7 +8,6 @@ Letters: n vectors of a word, C channels of the text encoder.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -78,9 +77,8 @@ class TextualInversionLoaderMixin:
             TypeError: an unknown argument.
             ValueError: a word is known already, or words and sources do not pair.
         """
-        known = inspect.signature(self.load_textual_inversion).parameters
         hub = {"token": hf_token, **unused}  # `token` is a word here, and the Hub's in the table of arguments
-        hf_token = sort_out("load_textual_inversion", ADAPTER, hub, ("token",), known)["token"]
+        hf_token = sort_out(self.load_textual_inversion, ADAPTER, hub, ("token",))["token"]
         tokenizer, encoder = tokenizer or self.tokenizer, text_encoder or self.text_encoder
         given = pretrained_model_name_or_path
         sources: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]

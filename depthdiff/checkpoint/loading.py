@@ -223,7 +223,7 @@ class ConfigMixin:
         values = {key: value for key, value in config.items() if key not in defaulted and key != DEFAULTED}
         unused = {key: value for key, value in kwargs.items() if key not in fields}
         if not return_unused_kwargs:
-            sort_out("from_config", SETTINGS, unused, (), fields)
+            sort_out(cls.from_config, SETTINGS, unused, fields)
         values |= {key: value for key, value in kwargs.items() if key in fields}
         foreign = {key: values.pop(key) for key in list(values) if key not in fields}
         try:
@@ -261,7 +261,7 @@ class ConfigMixin:
         known = {*HUB, *CONFIGS, *HUB_ARGUMENTS}
         given = {name: value for name, value in kwargs.items() if name in known or not return_unused_kwargs}
         rest = {name: value for name, value in kwargs.items() if name not in given}
-        kwargs = rest | sort_out("load_config", HUB | CONFIGS, given, HUB_ARGUMENTS)
+        kwargs = rest | sort_out(cls.load_config, HUB | CONFIGS, given, HUB_ARGUMENTS)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         config = fetch_config(pretrained_model_name_or_path, cls.config_name, subfolder=subfolder, **hub)
         return (config, kwargs) if return_unused_kwargs else config
@@ -278,7 +278,7 @@ class ConfigMixin:
             TypeError: an unknown argument.
             ValueError: `push_to_hub` is True.
         """
-        sort_out("save_config", SAVING, {"push_to_hub": push_to_hub, **unused})
+        sort_out(self.save_config, SAVING, {"push_to_hub": push_to_hub, **unused})
         folder = check_folder("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / self.config_name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -125,7 +124,7 @@ class Network(nn.Module):
             ValueError: an argument that is refused.
         """
         known = (*HUB_ARGUMENTS, *cls._config_fields())
-        kwargs = sort_out("from_pretrained", WEIGHTS, kwargs, known, inspect.signature(cls.from_pretrained).parameters)
+        kwargs = sort_out(cls.from_pretrained, WEIGHTS, kwargs, known)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         device = read_device_map(device_map)
         loaded = load_model(
@@ -175,9 +174,8 @@ class Network(nn.Module):
             TypeError: an unknown argument.
             ValueError: an argument that is refused.
         """
-        known = inspect.signature(cls.from_single_file).parameters
         own = {"scaling_factor"} & set(cls._config_fields())
-        hub = sort_out("from_single_file", SINGLE_FILE, hub, (*HUB_ARGUMENTS, *own), known)
+        hub = sort_out(cls.from_single_file, SINGLE_FILE, hub, (*HUB_ARGUMENTS, *own))
         settings = {name: check_number(name, hub.pop(name), 1e-6, 1e6) for name in own & hub.keys()}
         place = read_device_map(device if device_map is None else device_map)
         loaded: Self = load_single_model(
@@ -217,8 +215,7 @@ class Network(nn.Module):
             TypeError: an unknown argument, or one of a wrong type.
             ValueError: `push_to_hub`, or a size or variant that no file can have.
         """
-        given, known = {"save_function": save_function, **unused}, inspect.signature(self.save_pretrained).parameters
-        sort_out("save_pretrained", SAVING, given, (), known)
+        sort_out(self.save_pretrained, SAVING, {"save_function": save_function, **unused})
         if check_flag("is_main_process", is_main_process):
             save_model(
                 self, save_directory, safe_serialization=safe_serialization, variant=variant,

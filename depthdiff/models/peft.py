@@ -5,7 +5,6 @@ Adapters from files, merged into the weights, are in `depthdiff.adapters`.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -211,8 +210,7 @@ class PeftAdapterMixin:
             TypeError: an unknown argument.
             ValueError: the name is in use.
         """
-        known = inspect.signature(self.load_lora_adapter).parameters
-        hub = sort_out("load_lora_adapter", ADAPTER, hub, HUB_ARGUMENTS, known)
+        hub = sort_out(self.load_lora_adapter, ADAPTER, hub, HUB_ARGUMENTS)
         refuse_values("load_lora_adapter", hotswap=(hotswap, False))
         given, settings, source = pretrained_model_name_or_path_or_dict, {}, "the dict given"
         if not isinstance(given, Mapping):

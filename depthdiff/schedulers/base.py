@@ -282,7 +282,7 @@ class SchedulerMixin(ConfigMixin, ABC):
         """
         if not return_unused_kwargs:
             known = (*HUB_ARGUMENTS, *constructor_fields(cls))
-            kwargs = sort_out("from_pretrained", NO_WEIGHTS | SETTINGS, kwargs, known)
+            kwargs = sort_out(cls.from_pretrained, NO_WEIGHTS | SETTINGS, kwargs, known)
         loaded: Any = cls.load_config(pretrained_model_name_or_path, True, subfolder=subfolder, **kwargs)
         config, rest = loaded
         return cls.from_config(config, return_unused_kwargs, **rest)

@@ -5,7 +5,6 @@ Letters: B prompts, L tokens.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -145,8 +144,7 @@ class CLIPTokenizer:
             CheckpointError: a file is missing or damaged.
             TypeError: an unknown argument.
         """
-        known = inspect.signature(cls.from_pretrained).parameters
-        token = sort_out("from_pretrained", NO_WEIGHTS, {"token": token, **unused}, ("token",), known)["token"]
+        token = sort_out(cls.from_pretrained, NO_WEIGHTS, {"token": token, **unused}, ("token",))["token"]
         folder = fetch(
             pretrained_model_name_or_path, (), optional=FILES, subfolder=subfolder, revision=revision,
             cache_dir=cache_dir, token=token, local_files_only=local_files_only, force_download=force_download,
@@ -163,7 +161,7 @@ class CLIPTokenizer:
         Raises:
             TypeError: an unknown argument.
         """
-        sort_out("save_pretrained", SAVING, unused)
+        sort_out(self.save_pretrained, SAVING, unused)
         check_path("save_directory", save_directory)
         write_tokenizer(self, save_directory)
 
