@@ -27,11 +27,10 @@ from depthdiff.checkpoint.weights import check_variant
 from depthdiff.checkpoint.write import check_target, try_to_write
 from depthdiff.checks import best_device, check_device, check_number
 from depthdiff.conditioning import cut_words
-from depthdiff.config import constructor_fields
 from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
 from depthdiff.inputs import LARGEST_SCALE
 from depthdiff.inspect_checkpoint import inspect
-from depthdiff.options import DTYPES, MAX_IMAGES, MAX_SIZE, MAX_STEPS, SCHEDULERS, SHORTCUT_HELP, build_parser
+from depthdiff.options import DTYPES, MAX_IMAGES, MAX_SIZE, MAX_STEPS, SHORTCUT_HELP, build_parser
 from depthdiff.picture_files import (
     MAX_PIXELS,
     check_text,
@@ -50,7 +49,7 @@ from depthdiff.process import (
     keep_freed_buffers,
     lenient_streams,
 )
-from depthdiff.schedulers.base import SchedulerMixin
+from depthdiff.registry import SCHEDULERS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -269,7 +268,7 @@ def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> S
         where: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": options.offline}
         if options.model.endswith(SUFFIXES) and not Path(options.model).is_dir():
             pipe = StableDiffusionDepth2ImgPipeline.from_single_file(
-                options.model, prediction_type=options.prediction_type, **where
+                options.model, prediction_type=options.prediction_type, scheduler_type=options.scheduler, **where
             )
         else:
             if options.scheduler is not None:  # wins over the checkpoint's, also where that is not implemented
@@ -284,30 +283,23 @@ def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> S
         pipe.set_adapters(names, [lora_weight(text) for text in options.lora])
     for file, word in map(split_option, options.embedding):
         pipe.load_textual_inversion(file, word, local_files_only=options.offline)
-    if options.scheduler is not None and type(pipe.scheduler) is not SCHEDULERS[options.scheduler]:
-        pipe.scheduler = SCHEDULERS[options.scheduler].from_config(pipe.scheduler.config)
     return pipe
 
 
-def read_scheduler(options: argparse.Namespace) -> SchedulerMixin:
+def read_scheduler(options: argparse.Namespace) -> Any:
     """Build the chosen solver from the settings of the checkpoint's, whatever class that is."""
     kind = SCHEDULERS[options.scheduler]
-    loaded: Any = kind.load_config(options.model, subfolder="scheduler", local_files_only=options.offline)
-    made: Any = kind.from_config({key: value for key, value in loaded.items() if key in constructor_fields(kind)})
-    return made
+    return kind.from_config(kind.load_config(options.model, subfolder="scheduler", local_files_only=options.offline))
 
 
 def warn_of_cut_prompts(options: argparse.Namespace, pipe: StableDiffusionDepth2ImgPipeline) -> None:
     """Say which words of the prompts are beyond what the text encoder reads."""
     for name in ("prompt", "negative_prompt"):
         text = str(pipe.maybe_convert_prompt(getattr(options, name) or "", pipe.tokenizer))
-        lost = cut_words(text, pipe.tokenizer, pipe.text_encoder.config.max_position_embeddings)
-        if lost:
-            most = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings) - 2
-            print(
-                f"depthdiff: the {name.replace('_', ' ')} is longer than {most} tokens; not read: {lost}",
-                file=sys.stderr,
-            )
+        length = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
+        if lost := cut_words(text, pipe.tokenizer, length):
+            which = name.replace("_", " ")
+            print(f"depthdiff: the {which} is longer than {length - 2} tokens; not read: {lost}", file=sys.stderr)
 
 
 def shortcuts(options: argparse.Namespace) -> Approximations:

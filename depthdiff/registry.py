@@ -34,12 +34,15 @@ from depthdiff.schedulers.pndm import PNDMScheduler
 from depthdiff.tokenizer import CLIPTokenizer
 from depthdiff.tokenizer import files as tokenizer_files
 
+SCHEDULERS: dict[str, Any] = {"pndm": PNDMScheduler, "ddim": DDIMScheduler, "lms": LMSDiscreteScheduler}
+"""Short name, of the command and of old arguments -> our class."""
+
 COMPONENT_CLASSES: dict[str, dict[str, Any]] = {
     "vae": {"AutoencoderKL": AutoencoderKL},
     "text_encoder": {"CLIPTextModel": CLIPTextModel},
     "tokenizer": dict.fromkeys(("CLIPTokenizer", "CLIPTokenizerFast"), CLIPTokenizer),
     "unet": {"UNet2DConditionModel": UNet2DConditionModel},
-    "scheduler": {kind.__name__: kind for kind in (PNDMScheduler, DDIMScheduler, LMSDiscreteScheduler)},
+    "scheduler": {kind.__name__: kind for kind in SCHEDULERS.values()},
     "depth_estimator": {"DPTForDepthEstimation": DPTForDepthEstimation},
     "feature_extractor": dict.fromkeys(
         ("DPTImageProcessor", "DPTImageProcessorFast", "DPTImageProcessorPil", "DPTFeatureExtractor"), DPTImageProcessor

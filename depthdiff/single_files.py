@@ -26,9 +26,7 @@ from depthdiff.checks import brief, check_number, read_device_map
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.pipeline_utils import DiffusionPipeline
-from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class, computing_dtype
-from depthdiff.schedulers.ddim import DDIMScheduler
-from depthdiff.schedulers.lms import LMSDiscreteScheduler
+from depthdiff.registry import CLASSES, COMPONENT_CLASSES, SCHEDULERS, component_class, computing_dtype
 from depthdiff.schedulers.pndm import PNDMScheduler
 from depthdiff.tokenizer import clip_tokenizer
 
@@ -174,12 +172,11 @@ def _scheduler_class(name: str | None, given: bool) -> Any:
     """Return the class that `scheduler_type` names; `given` says whether there is a scheduler already."""
     if name is None:
         return None
-    kinds = {"pndm": PNDMScheduler, "ddim": DDIMScheduler, "lms": LMSDiscreteScheduler}
-    if not isinstance(name, str) or name not in kinds:
-        raise ValueError(f"scheduler_type must be one of {', '.join(kinds)}, got {brief(name)}")
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        raise ValueError(f"scheduler_type must be one of {', '.join(SCHEDULERS)}, got {brief(name)}")
     if given:
         raise ValueError("scheduler_type and scheduler both say which solver to use; give one of them")
-    return kinds[name]
+    return SCHEDULERS[name]
 
 
 def load_single_components(
