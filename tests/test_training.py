@@ -121,16 +121,19 @@ def test_both_load_the_result(results, kind):
     assert np.abs(pictures[0] - paint(before, prompt)).max() > 10 * PICTURES
 
 
+def run_again(results, kind, photos, out, *more):
+    """Run a program with the options of `results` and others; return its losses."""
+    program, options = PROGRAMS[kind]
+    if kind == "dreambooth":
+        options = [*options, "--class-photos", str(results[kind][0] / "class")]
+    return program.main([str(photos), str(out), *options, *QUICK, *more])
+
+
 @pytest.mark.parametrize("kind", PROGRAMS)
 def test_going_on_from_a_checkpoint(results, photos, tmp_path, kind):
     """The last two steps alone give the weights and losses of all four."""
     folder, losses = results[kind]
-    program, options = PROGRAMS[kind]
-    if kind == "dreambooth":
-        options = [*options, "--class-photos", str(folder / "class")]
-    again = program.main(
-        [str(photos), str(tmp_path), *options, *QUICK, "--steps", "4", "--resume", str(folder / "checkpoint-2")]
-    )
+    again = run_again(results, kind, photos, tmp_path, "--steps", "4", "--resume", str(folder / "checkpoint-2"))
     assert again == losses[2:]
     expected, found = tensors(folder), tensors(tmp_path)
     assert expected.keys() == found.keys() and expected
@@ -139,11 +142,8 @@ def test_going_on_from_a_checkpoint(results, photos, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", PROGRAMS)
 def test_computing_layers_again_changes_no_loss(results, photos, tmp_path, kind):
-    folder, losses = results[kind]
-    program, options = PROGRAMS[kind]
-    if kind == "dreambooth":
-        options = [*options, "--class-photos", str(folder / "class")]
-    again = program.main([str(photos), str(tmp_path), *options, *QUICK, "--steps", "2", "--checkpointing"])
+    losses = results[kind][1]
+    again = run_again(results, kind, photos, tmp_path, "--steps", "2", "--checkpointing")
     assert again == pytest.approx(losses[:2], abs=1e-6)  # observed: equal
 
 

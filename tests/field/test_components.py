@@ -19,27 +19,19 @@ from torch.ao.quantization import quantize_dynamic
 
 import depthdiff
 from depthdiff import fast
+from tests.parity.both import load_both, paint
 
 TOLERANCE = 2e-3  # of full range; observed: at most 5e-5 where nothing else is said
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_folder):
-    packages = (depthdiff, diffusers)
-    pipes = [one.StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder) for one in packages]
-    for pipe in pipes:
-        pipe.set_progress_bar_config(disable=True)
-    return pipes
+    return load_both(tiny_folder)
 
 
 @pytest.fixture
 def pair(loaded):
     return [copy.deepcopy(pipe) for pipe in loaded]
-
-
-def paint(pipe, photo, **options):
-    call = {"prompt": "two tigers", "image": photo, "num_inference_steps": 4, "strength": 0.8, "output_type": "np"}
-    return pipe(**{**call, **options}, generator=torch.Generator().manual_seed(0)).images
 
 
 def close(pair, photo, other=None, **options):

@@ -7,6 +7,7 @@ import torch
 
 import depthdiff
 from tests import second_device
+from tests.parity.both import load_both
 
 second_device.install()
 CLOSE = 1e-4  # of pictures in [0, 1]; observed: at most 8e-6
@@ -14,12 +15,8 @@ CLOSE = 1e-4  # of pictures in [0, 1]; observed: at most 8e-6
 
 @pytest.fixture(scope="module")
 def pair(tiny_folder):
-    pipes = [
-        package.StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder, local_files_only=True)
-        for package in (depthdiff, diffusers)
-    ]
+    pipes = load_both(tiny_folder)
     for pipe in pipes:
-        pipe.set_progress_bar_config(disable=True)
         pipe.to("second")
     return pipes
 

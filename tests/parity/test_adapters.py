@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import depthdiff
 from tests.adapters import SPELLINGS, conv_layers, linear_layers, pairs, spell
+from tests.parity.both import load_both
 
 TOLERANCE = 2e-3  # of full range
 
@@ -24,13 +25,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def pair(folder):
     """Both pipelines, fresh."""
-    pipes = [
-        package.StableDiffusionDepth2ImgPipeline.from_pretrained(folder, local_files_only=True)
-        for package in (depthdiff, diffusers)
-    ]
-    for pipe in pipes:
-        pipe.set_progress_bar_config(disable=True)
-    return pipes
+    return load_both(folder)
 
 
 def picture(pipe, photo, prompt="two tigers", **more):

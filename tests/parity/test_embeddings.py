@@ -1,24 +1,17 @@
 """Embeddings of any length beside a prompt given as text: it is read at their length, as in diffusers."""
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 
-import depthdiff
+from tests.parity.both import load_both
 
 TOLERANCE = 2e-3  # of full range; observed: at most 2e-6
 
 
 @pytest.fixture(scope="module")
 def pair(tiny_folder):
-    pipes = [
-        package.StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder, local_files_only=True)
-        for package in (depthdiff, diffusers)
-    ]
-    for pipe in pipes:
-        pipe.set_progress_bar_config(disable=True)
-    return pipes
+    return load_both(tiny_folder)
 
 
 def embeds(pipe, length, batch=2):

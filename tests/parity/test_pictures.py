@@ -10,6 +10,7 @@ from PIL import Image
 from random_checkpoint import build_pipeline
 
 import depthdiff
+from tests.parity.both import load_both
 
 TOLERANCE = 2e-3  # of full range; observed: at most 2e-5
 STEPS = 6
@@ -20,12 +21,7 @@ def pair(request, tmp_path_factory):
     """One checkpoint, written by us, loaded by both."""
     folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
     build_pipeline(request.param).save_pretrained(folder)
-    pipes = [
-        package.StableDiffusionDepth2ImgPipeline.from_pretrained(folder, local_files_only=True)
-        for package in (depthdiff, diffusers)
-    ]
-    for pipe in pipes:
-        pipe.set_progress_bar_config(disable=True)
+    pipes = load_both(folder)
     # diffusers 0.42 looks for the final norm, which clip_skip needs, where transformers 4 had it
     pipes[1].text_encoder.__dict__["text_model"] = pipes[1].text_encoder
     return pipes

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import depthdiff
 from depthdiff import fast
+from tests.parity.both import load_both, paint
 
 TOLERANCE = 2e-3  # of full range; observed: at most 3e-5
 
@@ -31,23 +32,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    packages = (depthdiff, diffusers)
-    pipes = [one.StableDiffusionDepth2ImgPipeline.from_pretrained(folder, local_files_only=True) for one in packages]
-    for pipe in pipes:
-        pipe.set_progress_bar_config(disable=True)
-    return pipes
+    return load_both(folder)
 
 
 @pytest.fixture
 def pair(loaded):
     """Fresh copies, whose networks may be patched."""
     return [copy.deepcopy(pipe) for pipe in loaded]
-
-
-def paint(pipe, photo, **options):
-    call = {"prompt": "two tigers", "image": photo, "num_inference_steps": 4, "strength": 0.8, "output_type": "np"}
-    generator = torch.Generator().manual_seed(0)
-    return pipe(**{**call, **options}, generator=generator).images
 
 
 def close(one, two):
