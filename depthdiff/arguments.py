@@ -1,6 +1,6 @@
 """Arguments that diffusers takes, or took in 0.26.3, and that this package has under another name or not at all.
 
-Each has one fate: it is renamed, ignored with a warning that says what happens instead, or refused with a remedy.
+Each is renamed, ignored with a warning that says what happens instead, or refused with a remedy.
 docs/compatibility.md lists them all.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from depthdiff.checks import check_flag, nearest
 
 
-class Fate(NamedTuple):
+class Handling(NamedTuple):
     """What becomes of an argument.
 
     Attributes:
@@ -27,8 +27,8 @@ class Fate(NamedTuple):
     says: str
 
 
-def _ignored(*names: str, says: str) -> dict[str, Fate]:
-    return dict.fromkeys(names, Fate("ignored", says))
+def _ignored(*names: str, says: str) -> dict[str, Handling]:
+    return dict.fromkeys(names, Handling("ignored", says))
 
 
 CODE = _ignored("trust_remote_code", "custom_revision", says="code of a repository is never run")
@@ -36,11 +36,11 @@ CHECKER = _ignored("safety_checker", "requires_safety_checker", says="this pipel
 IMAGE_ENCODER = _ignored("image_encoder", says="this pipeline reads no picture as a prompt")
 
 HUB = {
-    "use_auth_token": Fate("renamed", "token"),
-    "resume_download": Fate("ignored", "downloads always resume"),
-    "proxies": Fate("ignored", "proxies are read from the environment variable HTTPS_PROXY"),
-    "mirror": Fate("ignored", "mirrors are read from the environment variable HF_ENDPOINT"),
-    "user_agent": Fate("ignored", "huggingface_hub names itself"),
+    "use_auth_token": Handling("renamed", "token"),
+    "resume_download": Handling("ignored", "downloads always resume"),
+    "proxies": Handling("ignored", "proxies are read from the environment variable HTTPS_PROXY"),
+    "mirror": Handling("ignored", "mirrors are read from the environment variable HF_ENDPOINT"),
+    "user_agent": Handling("ignored", "huggingface_hub names itself"),
     **_ignored("local_dir", "local_dir_use_symlinks", says="downloads are stored in cache_dir"),
     **CODE,
 }
@@ -49,10 +49,10 @@ HUB = {
 WEIGHTS = HUB | {
     **_ignored("max_memory", "offload_folder", "offload_state_dict", says="weights are mapped from their files"),
     **_ignored("use_flashpack", "flashpack_kwargs", says="weights are read from safetensors or pickles"),
-    "parallel_config": Fate("ignored", "a network works on one device"),
-    "from_flax": Fate("refused", "convert the weights to safetensors with diffusers"),
-    "quantization_config": Fate("refused", "load without it, and quantize the network afterwards"),
-    "ignore_mismatched_sizes": Fate("refused", "build the network from its config, and load what fits"),
+    "parallel_config": Handling("ignored", "a network works on one device"),
+    "from_flax": Handling("refused", "convert the weights to safetensors with diffusers"),
+    "quantization_config": Handling("refused", "load without it, and quantize the network afterwards"),
+    "ignore_mismatched_sizes": Handling("refused", "build the network from its config, and load what fits"),
 }
 """Arguments of loaders of networks."""
 
@@ -60,12 +60,12 @@ PIPELINE = WEIGHTS | {
     **CHECKER,
     **IMAGE_ENCODER,
     **_ignored("provider", "provider_options", "sess_options", says="networks run in PyTorch"),
-    "load_connected_pipeline": Fate("ignored", "there is no second pipeline"),
-    "custom_pipeline": Fate(
+    "load_connected_pipeline": Handling("ignored", "there is no second pipeline"),
+    "custom_pipeline": Handling(
         "refused", "write a subclass of StableDiffusionDepth2ImgPipeline; no downloaded code is run"
     ),
-    "use_onnx": Fate("refused", "load the PyTorch weights; torch.onnx.export writes ONNX"),
-    "dduf_file": Fate("refused", "unpack the archive, and name the folder"),
+    "use_onnx": Handling("refused", "load the PyTorch weights; torch.onnx.export writes ONNX"),
+    "dduf_file": Handling("refused", "unpack the archive, and name the folder"),
 }
 """Arguments of `StableDiffusionDepth2ImgPipeline.from_pretrained`."""
 
@@ -73,11 +73,11 @@ SINGLE_FILE = WEIGHTS | {
     **_ignored("original_config", "original_config_file", "image_size", "num_in_channels", "upcast_attention",
                says="the geometry is inferred from the shapes of the weights"),
     **_ignored("low_cpu_mem_usage", "disable_mmap", says="weights that keep their dtype are mapped, others copied"),
-    "config_file": Fate("renamed", "config"),
-    "config_revision": Fate("ignored", "the config is read at its repository's main branch"),
-    "extract_ema": Fate("ignored", "the weights that the file holds for inference are read"),
-    "use_safetensors": Fate("ignored", "the file's name says which kind it is"),
-    "model_type": Fate("ignored", "the file is read as a depth-to-image checkpoint"),
+    "config_file": Handling("renamed", "config"),
+    "config_revision": Handling("ignored", "the config is read at its repository's main branch"),
+    "extract_ema": Handling("ignored", "the weights that the file holds for inference are read"),
+    "use_safetensors": Handling("ignored", "the file's name says which kind it is"),
+    "model_type": Handling("ignored", "the file is read as a depth-to-image checkpoint"),
     **_ignored("load_safety_checker", says="this pipeline has no safety checker"),
     **CHECKER,
 }  # fmt: skip
@@ -85,10 +85,10 @@ SINGLE_FILE = WEIGHTS | {
 
 ADAPTER = HUB | {
     **_ignored("network_alphas", "unet_config", "metadata", says="an adapter's settings are read from its file"),
-    "return_lora_metadata": Fate("ignored", "nothing is returned"),
-    "low_cpu_mem_usage": Fate("ignored", "an adapter is in memory once"),
-    "load_into_transformer_2": Fate("ignored", "depth-to-image has a UNet"),
-    "use_safetensors": Fate("ignored", "the file's name says which kind it is"),
+    "return_lora_metadata": Handling("ignored", "nothing is returned"),
+    "low_cpu_mem_usage": Handling("ignored", "an adapter is in memory once"),
+    "load_into_transformer_2": Handling("ignored", "depth-to-image has a UNet"),
+    "use_safetensors": Handling("ignored", "the file's name says which kind it is"),
 }
 """Arguments of `load_lora_weights`, `load_textual_inversion` and `load_lora_adapter`."""
 
@@ -99,14 +99,14 @@ NO_WEIGHTS = HUB | {
 }  # fmt: skip
 """Arguments of `from_pretrained` of tokenizers, preprocessors and schedulers."""
 
-CONFIGS = {"return_commit_hash": Fate("refused", "huggingface_hub.model_info names the commit")}
+CONFIGS = {"return_commit_hash": Handling("refused", "huggingface_hub.model_info names the commit")}
 """Arguments of `load_config` beside those of `HUB`."""
 
 SAVING = {
-    "push_to_hub": Fate("refused", "upload the saved folder with huggingface_hub"),
+    "push_to_hub": Handling("refused", "upload the saved folder with huggingface_hub"),
     **_ignored("repo_id", "commit_message", "private", "create_pr", "token", "subfolder", says="nothing is uploaded"),
-    "save_function": Fate("ignored", "weights are written as safetensors"),
-    "use_flashpack": Fate("ignored", "weights are written as safetensors"),
+    "save_function": Handling("ignored", "weights are written as safetensors"),
+    "use_flashpack": Handling("ignored", "weights are written as safetensors"),
 }
 """Arguments of `save_pretrained`."""
 
@@ -114,7 +114,7 @@ SHARING = {
     **CHECKER,
     **IMAGE_ENCODER,
     **CODE,
-    "custom_pipeline": Fate("refused", "no downloaded code is run; call from_pipe of your own class"),
+    "custom_pipeline": Handling("refused", "no downloaded code is run; call from_pipe of your own class"),
 }
 """Arguments of `from_pipe`."""
 
@@ -122,14 +122,14 @@ CALL = {
     **_ignored("height", "width", says="pictures have the size of the image, in multiples of 8"),
     **_ignored("latents", says="pass latents as image"),
     **_ignored("timesteps", "sigmas", says="the scheduler plans them; num_inference_steps and strength say how many"),
-    "guidance_rescale": Fate("ignored", "guidance is not rescaled"),
+    "guidance_rescale": Handling("ignored", "guidance is not rescaled"),
     **_ignored("ip_adapter_image", "ip_adapter_image_embeds", says="this pipeline reads no picture as a prompt"),
 }
 """Arguments of calls of other pipelines, which diffusers 0.26.3 ignores in this one's."""
 
 SETTINGS = {
     **_ignored("dtype", "torch_dtype", says="a config has no weights"),
-    "pretrained_model_name_or_path": Fate("refused", "call from_pretrained"),
+    "pretrained_model_name_or_path": Handling("refused", "call from_pretrained"),
 } | _ignored(
     *("algorithm_type", "corrector_order", "disable_corrector", "euler_at_final", "final_sigmas_type", "flow_shift"),
     *("interpolation_type", "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0"),
@@ -142,7 +142,7 @@ SETTINGS = {
     *("base_image_seq_len", "max_image_seq_len", "invert_sigmas", "stochastic_sampling", "s_noise", "s_churn"),
     says="it is a setting of other schedulers",
 )
-"""Settings of schedulers that one of another class has; a menu of schedulers passes them to all."""
+"""Settings that other schedulers have; a menu of schedulers passes them to all."""
 
 
 def _outside() -> int:
@@ -161,13 +161,13 @@ def warn_of_pickles(safe_serialization: object) -> None:
 
 
 def sort_out(
-    function: Callable[..., Any], fates: Mapping[str, Fate], given: Mapping[str, Any], known: Iterable[str] = ()
+    function: Callable[..., Any], handlings: Mapping[str, Handling], given: Mapping[str, Any], known: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Select the arguments that count, and say once of each other one what becomes of it.
 
     Args:
         function: which got them; for messages.
-        fates: of the arguments of diffusers that may be given.
+        handlings: of the arguments of diffusers that may be given.
         given: the arguments that `function` leaves to this; first those that have an old name.
         known: names that count.
 
@@ -178,26 +178,26 @@ def sort_out(
         TypeError: an unknown name; the nearest known one is suggested.
         ValueError: an argument that is refused.
     """
-    door = "the pipeline" if function.__name__ == "__call__" else function.__name__
+    called = "the pipeline" if function.__name__ == "__call__" else function.__name__
     known = tuple(known)
     kept = {}
     for name, value in given.items():
         if name in known:
             kept[name] = value
             continue
-        if name not in fates:
-            every = [*known, *inspect.signature(function).parameters, *fates]
-            raise TypeError(f"{door} got an unknown argument {name!r}{nearest(name, every)}")
-        kind, says = fates[name]
+        if name not in handlings:
+            every = [*known, *inspect.signature(function).parameters, *handlings]
+            raise TypeError(f"{called} got an unknown argument {name!r}{nearest(name, every)}")
+        kind, says = handlings[name]
         if value is None or (value is False and name != "low_cpu_mem_usage"):
             continue
         if kind == "refused":
-            raise ValueError(f"{door} does not take {name}: {says}")
+            raise ValueError(f"{called} does not take {name}: {says}")
         if kind == "renamed":
             if given.get(says) is not None:
-                raise TypeError(f"{door} got both {says} and {name}, which is its old name; give one of them")
+                raise TypeError(f"{called} got both {says} and {name}, which is its old name; give one of them")
             kept[says] = value
-            warnings.warn(f"{door}: {name} is the old name of {says}", FutureWarning, stacklevel=_outside())
+            warnings.warn(f"{called}: {name} is the old name of {says}", FutureWarning, stacklevel=_outside())
         else:
-            warnings.warn(f"{door} ignores {name}: {says}", UserWarning, stacklevel=_outside())
+            warnings.warn(f"{called} ignores {name}: {says}", UserWarning, stacklevel=_outside())
     return kept

@@ -107,14 +107,14 @@ ELSEWHERE = {
     "pretrained_model_link_or_path_or_dict": "a file, as first argument; `load_state_dict` takes tensors",
 }
 """Arguments that are taken without being a parameter -> how."""
-FATES = {
+HANDLINGS = {
     "from_single_file": arguments.SINGLE_FILE,
     "from_pipe": arguments.SHARING,
     "from_config": arguments.SETTINGS,
     "load_config": arguments.HUB | arguments.CONFIGS,
     "__call__": arguments.CALL,
 } | dict.fromkeys(("save_pretrained", "save_config"), arguments.SAVING)
-FATES |= dict.fromkeys(
+HANDLINGS |= dict.fromkeys(
     ("load_lora_weights", "load_textual_inversion", "load_lora_adapter", "load_attn_procs"), arguments.ADAPTER
 )
 TAKES_HUB = ("from_pretrained", "from_single_file", "load_config", "load_lora_adapter", "load_attn_procs")
@@ -196,24 +196,24 @@ def name_rows(kind: str, old: list[str], new: list[str]) -> list[str]:
     return rows + [f"| refused | {', '.join(names)} | {reason} |" for reason, names in reasons.items()]
 
 
-def fates_of(kind: str, method: str) -> dict[str, arguments.Fate]:
+def handlings_of(kind: str, method: str) -> dict[str, arguments.Handling]:
     """Return what becomes of the arguments that a method has no parameter for."""
     if method == "from_pretrained":
         loading = {"StableDiffusionDepth2ImgPipeline": arguments.PIPELINE}
         return loading.get(kind, arguments.NO_WEIGHTS if kind.endswith("Scheduler") else arguments.WEIGHTS)
-    return FATES.get(method, {})
+    return HANDLINGS.get(method, {})
 
 
 def argument_verdicts(kind: str, method: str, published: list[str]) -> dict[str, str]:
     """Return what becomes of each argument of a published method: "same", or a text."""
     function = getattr(getattr(depthdiff, kind), method)
     here = parameters(function) if callable(function) else []
-    fates, verdicts = fates_of(kind, method), {}
+    handlings, verdicts = handlings_of(kind, method), {}
     for name in published:
         if name in here or (method in TAKES_HUB and name in HUB_ARGUMENTS):
             verdicts[name] = "same"
-        elif name in fates:
-            what, says = fates[name]
+        elif name in handlings:
+            what, says = handlings[name]
             verdicts[name] = f"renamed `{says}`" if what == "renamed" else f"{what}: {says}"
         elif method == "load_attn_procs" and name in parameters(getattr(depthdiff, kind).load_lora_adapter):
             verdicts[name] = "same"
@@ -320,7 +320,7 @@ def page() -> str:
         "",
         "A call also accepts these arguments of other pipelines, which diffusers 0.26.3 drops silently:",
         "",
-        *(f"- `{name}`: {fate.kind}: {fate.says}" for name, fate in arguments.CALL.items()),
+        *(f"- `{name}`: {handling.kind}: {handling.says}" for name, handling in arguments.CALL.items()),
         "",
         "Loaders of tokenizers, preprocessors and schedulers also accept these:",
         listed(name for name in arguments.NO_WEIGHTS if name not in arguments.HUB) + ".",

@@ -26,7 +26,7 @@ SLOW = (
     "parity/test_adapters.py::test_textual_inversion[automatic1111 safetensors",
     "parity/test_pipeline_contract.py::test_a_compiled_unet_paints",
     "parity/test_tokenizer.py::test_tokens_and_text_equal",
-    *(f"test_arguments.py::test_every_argument_has_its_fate[load_{what}" for what in ("one_", "network_", "pipeline")),
+    *(f"test_arguments.py::test_every_argument_is_handled[load_{what}" for what in ("one_", "network_", "pipeline")),
     *(f"field/test_programs.py::test_program[{name}" for name in ("train_", "swapped")),
     "parity/test_adapters.py::test_two_at_once",
     "test_convert.py::test_memory_is_that_of_one_tensor",

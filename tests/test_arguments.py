@@ -105,7 +105,7 @@ def read_settings(folder, pipe, tmp_path, **options):
 def foreign(kind):
     """Select the settings that a scheduler does not have itself."""
     own = inspect.signature(kind.__init__).parameters
-    return {name: fate for name, fate in arguments.SETTINGS.items() if name not in own}
+    return {name: handling for name, handling in arguments.SETTINGS.items() if name not in own}
 
 
 DOORS = {
@@ -114,10 +114,10 @@ DOORS = {
     load_scheduler: arguments.NO_WEIGHTS | foreign(DDIMScheduler),
     load_tokenizer: arguments.NO_WEIGHTS,
     load_preprocessor: arguments.NO_WEIGHTS,
-    load_adapter: {name: fate for name, fate in arguments.ADAPTER.items() if name != "use_safetensors"},
-    learn_word: {name: fate for name, fate in arguments.ADAPTER.items() if name != "use_safetensors"},
-    load_one_file: {name: fate for name, fate in arguments.SINGLE_FILE.items() if name != "config_file"},
-    load_network_of_file: {name: fate for name, fate in arguments.SINGLE_FILE.items() if name != "config_file"},
+    load_adapter: {name: handling for name, handling in arguments.ADAPTER.items() if name != "use_safetensors"},
+    learn_word: {name: handling for name, handling in arguments.ADAPTER.items() if name != "use_safetensors"},
+    load_one_file: {name: handling for name, handling in arguments.SINGLE_FILE.items() if name != "config_file"},
+    load_network_of_file: {name: handling for name, handling in arguments.SINGLE_FILE.items() if name != "config_file"},
     save_pipeline: arguments.SAVING,
     save_unet: arguments.SAVING,
     save_scheduler: arguments.SAVING,
@@ -127,7 +127,7 @@ DOORS = {
     read_settings: arguments.HUB | arguments.CONFIGS,
 }
 """What is called -> the arguments of diffusers that it takes beside its own."""
-CASES = [(door, name) for door, fates in DOORS.items() for name in fates]
+CASES = [(door, name) for door, handlings in DOORS.items() for name in handlings]
 CASES.remove((load_scheduler, "pretrained_model_name_or_path"))  # its own argument
 
 
@@ -136,7 +136,7 @@ def value_of(name):
 
 
 @pytest.mark.parametrize(("door", "name"), CASES, ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_every_argument_has_its_fate(door, name, tiny_folder, pipe, tmp_path):
+def test_every_argument_is_handled(door, name, tiny_folder, pipe, tmp_path):
     kind, says = DOORS[door][name]
     if kind == "refused":
         with pytest.raises(ValueError, match=name) as caught:

@@ -1,4 +1,4 @@
-"""The noise schedule: how much noise each training timestep holds, which timesteps a run visits, and what is predicted.
+"""The noise schedule: how much noise each training timestep holds, which timesteps a run has, and what is predicted.
 
 Letters: B batch, C, h, w channels, height and width of the latents, N steps of a run, T training timesteps. ᾱ
 (`alphas_cumprod`, and `alpha_prod_t` for one timestep) is the signal's share of the variance of noisy latents:

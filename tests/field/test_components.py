@@ -101,7 +101,7 @@ def test_a_unet_with_weights_of_eight_bits(pair, small_photo):
 
 
 class Callable:
-    """A UNet that is no module, such as an engine's."""
+    """A UNet that is not a module, such as an engine's."""
 
     def __init__(self, unet):
         self.unet, self.config, self.dtype, self.device = unet, unet.config, unet.dtype, unet.device

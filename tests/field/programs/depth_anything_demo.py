@@ -1,4 +1,4 @@
-"""In the manner of a notebook that gives the pipeline Depth Anything in place of its own depth net."""
+"""In the manner of a notebook that gives the pipeline Depth Anything instead of its own depth net."""
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionDepth2ImgPipeline
