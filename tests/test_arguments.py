@@ -135,32 +135,38 @@ def value_of(name):
     return "secret" if name == "use_auth_token" else {"http": "localhost:1"} if name == "proxies" else True
 
 
+@pytest.fixture(scope="module")
+def used():
+    """One pipeline for all: each call loads, saves or adds, and asks nothing of what came before."""
+    return build_pipeline("tiny")
+
+
 @pytest.mark.parametrize(("door", "name"), CASES, ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_every_argument_is_handled(door, name, tiny_folder, pipe, tmp_path):
+def test_every_argument_is_handled(door, name, tiny_folder, used, tmp_path):
     kind, says = DOORS[door][name]
     if kind == "refused":
         with pytest.raises(ValueError, match=name) as caught:
-            door(tiny_folder, pipe, tmp_path, **{name: value_of(name)})
+            door(tiny_folder, used, tmp_path, **{name: value_of(name)})
         assert says in str(caught.value)
         assert not list(tmp_path.iterdir()), "nothing was written"
     else:
         with pytest.warns((UserWarning, FutureWarning), match=name) as found:
-            door(tiny_folder, pipe, tmp_path, **{name: value_of(name)})
+            door(tiny_folder, used, tmp_path, **{name: value_of(name)})
         ours = [one for one in found if says in str(one.message)]
         assert len(ours) == 1, "one warning, that says what happens"
         assert ours[0].filename == __file__, "at the caller's line"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        door(tiny_folder, pipe, tmp_path / "second", **{name: None})
+        door(tiny_folder, used, tmp_path / "second", **{name: None})
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_unknown_words_are_refused_with_the_nearest(door, tiny_folder, pipe, tmp_path):
+def test_unknown_words_are_refused_with_the_nearest(door, tiny_folder, used, tmp_path):
     known = next(iter(DOORS[door]))
     with pytest.raises(TypeError, match=f"unknown argument '{known}x'; did you mean '{known}'"):
-        door(tiny_folder, pipe, tmp_path, **{f"{known}x": 1})
+        door(tiny_folder, used, tmp_path, **{f"{known}x": 1})
     with pytest.raises(TypeError, match=r"unknown argument 'qqqqqqqq'$"):
-        door(tiny_folder, pipe, tmp_path, qqqqqqqq=None)
+        door(tiny_folder, used, tmp_path, qqqqqqqq=None)
 
 
 @pytest.mark.parametrize("name", arguments.CALL)
