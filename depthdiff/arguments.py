@@ -139,7 +139,8 @@ SETTINGS = {
     *("use_beta_sigmas", "use_exponential_sigmas", "clip_sample", "clip_sample_range", "sample_max_value"),
     *("thresholding", "dynamic_thresholding_ratio", "rescale_betas_zero_snr", "set_alpha_to_one", "skip_prk_steps"),
     *("fix_start", "steps_offset", "timestep_spacing", "trained_betas", "shift", "base_shift", "max_shift", "eta"),
-    *("base_image_seq_len", "max_image_seq_len", "invert_sigmas", "stochastic_sampling", "s_noise", "s_churn"),
+    *("base_image_seq_len", "max_image_seq_len", "noise_sampler_seed", "invert_sigmas", "stochastic_sampling"),
+    *("s_noise", "s_churn", "fix_order"),
     says="it is a setting of other schedulers",
 )
 """Settings that other schedulers have; a menu of schedulers passes them to all."""

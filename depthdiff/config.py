@@ -202,7 +202,8 @@ def check_values(owner: type, fields: Mapping[str, Any], values: Mapping[str, An
         value = _freeze(values[name])
         if not _is_a(value, annotation):
             raise TypeError(f"{name} must be {_written(annotation)}, got {_brief(value)}")
-        _check_size(name, value, is_count=name in owner.COUNTS, positive=name in owner.POSITIVE)  # type: ignore[attr-defined]
+        if name not in getattr(owner, "UNBOUNDED", ()):
+            _check_size(name, value, is_count=name in owner.COUNTS, positive=name in owner.POSITIVE)  # type: ignore[attr-defined]
         if name in owner.CHOICES:  # type: ignore[attr-defined]
             check_choice(name, value, owner.CHOICES[name])  # type: ignore[attr-defined]
         checked[name] = value

@@ -154,6 +154,7 @@ class ConfigMixin:
         CHOICES: argument -> the values that are implemented; others are refused by name.
         COUNTS: arguments that say how many layers there are.
         POSITIVE: arguments that must be above 0.
+        UNBOUNDED: arguments that may be infinite.
         ignore_for_config: arguments that the config does not keep.
     """
 
@@ -161,6 +162,7 @@ class ConfigMixin:
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     COUNTS: ClassVar[tuple[str, ...]] = ()
     POSITIVE: ClassVar[tuple[str, ...]] = ()
+    UNBOUNDED: ClassVar[tuple[str, ...]] = ()
     ignore_for_config: ClassVar[Sequence[str]] = ()
     _internal_dict: FrozenDict
 

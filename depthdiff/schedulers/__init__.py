@@ -10,7 +10,27 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-FILES = {"DDIMScheduler": "ddim", "LMSDiscreteScheduler": "lms", "PNDMScheduler": "pndm"}
+FILES = {
+    "DDIMInverseScheduler": "ddim",
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DEISMultistepScheduler": "deis",
+    "DPMSolverMultistepInverseScheduler": "dpm_solver",
+    "DPMSolverMultistepScheduler": "dpm_solver",
+    "DPMSolverSDEScheduler": "dpm_sde",
+    "DPMSolverSinglestepScheduler": "dpm_singlestep",
+    "EulerAncestralDiscreteScheduler": "euler",
+    "EulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "heun",
+    "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "lms",
+    "PNDMScheduler": "pndm",
+    "SASolverScheduler": "sa_solver",
+    "TCDScheduler": "lcm",
+    "UniPCMultistepScheduler": "unipc",
+}
 """Class -> its file."""
 
 

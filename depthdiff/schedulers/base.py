@@ -65,6 +65,20 @@ class StepOutput(NamedTuple):
     state: Any
 
 
+class Steps(NamedTuple):
+    """The steps of a whole run.
+
+    Attributes:
+        timesteps: (N,), falling.
+        step_ratio: distance between timesteps, or None if each step ends at the next one.
+        sigmas: (N + 1,), the caller's own noise levels, from which timesteps follow; else None.
+    """
+
+    timesteps: np.ndarray
+    step_ratio: int | None
+    sigmas: Any = None
+
+
 @dataclass(frozen=True, eq=False)
 class Plan(ABC):
     """All that is known of a run before it starts.
@@ -144,7 +158,9 @@ class Plan(ABC):
         Raises:
             NotImplementedError: the method has no inverse.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be inverted; only a plan of DDIMScheduler can")
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be inverted; plans of DDIMScheduler and DPMSolverMultistepScheduler can"
+        )
 
     def _check_step(self, noise_pred: Tensor, index: int, latents: Tensor) -> int:
         """Check the arguments that all methods share, and return the index as Python's own."""
@@ -211,51 +227,70 @@ class SchedulerMixin(ConfigMixin, ABC):
         strength: float = 1.0,
         *,
         timesteps: Sequence[float] | np.ndarray | Tensor | None = None,
+        sigmas: Sequence[float] | np.ndarray | Tensor | None = None,
         eta: float = 0.0,
         device: torch.device | str = "cpu",
-    ) -> Plan:
+    ) -> Any:
         """Plan a run.
 
         Args:
             num_inference_steps: N, of a whole run, 1..T.
             strength: in [0, 1], the share of the steps, the last ones, that is run.
             timesteps: of the caller's own, instead of N: falling numbers in [0, T-1], each once.
-            eta: in [0, 1], noise added on the way; only DDIM reads it.
+            sigmas: noise levels of the caller's own, instead of N: falling numbers, the last one where the run ends;
+                for schedulers that go over noise levels.
+            eta: in [0, 1], noise added on the way; only DDIM and TCD read it.
             device: of the plan's timesteps.
+
+        Returns:
+            A `Plan`.
 
         Raises:
             TypeError: an argument of a wrong type.
-            ValueError: one out of range, or both or neither of N and `timesteps`.
+            ValueError: one out of range, or not exactly one of N, `timesteps` and `sigmas`.
         """
-        run, step_ratio = self._choose_timesteps(num_inference_steps, timesteps)
+        steps = self._choose_steps(num_inference_steps, timesteps, sigmas)
         strength, eta = check_number("strength", strength, 0, 1), check_number("eta", eta, 0, 1)
-        t_start = len(run) - int(len(run) * strength)
-        return self._make_plan(run, step_ratio, t_start, eta, check_device("device", device))
+        t_start = len(steps.timesteps) - int(len(steps.timesteps) * strength)
+        return self._make_plan(steps, t_start, eta, check_device("device", device))
 
-    def _choose_timesteps(self, num_inference_steps: Any, timesteps: Any) -> tuple[np.ndarray, int | None]:
-        """Return the falling timesteps of a run, and their distance; None where the caller gave them."""
-        config = self.config
-        if (num_inference_steps is None) == (timesteps is None):
-            both = "both" if timesteps is not None else "neither"
-            raise ValueError(f"num_inference_steps or timesteps must be given, one of them, got {both}")
+    def _choose_steps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any = None) -> Steps:
+        """Return the steps of a whole run."""
+        given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) != 1:
+            found = ("neither", "one", "both", "three")[len(names)]
+            raise ValueError(f"num_inference_steps or timesteps must be given, one of them, got {found}")
+        if sigmas is not None:
+            if not hasattr(self, "sigmas"):
+                raise ValueError(f"sigmas must be None: {type(self).__name__} goes by timesteps; pass timesteps")
+            return Steps(np.zeros(max(len(sigmas) - 1, 0)), None, sigmas)
         if timesteps is not None:
-            return check_timesteps(timesteps, config.num_train_timesteps, whole=not self.fractional_timesteps), None
+            return Steps(check_timesteps(timesteps, len(self), whole=not self.fractional_timesteps), None)
         count = read_steps(num_inference_steps, self._most_steps())
-        spacing, offset = config.timestep_spacing, config.get("steps_offset", 0)
-        return make_timesteps(count, config.num_train_timesteps, spacing, offset), len(self) // count
+        return Steps(self._spaced_timesteps(count), len(self) // count)
+
+    def _spaced_timesteps(self, count: int) -> np.ndarray:
+        """Return the falling timesteps of a run of `count` steps."""
+        return make_timesteps(count, len(self), self.config.timestep_spacing, self.config.get("steps_offset", 0))
+
+    def _whole_timesteps(self, steps: Steps) -> list[int]:
+        """Return the falling timesteps of a run as whole numbers, which are all of the training."""
+        numbers: list[int] = steps.timesteps.round().astype(int).tolist()
+        if numbers[0] >= len(self):
+            raise ValueError(
+                f"steps_offset {self.config.steps_offset} with {len(numbers)} steps reaches timestep {numbers[0]}, "
+                f"beyond the last, {len(self) - 1}; use fewer steps"
+            )
+        return numbers
 
     def _most_steps(self) -> int:
         """Return how many steps a run may have."""
         return len(self)
 
     @abstractmethod
-    def _make_plan(
-        self, run: np.ndarray, step_ratio: int | None, t_start: int, eta: float, device: torch.device
-    ) -> Plan:
-        """Plan a run over falling timesteps whose first `t_start` steps are left out.
-
-        `step_ratio` is the distance between timesteps, or None if each step ends at the next entry of `run`.
-        """
+    def _make_plan(self, steps: Steps, t_start: int, eta: float, device: torch.device) -> Plan:
+        """Plan a run whose first `t_start` steps are left out."""
 
     # Files
 
@@ -299,7 +334,8 @@ class SchedulerMixin(ConfigMixin, ABC):
     @classmethod
     def _get_compatibles(cls) -> list[type]:
         package = import_module("depthdiff.schedulers")  # which imports a solver's file when asked for its class
-        return [getattr(package, name) for name in cls._compatibles if name in package.FILES]
+        names = dict.fromkeys((cls.__name__, *cls._compatibles))
+        return [getattr(package, name) for name in names if name in package.FILES]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
@@ -332,11 +368,14 @@ class SchedulerMixin(ConfigMixin, ABC):
             TypeError: an argument of a wrong type.
             ValueError: one out of range, or both or neither of N and `timesteps`.
         """
-        run, step_ratio = self._choose_timesteps(num_inference_steps, timesteps)
-        plan = self._make_plan(run, step_ratio, 0, 0.0, check_device("device", "cpu" if device is None else device))
-        self.num_inference_steps, self.custom_timesteps = len(run), step_ratio is None
+        self._set_steps(self._choose_steps(num_inference_steps, timesteps), device)
+
+    def _set_steps(self, steps: Steps, device: torch.device | str | None) -> None:
+        """Start a run over steps."""
+        plan = self._make_plan(steps, 0, 0.0, check_device("device", "cpu" if device is None else device))
+        self.num_inference_steps, self.custom_timesteps = len(steps.timesteps), steps.step_ratio is None
         self.timesteps = plan.timesteps
-        self._start_run(run, plan)
+        self._start_run(steps.timesteps, plan)
 
     def _start_run(self, run: np.ndarray, plan: Any) -> None:
         """Set the attributes of a new run; methods without state need none."""
@@ -367,6 +406,12 @@ class SchedulerMixin(ConfigMixin, ABC):
         check_pair("original_samples", original_samples, "noise", noise)
         signal, rest = self._signal_and_noise(original_samples, timesteps)
         return signal * original_samples + rest * noise
+
+    def _velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Compute v, what a network of prediction type "v_prediction" learns: arXiv:2202.00512, appendix D."""
+        check_pair("sample", sample, "noise", noise)
+        signal, rest = self._signal_and_noise(sample, timesteps)
+        return signal * noise - rest * sample
 
     def _signal_and_noise(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(ᾱ) and sqrt(1 - ᾱ) of timesteps."""

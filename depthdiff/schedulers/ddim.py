@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from depthdiff.checks import check_flag, check_generators, check_number
 from depthdiff.config import BaseOutput, FrozenDict, register_to_config
 from depthdiff.noise import randn
-from depthdiff.schedulers.base import Plan, SchedulerMixin, StepOutput
+from depthdiff.schedulers.base import Plan, SchedulerMixin, StepOutput, Steps
 from depthdiff.schedulers.schedule import (
+    Levels,
     check_pair,
+    clip_x0,
     dynamic_threshold,
     epsilon_from_x0,
     predict_epsilon,
@@ -74,14 +75,8 @@ def ddim_step(
         The latents at the new level, and the predicted clean latents.
     """
     prediction_type = config["prediction_type"]
-    pred_original_sample = predict_x0(prediction_type, sample, model_output, alpha_prod_t)
+    pred_original_sample = clip_x0(predict_x0(prediction_type, sample, model_output, alpha_prod_t), config)
     pred_epsilon = predict_epsilon(prediction_type, sample, model_output, alpha_prod_t)
-    if config["thresholding"]:
-        ratio, max_value = config["dynamic_thresholding_ratio"], config["sample_max_value"]
-        pred_original_sample = dynamic_threshold(pred_original_sample, ratio, max_value)
-    elif config["clip_sample"]:
-        limit = config["clip_sample_range"]
-        pred_original_sample = pred_original_sample.clamp(-limit, limit)
     if use_clipped_model_output:
         pred_epsilon = epsilon_from_x0(sample, pred_original_sample, alpha_prod_t)
 
@@ -151,6 +146,14 @@ class DDIMPlan(Plan):
         )
 
 
+def ddim_plan(numbers: Sequence[int], levels: Levels, config: FrozenDict, eta: float, device: torch.device) -> DDIMPlan:
+    """Plan a run over falling timesteps."""
+    alpha_prod_t = tuple(levels.alpha_prod(one) for one in numbers)
+    alpha_prod_t_prev = tuple(levels.alpha_prod(levels.after(one)) for one in numbers)
+    timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
+    return DDIMPlan(timesteps, tuple(numbers), config, alpha_prod_t, alpha_prod_t_prev, eta)
+
+
 class DDIMScheduler(SchedulerMixin):
     """Denoising diffusion implicit models.
 
@@ -204,21 +207,10 @@ class DDIMScheduler(SchedulerMixin):
         self.final_alpha_cumprod: Any = torch.tensor(1.0, device="cpu") if set_alpha_to_one else self.alphas_cumprod[0]
         self.init_noise_sigma: Any = 1.0
 
-    def _make_plan(
-        self, run: np.ndarray, step_ratio: int | None, t_start: int, eta: float, device: torch.device
-    ) -> DDIMPlan:
-        numbers: list[int] = run.round().astype(int).tolist()
-        if numbers[0] >= len(self):
-            raise ValueError(
-                f"steps_offset {self.config.steps_offset} with {len(run)} steps reaches timestep {numbers[0]}, beyond "
-                f"the last, {len(self) - 1}; use fewer steps"
-            )
+    def _make_plan(self, steps: Steps, t_start: int, eta: float, device: torch.device) -> DDIMPlan:
+        numbers, step_ratio = self._whole_timesteps(steps), steps.step_ratio
         levels = self._levels_of(step_ratio or 0, numbers if step_ratio is None else ())
-        numbers = numbers[t_start:]
-        alpha_prod_t = tuple(levels.alpha_prod(one) for one in numbers)
-        alpha_prod_t_prev = tuple(levels.alpha_prod(levels.after(one)) for one in numbers)
-        timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
-        return DDIMPlan(timesteps, tuple(numbers), FrozenDict(self.config), alpha_prod_t, alpha_prod_t_prev, eta)
+        return ddim_plan(numbers[t_start:], levels, FrozenDict(self.config), eta, device)
 
     def step(
         self,
@@ -272,9 +264,7 @@ class DDIMScheduler(SchedulerMixin):
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Compute v, what a network of prediction type "v_prediction" learns: arXiv:2202.00512, appendix D."""
-        check_pair("sample", sample, "noise", noise)
-        signal, rest = self._signal_and_noise(sample, timesteps)
-        return signal * noise - rest * sample
+        return self._velocity(sample, noise, timesteps)
 
     def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
         levels = self._levels_of(0, ())
@@ -282,3 +272,91 @@ class DDIMScheduler(SchedulerMixin):
 
     def _threshold_sample(self, sample: Tensor) -> Tensor:
         return dynamic_threshold(sample, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+
+
+class DDIMInverseScheduler(SchedulerMixin):
+    """DDIM run backwards, from clean latents to noise.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start: variance that the first training timestep adds.
+        beta_end: variance that the last one adds.
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        trained_betas: T numbers to use instead.
+        clip_sample: clip the predicted clean latents; for models of pixels.
+        set_alpha_to_one: begin at ᾱ = 1, else at that of the first training timestep.
+        steps_offset: added to every timestep, with "leading" spacing.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        clip_sample_range: where `clip_sample` clips.
+        timestep_spacing: "leading" or "trailing".
+        rescale_betas_zero_snr: rescale the betas to end in pure noise.
+
+    Raises:
+        TypeError: an argument of a wrong type, or an unknown one.
+        ValueError: one out of range, or not implemented.
+
+    Attributes:
+        initial_alpha_cumprod: ᾱ at which a run begins.
+
+    Source: arXiv:2010.02502, sec. 4.3; arXiv:2211.09794, sec. 3.2.
+    """
+
+    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **SchedulerMixin.CHOICES,
+        "timestep_spacing": ("leading", "trailing"),
+    }
+    POSITIVE: ClassVar[tuple[str, ...]] = ("clip_sample_range",)
+    _compatibles: ClassVar[list[str]] = []
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: tuple[float, ...] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self._make_noise_schedule(zero_terminal_snr=rescale_betas_zero_snr)
+        self.initial_alpha_cumprod = torch.tensor(1.0, device="cpu") if set_alpha_to_one else self.alphas_cumprod[0]
+        self.init_noise_sigma: Any = 1.0
+        self.timesteps = self.timesteps.flip(0)
+
+    def _make_plan(self, steps: Steps, t_start: int, eta: float, device: torch.device) -> DDIMPlan:
+        numbers, step_ratio = self._whole_timesteps(steps), steps.step_ratio
+        levels = self._levels_of(step_ratio or 0, numbers if step_ratio is None else ())
+        config = FrozenDict({**self.config, "thresholding": False})
+        return ddim_plan(numbers[t_start:], levels, config, 0.0, device).inverted()
+
+    def _levels_of(self, step_ratio: int, run: Sequence[float]) -> Levels:
+        begin = self.initial_alpha_cumprod.cpu().clone()
+        return Levels(self.alphas_cumprod.cpu().clone(), begin, step_ratio, tuple(run))
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Take one step, towards noise, of the run that `set_timesteps` started.
+
+        Args:
+            model_output: (B, C, h, w), what the network returned.
+            timestep: what it saw, that of the step's noisier end; steps may come in any order.
+            sample: (B, C, h, w), the latents.
+            return_dict: return a record, else the tuple of its fields.
+
+        Raises:
+            TypeError: an argument of a wrong type.
+            ValueError: no run was started, or an argument out of range.
+        """
+        check_pair("model_output", model_output, "sample", sample)
+        number, levels = read_timestep(timestep, len(self) - 1), self._levels()
+        config = {**self.config, "thresholding": False}
+        ends = levels.alpha_prod(levels.after(number)), levels.alpha_prod(number)
+        result = ddim_step(sample, model_output, *ends, config)
+        return DDIMSchedulerOutput(*result) if check_flag("return_dict", return_dict) else result

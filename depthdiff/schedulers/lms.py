@@ -9,35 +9,33 @@ Below strength 1 the reference, and by default this code, weighs the first predi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from depthdiff.checks import check_flag, check_number, show
-from depthdiff.config import BaseOutput, FrozenDict, register_to_config
-from depthdiff.schedulers.base import SchedulerMixin, StepOutput
+from depthdiff.checks import check_number
+from depthdiff.config import register_to_config
+from depthdiff.schedulers.base import StepOutput
+from depthdiff.schedulers.indexed import Draw
 from depthdiff.schedulers.schedule import check_pair, check_past
-from depthdiff.schedulers.sigmas import SigmaPlan, SigmaSchedulerMixin, predict_x0_from_sigma
+from depthdiff.schedulers.sigmas import (
+    SigmaPlan,
+    SigmaSchedulerMixin,
+    SigmaSchedulerOutput,
+    predict_x0_from_sigma,
+    slope,
+)
 
 ORDER = 4
 MAX_ORDER = 20
 
 
-@dataclass
-class LMSDiscreteSchedulerOutput(BaseOutput):
-    """Result of `LMSDiscreteScheduler.step`.
-
-    Attributes:
-        prev_sample: (B, C, h, w), one step less noisy.
-        pred_original_sample: (B, C, h, w), the clean latents as predicted at this step.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
+class LMSDiscreteSchedulerOutput(SigmaSchedulerOutput):
+    """Result of `LMSDiscreteScheduler.step`."""
 
 
 def lms_weights(sigmas: Sequence[float], index: int, order: int) -> list[float]:
@@ -69,72 +67,68 @@ def lms_weights(sigmas: Sequence[float], index: int, order: int) -> list[float]:
     return weights
 
 
+class LMSState(NamedTuple):
+    """State of a run.
+
+    Attributes:
+        derivatives: past derivatives d latents / d sigma, oldest first.
+    """
+
+    derivatives: tuple[Tensor, ...] = ()
+
+
 def lms_step(
-    sample: Tensor,
-    model_output: Tensor,
-    sigmas: Tensor,
-    index: int,
-    derivatives: tuple[Tensor, ...],
-    prediction_type: str,
-    *,
-    order: int = ORDER,
-    fix_start: bool = False,
-) -> StepOutput:
+    sample: Tensor, derivatives: Sequence[Tensor], sigmas: Sequence[float], index: int, order: int, fix_start: bool
+) -> Tensor:
     """Take a step along the weighted derivatives d sample / d sigma.
 
     Args:
         sample: (B, C, h, w), at the level `sigmas[index]`.
-        model_output: (B, C, h, w), what the network returned.
-        sigmas: (N + 1,), of the whole run, ending in 0.
+        derivatives: at most `order`, oldest first, that of this step last.
+        sigmas: of the whole run, and that of its end.
         index: of the step in the whole run.
-        derivatives: past ones, oldest first.
-        prediction_type: "epsilon", "v_prediction" or "sample".
         order: how many derivatives are used at most.
         fix_start: give weights only to derivatives that there are.
-
-    Returns:
-        A record whose state is the derivatives, with that of this step.
     """
-    check_past(derivatives, sample)
-    sigma = sigmas[index]
-    if sigma == 0:  # a first beta of 0: they are clean already
-        return StepOutput(sample, sample, derivatives)
-    pred_original_sample = predict_x0_from_sigma(prediction_type, sample, model_output, sigma)
-    derivatives = (*derivatives, (sample - pred_original_sample) / sigma)[-order:]
-    weights = lms_weights(sigmas.tolist(), index, len(derivatives) if fix_start else min(index + 1, order))
+    weights = lms_weights(sigmas, index, len(derivatives) if fix_start else min(index + 1, order))
     pairs = zip(weights, reversed(derivatives), strict=False)  # see the module: there may be fewer derivatives
-    change = sum((weight * derivative for weight, derivative in pairs), torch.zeros_like(sample))
-    return StepOutput(sample + change, pred_original_sample, derivatives)
+    return sample + sum((weight * derivative for weight, derivative in pairs), torch.zeros_like(sample))
 
 
 @dataclass(frozen=True, eq=False)
 class LMSPlan(SigmaPlan):
-    """A run of LMS; see `SigmaPlan`. Its state is the tuple of past derivatives, oldest first.
+    """A run of LMS; see `SigmaPlan`.
 
     Attributes:
         fix_start: give weights only to derivatives that there are.
     """
 
     fix_start: bool
+    widens: ClassVar[bool] = False  # as in diffusers
 
-    def init_state(self) -> tuple[Tensor, ...]:
+    def init_state(self) -> LMSState:
         """See `Plan`."""
-        return ()
+        return LMSState()
 
-    def step(
+    def advance(
         self,
-        noise_pred: Tensor,
+        sample: Tensor,
+        model_output: Tensor,
         index: int,
-        latents: Tensor,
-        state: tuple[Tensor, ...],
-        generator: Generator | Sequence[Generator] | None = None,
+        state: LMSState,
+        generator: Any,
+        draw: Draw,
+        order: int = ORDER,
     ) -> StepOutput:
-        """See `Plan`; LMS draws no noise."""
-        index = self._check_step(noise_pred, index, latents) + self.t_start
-        if not isinstance(state, tuple) or not all(isinstance(past, Tensor) for past in state):
-            raise TypeError(f"state must be that of the step before, or init_state() for the first, got {show(state)}")
-        kind = self.config.prediction_type
-        return lms_step(latents, noise_pred, self.sigmas, index, state, kind, fix_start=self.fix_start)
+        """See `IndexedPlan`; LMS draws no noise."""
+        check_past(state.derivatives, sample)
+        sigmas = self.sigmas.tolist()
+        if sigmas[index] == 0:  # a first beta of 0: they are clean already
+            return StepOutput(sample, sample, state)
+        x0 = predict_x0_from_sigma(self.config.prediction_type, sample, model_output, sigmas[index])
+        derivatives = (*state.derivatives, slope(sample, x0, sigmas[index]))[-order:]
+        prev_sample = lms_step(sample, derivatives, sigmas, index, order, self.fix_start)
+        return StepOutput(prev_sample, x0, LMSState(derivatives))
 
 
 class LMSDiscreteScheduler(SigmaSchedulerMixin):
@@ -148,7 +142,7 @@ class LMSDiscreteScheduler(SigmaSchedulerMixin):
         trained_betas: T numbers to use instead.
         use_karras_sigmas: space the noise levels as arXiv:2206.00364 does.
         use_exponential_sigmas: space them evenly in their logarithm.
-        use_beta_sigmas: must be False.
+        use_beta_sigmas: space them as quantiles of a beta distribution; needs SciPy.
         prediction_type: "epsilon", "v_prediction" or "sample".
         timestep_spacing: "leading", "trailing" or "linspace".
         steps_offset: added to every timestep, with "leading" spacing.
@@ -164,8 +158,9 @@ class LMSDiscreteScheduler(SigmaSchedulerMixin):
     Source: see the module.
     """
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {**SchedulerMixin.CHOICES, "use_beta_sigmas": (False,)}
+    PLAN: ClassVar[Any] = LMSPlan
     ignore_for_config = ("fix_start",)
+    derivatives: list[Tensor]
 
     @register_to_config
     def __init__(
@@ -191,16 +186,8 @@ class LMSDiscreteScheduler(SigmaSchedulerMixin):
             self.register_to_config(fix_start=True)
         self._start_full_run()
 
-    def _make_plan(
-        self, run: np.ndarray, step_ratio: int | None, t_start: int, eta: float, device: torch.device
-    ) -> LMSPlan:
-        numbers, sigmas = self._make_sigmas(run, step_ratio)
-        timesteps = torch.tensor(numbers[t_start:].copy(), dtype=torch.float32, device=device)
-        config = FrozenDict(self.config)
-        return LMSPlan(timesteps, tuple(numbers[t_start:].tolist()), config, sigmas, t_start, self.fix_start)
-
-    def _start_state(self) -> None:
-        self.derivatives: list[Tensor] = []
+    def _more_of_plan(self, eta: float) -> dict[str, Any]:
+        return {"fix_start": self.fix_start}
 
     def step(
         self,
@@ -224,20 +211,11 @@ class LMSDiscreteScheduler(SigmaSchedulerMixin):
             TypeError: an argument of a wrong type.
             ValueError: one out of range, or more steps than the run has.
         """
+        order = check_number("order", order, 1, MAX_ORDER, whole=True)
         check_pair("model_output", model_output, "sample", sample)
-        order, return_dict = (
-            check_number("order", order, 1, MAX_ORDER, whole=True),
-            check_flag("return_dict", return_dict),
-        )
         self._warn_if_unscaled()
-        index, sigmas = self._find_step(timestep), self.sigmas.cpu()
-        self._check_left(index)
-        past, kind = tuple(self.derivatives), self.config.prediction_type
-        result = lms_step(sample, model_output, sigmas, index, past, kind, order=order, fix_start=self.fix_start)
-        self._step_index, self.derivatives = index + 1, list(result.state)
-        if not return_dict:
-            return result.prev_sample, result.pred_original_sample
-        return LMSDiscreteSchedulerOutput(result.prev_sample, result.pred_original_sample)
+        result = self._take(model_output, timestep, sample, order=order)
+        return self._answer(LMSDiscreteSchedulerOutput, result, return_dict)
 
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
         """Return the weight of one past derivative.

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from depthdiff.checks import check_flag, check_tensor, show
 from depthdiff.config import FrozenDict, register_to_config
-from depthdiff.schedulers.base import Plan, SchedulerMixin, SchedulerOutput, StepOutput
+from depthdiff.schedulers.base import Plan, SchedulerMixin, SchedulerOutput, StepOutput, Steps
 from depthdiff.schedulers.schedule import Levels, check_pair, check_past, predict_epsilon, predict_x0, read_timestep
 
 ADAMS_BASHFORTH: tuple[tuple[int, ...], ...] = (  # newest prediction first; to be divided by the sum of the row
@@ -229,21 +229,20 @@ class PNDMScheduler(SchedulerMixin):
         self.plms_timesteps: np.ndarray | None = None
         self._set_state(PNDMState())
 
-    def _make_plan(
-        self, run: np.ndarray, step_ratio: int | None, t_start: int, eta: float, device: torch.device
-    ) -> PNDMPlan:
-        steps: list[int] = run.round().astype(int).tolist()
+    def _make_plan(self, steps: Steps, t_start: int, eta: float, device: torch.device) -> PNDMPlan:
+        step_ratio = steps.step_ratio
+        run: list[int] = steps.timesteps.round().astype(int).tolist()
         if self.fix_start or step_ratio is None:
-            steps, t_start = steps[t_start:], 0
+            run, t_start = run[t_start:], 0
         prk: list[int] = []
-        plms = [*steps[:2], *steps[1:]]  # the second one twice
-        if not self.config.skip_prk_steps and len(steps) >= CALLS:
-            for here, below in itertools.pairwise(steps[:CALLS]):
+        plms = [*run[:2], *run[1:]]  # the second one twice
+        if not self.config.skip_prk_steps and len(run) >= CALLS:
+            for here, below in itertools.pairwise(run[:CALLS]):
                 half = below + ((here - below) if step_ratio is None else step_ratio) // 2
                 prk += [here, half, half, below]
-            plms = steps[CALLS - 1 :]
+            plms = run[CALLS - 1 :]
         numbers = (prk + plms)[t_start:]
-        levels = self._levels_of(step_ratio or 0, steps if step_ratio is None else ())
+        levels = self._levels_of(step_ratio or 0, run if step_ratio is None else ())
         timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
         return PNDMPlan(timesteps, tuple(numbers), FrozenDict(self.config), levels, tuple(prk))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,8 @@ def make_betas(
         num_train_timesteps: T.
         beta_start: of the first timestep, in [0, 1).
         beta_end: of the last one, in [0, 1).
-        beta_schedule: "linear", "scaled_linear" (linear in the square root) or "squaredcos_cap_v2" (ignores both ends).
+        beta_schedule: "linear", "scaled_linear" (linear in the square root) or "sigmoid"; or "squaredcos_cap_v2", "exp"
+            or "laplace", which ignore both ends.
         trained_betas: T numbers to use instead.
 
     Returns:
@@ -49,7 +50,8 @@ def make_betas(
         ValueError: one out of range, or an unknown schedule.
 
     Source: arXiv:2006.11239, sec. 4 (linear); CompVis/latent-diffusion, ldm/modules/diffusionmodules/util.py,
-        `make_beta_schedule` (scaled_linear); arXiv:2102.09672, eq. 17 (squared cosine).
+        `make_beta_schedule` (scaled_linear); arXiv:2102.09672, eq. 17 (squared cosine); arXiv:2203.02923, appendix
+        (sigmoid); arXiv:2407.03297, table 1 (laplace).
     """
     count = check_number("num_train_timesteps", num_train_timesteps, 1, MAX_LENGTH, whole=True)
     betas = {"beta_start": beta_start, "beta_end": beta_end}
@@ -66,10 +68,28 @@ def make_betas(
         return torch.linspace(beta_start, beta_end, count, **TABLE)
     if beta_schedule == "scaled_linear":
         return torch.linspace(beta_start**0.5, beta_end**0.5, count, **TABLE) ** 2
-    if beta_schedule != "squaredcos_cap_v2":
-        raise ValueError(f"beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, got {beta_schedule!r}")
-    signal = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+    if beta_schedule == "sigmoid":
+        return torch.linspace(-6, 6, count, **TABLE).sigmoid() * (beta_end - beta_start) + beta_start
+    if beta_schedule not in SIGNALS:
+        known = ", ".join(("linear", "scaled_linear", "sigmoid", *SIGNALS))
+        raise ValueError(f"beta_schedule must be one of {known}, got {beta_schedule!r}")
+    signal = [SIGNALS[beta_schedule](i / count) for i in range(count + 1)]
     return torch.tensor([min(1 - after / before, MAX_BETA) for before, after in itertools.pairwise(signal)], **TABLE)
+
+
+def _laplace_signal(time: float) -> float:
+    """Return sqrt(ᾱ) where log-SNR is spread as a Laplace distribution."""
+    distance = 0.5 - time
+    ratio = math.exp(-0.5 * math.copysign(1, distance) * math.log(1 - 2 * abs(distance) + 1e-6))
+    return math.sqrt(ratio / (1 + ratio))
+
+
+SIGNALS: Mapping[str, Callable[[float], float]] = {
+    "squaredcos_cap_v2": lambda time: math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2,
+    "exp": lambda time: math.exp(-12 * time),
+    "laplace": _laplace_signal,
+}
+"""Schedule -> the signal left at a share of the training time, whose ratios give the betas."""
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -154,7 +174,7 @@ class Levels:
         return timestep + self.step_ratio
 
 
-def predict_x0(prediction_type: str, sample: Tensor, model_output: Tensor, alpha_prod_t: Tensor) -> Tensor:
+def predict_x0(prediction_type: str, sample: Tensor, model_output: Tensor, alpha_prod_t: Tensor | float) -> Tensor:
     """Predict the clean latents from noisy ones and what the network returned. Source: arXiv:2202.00512, appendix D.
 
     Raises:
@@ -174,7 +194,7 @@ def predict_x0(prediction_type: str, sample: Tensor, model_output: Tensor, alpha
     raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
 
 
-def predict_epsilon(prediction_type: str, sample: Tensor, model_output: Tensor, alpha_prod_t: Tensor) -> Tensor:
+def predict_epsilon(prediction_type: str, sample: Tensor, model_output: Tensor, alpha_prod_t: Tensor | float) -> Tensor:
     """Predict the noise in noisy latents from what the network returned. Source: arXiv:2202.00512, appendix D."""
     if prediction_type == "epsilon":
         return model_output
@@ -183,7 +203,7 @@ def predict_epsilon(prediction_type: str, sample: Tensor, model_output: Tensor, 
     return epsilon_from_x0(sample, model_output, alpha_prod_t)
 
 
-def epsilon_from_x0(sample: Tensor, pred_original_sample: Tensor, alpha_prod_t: Tensor) -> Tensor:
+def epsilon_from_x0(sample: Tensor, pred_original_sample: Tensor, alpha_prod_t: Tensor | float) -> Tensor:
     """Return the noise in latents whose clean part is known; none where ᾱ is 1."""
     if alpha_prod_t == 1:
         return torch.zeros_like(sample)
@@ -192,9 +212,22 @@ def epsilon_from_x0(sample: Tensor, pred_original_sample: Tensor, alpha_prod_t: 
 
 def dynamic_threshold(pred_original_sample: Tensor, ratio: float, max_value: float) -> Tensor:
     """Clip each sample to its own `ratio` quantile, and scale to [-1, 1]. Source: arXiv:2205.11487, sec. 2.3."""
-    flat = pred_original_sample.float().flatten(1)
+    flat = widen(pred_original_sample).flatten(1)
     limit = torch.quantile(flat.abs(), ratio, dim=1).clamp(1, max_value)[:, None]
     return (flat.clamp(-limit, limit) / limit).view_as(pred_original_sample).to(pred_original_sample.dtype)
+
+
+def clip_x0(pred_original_sample: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Clip predicted clean latents as a config says: to a quantile, to a range, or not."""
+    if config["thresholding"]:
+        return dynamic_threshold(pred_original_sample, config["dynamic_thresholding_ratio"], config["sample_max_value"])
+    limit = config["clip_sample_range"]
+    return pred_original_sample.clamp(-limit, limit) if config["clip_sample"] else pred_original_sample
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return half precision as float32, in which solvers compute, and other tensors as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def check_pair(name: str, x: object, other_name: str, other: object) -> None:
@@ -215,10 +248,10 @@ def check_past(past: Sequence[Tensor], latents: Tensor) -> None:
         )
 
 
-def read_timestep(timestep: object, last: float, *, whole: bool = True) -> Any:
-    """Return a timestep, a number or a tensor of one, as a number from 0 to `last`; 20.0 counts as whole."""
+def read_timestep(timestep: object, last: float, *, first: float = 0, whole: bool = True) -> Any:
+    """Return a timestep, a number or a tensor of one, as a number from `first` to `last`; 20.0 counts as whole."""
     one = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
-    number = check_number("timestep", one, 0, last)
+    number = check_number("timestep", one, first, last)
     if whole and number != int(number):
         raise ValueError(f"timestep must be a whole number, got {number}; take it from `timesteps`")
     return number

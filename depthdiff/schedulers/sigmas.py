@@ -6,10 +6,10 @@ In these terms noisy latents are clean + sigma noise, and a run is an ordinary d
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import itertools
 import warnings
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,63 +18,88 @@ import torch
 from torch import Tensor
 
 from depthdiff.checks import check_dense, check_number, check_tensor, show
-from depthdiff.config import MAX_LENGTH
-from depthdiff.schedulers.base import Plan, SchedulerMixin
-from depthdiff.schedulers.schedule import TABLE, check_pair, read_timestep
+from depthdiff.config import MAX_LENGTH, BaseOutput
+from depthdiff.schedulers.base import SchedulerMixin, Steps
+from depthdiff.schedulers.indexed import IndexedPlan, IndexedSchedulerMixin
+from depthdiff.schedulers.schedule import TABLE, check_pair
+from depthdiff.schedulers.spacing import SPACINGS, exponential_sigmas, karras_sigmas
 
-LOGARITHMIC = ("use_karras_sigmas", "use_exponential_sigmas")
-"""Settings that space noise levels, and let timesteps follow from them."""
-
-KARRAS_RHO = 7.0
-"""Source: arXiv:2206.00364, sec. 5.1."""
-
-
-def karras_sigmas(sigma_max: float, sigma_min: float, count: int) -> np.ndarray:
-    """Space noise levels evenly in their rho-th root: (count,), falling. Source: arXiv:2206.00364, eq. 5."""
-    roots = np.linspace(sigma_max ** (1 / KARRAS_RHO), sigma_min ** (1 / KARRAS_RHO), count)
-    return roots**KARRAS_RHO
+SMALLEST_ALPHA_CUMPROD = 2.0**-24
+"""What `rescale_betas_zero_snr` leaves of the image, where levels are ratios to it."""
 
 
-def exponential_sigmas(sigma_max: float, sigma_min: float, count: int) -> np.ndarray:
-    """Space noise levels evenly in their logarithm: (count,), falling."""
-    levels: np.ndarray = np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), count))
-    return levels
+@dataclass
+class SigmaSchedulerOutput(BaseOutput):
+    """Result of the `step` of a scheduler that goes over noise levels.
+
+    Attributes:
+        prev_sample: (B, C, h, w), one step less noisy.
+        pred_original_sample: (B, C, h, w), the clean latents as predicted at this step.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
 
 
-def predict_x0_from_sigma(prediction_type: str, sample: Tensor, model_output: Tensor, sigma: Tensor) -> Tensor:
+def predict_x0_from_sigma(prediction_type: str, sample: Tensor, model_output: Tensor, sigma: Tensor | float) -> Tensor:
     """Predict the clean latents from clean + sigma noise. Source: arXiv:2206.00364, table 1, c_skip and c_out."""
     if prediction_type == "epsilon":
         return sample - sigma * model_output
     if prediction_type == "v_prediction":
         return model_output * (-sigma / (sigma**2 + 1) ** 0.5) + sample / (sigma**2 + 1)
-    if prediction_type == "sample":
+    if prediction_type in ("sample", "original_sample"):
         return model_output
     raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
 
 
+def slope(sample: Tensor, pred_original_sample: Tensor, sigma: float) -> Tensor:
+    """Return d sample / d sigma, which is the noise; none where there is none: arXiv:2206.00364, eq. 3."""
+    return torch.zeros_like(sample) if sigma == 0 else (sample - pred_original_sample) / sigma
+
+
+def ancestral_levels(sigma: float, sigma_next: float) -> tuple[float, float]:
+    """Split a step into one down to a lower level and noise that leads up to `sigma_next`: both deviations.
+
+    Source: crowsonkb/k-diffusion, k_diffusion/sampling.py, `get_ancestral_step` with eta 1; arXiv:2006.11239, eq. 7.
+    """
+    variance = 0.0 if sigma == 0 else sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2
+    return (sigma_next**2 - variance) ** 0.5, variance**0.5
+
+
+def middle_level(sigma: float, sigma_next: float) -> float:
+    """Return the level halfway in the logarithm; 0 where the step ends there."""
+    return (sigma * sigma_next) ** 0.5
+
+
 @dataclass(frozen=True, eq=False)
-class SigmaPlan(Plan):
+class SigmaPlan(IndexedPlan):
     """A run over noise levels; see `Plan`.
 
     Attributes:
-        sigmas: (N + 1,), float32, of the whole run, ending in 0.
-        t_start: how many of its steps are left out.
+        sigmas: float32, of the whole run; `sigmas[i]` is that of its call i, and the last one that of its end.
     """
 
     sigmas: Tensor
-    t_start: int
 
     @property
     def init_noise_sigma(self) -> float:
         """See `Plan`."""
         return float(initial_sigma(self.sigmas, self.config.timestep_spacing))
 
+    def sigma(self, index: int) -> float:
+        """Return the noise level that the network sees at a step of this plan."""
+        return self.sigma_at(index + self.t_start)
+
+    def sigma_at(self, index: int) -> float:
+        """Return the noise level that the network sees at an index of the whole run."""
+        return float(self.sigmas[index])
+
     def scale_model_input(self, latents: Tensor, index: int) -> Tensor:
         """Scale to unit variance: arXiv:2206.00364, table 1, c_in."""
-        return latents / (self.sigmas[self.t_start + index] ** 2 + 1) ** 0.5
+        return latents / (torch.tensor(self.sigma(index), **TABLE) ** 2 + 1) ** 0.5
 
     def _noisy(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
-        return clean + noise * self.sigmas[self.t_start + index].to(clean.dtype)
+        return clean + noise * torch.tensor(self.sigma(index), dtype=clean.dtype)
 
 
 def initial_sigma(sigmas: Tensor, timestep_spacing: str) -> Tensor:
@@ -83,24 +108,46 @@ def initial_sigma(sigmas: Tensor, timestep_spacing: str) -> Tensor:
     return largest if timestep_spacing in ("linspace", "trailing") else (largest**2 + 1) ** 0.5
 
 
-class SigmaSchedulerMixin(SchedulerMixin):
+class SigmaSchedulerMixin(IndexedSchedulerMixin):
     """Base of the schedulers whose runs go over noise levels.
 
     A constructor ends with `_start_full_run`.
 
     Attributes:
-        sigmas: (N + 1,), float32, the noise levels of the present run, ending in 0.
+        sigmas: float32, the noise levels of the present run, and that of its end.
         is_scale_input_called: whether `scale_model_input` was called in the present run.
     """
 
+    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **SchedulerMixin.CHOICES,
+        "final_sigmas_type": ("zero", "sigma_min"),
+    }
+    PLAN: ClassVar[Any] = SigmaPlan
+    CALLS: ClassVar[int] = 1
+    """Calls of the network for each step but the last."""
+    rounded_timesteps: ClassVar[tuple[str, ...]] = ()
+    """Spacings whose timesteps are rounded."""
     fractional_timesteps: ClassVar[bool] = True
+    timestep_dtype: ClassVar[torch.dtype] = torch.float32
     sigmas: Tensor
 
     def _start_full_run(self) -> None:
         """Start with a run over all timesteps of the training."""
-        if all(self.config.get(name) for name in LOGARITHMIC):
-            raise ValueError(f"{' and '.join(LOGARITHMIC)} exclude each other; choose one")
+        self._check_spacing()
         self.set_timesteps(len(self))
+
+    def _check_spacing(self) -> None:
+        """Refuse two spacings at once, and one whose package is missing."""
+        chosen = [name for name in SPACINGS if self._own(name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one")
+        if chosen:
+            SPACINGS[chosen[0]](1.0, 0.1, 2)
+
+    def _make_noise_schedule(self, *, zero_terminal_snr: bool = False) -> None:
+        super()._make_noise_schedule(zero_terminal_snr=zero_terminal_snr)
+        if zero_terminal_snr:
+            self.alphas_cumprod[-1] = SMALLEST_ALPHA_CUMPROD
 
     def _most_steps(self) -> int:
         """Return how many steps a run may have: with "linspace" spacing levels between those of the training count."""
@@ -110,34 +157,67 @@ class SigmaSchedulerMixin(SchedulerMixin):
         """Compute the noise level of every training timestep: (T,), rising."""
         alphas_cumprod = self.alphas_cumprod.cpu()
         levels: np.ndarray = (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).numpy()
-        if not np.isfinite(levels).all() or (levels[0] == 0 and self._by_logarithm):
+        if not np.isfinite(levels).all() or (levels[0] == 0 and self._spacing):
             kind = "some noise at the first timestep" if levels[0] == 0 else "some of the image at the last timestep"
             raise ValueError(f"beta_start, beta_end and trained_betas must leave {kind}; choose others")
         return levels
 
     @property
-    def _by_logarithm(self) -> bool:
-        """Return whether the sigmas are spaced directly and the timesteps follow from them."""
-        return any(self.config.get(name) for name in LOGARITHMIC)
+    def _spacing(self) -> str | None:
+        """The setting that spaces the noise levels, so that timesteps follow from them."""
+        return next((name for name in SPACINGS if self._own(name)), None)
 
-    def _make_sigmas(self, run: np.ndarray, step_ratio: int | None) -> tuple[np.ndarray, Tensor]:
-        """Return the timesteps of a run as float32, and its noise levels, ending in 0."""
-        if step_ratio is None and self._by_logarithm:
-            raise ValueError(
-                "timesteps must be None with use_karras_sigmas or use_exponential_sigmas, which choose them"
-            )
-        levels, numbers = self._train_sigmas(), run.astype(np.float32)
-        sigmas = np.interp(numbers, np.arange(len(levels)), levels)
-        if self.config.get("use_karras_sigmas"):
-            sigmas = self._convert_to_karras(sigmas)
-        elif self.config.get("use_exponential_sigmas"):
-            sigmas = self._convert_to_exponential(sigmas, len(sigmas))
-        if self._by_logarithm:
-            numbers = self._sigma_to_t(sigmas, np.log(levels)).astype(np.float32)
-        return numbers, torch.tensor(np.append(sigmas, 0.0), **TABLE)
+    def _space(self, ends: np.ndarray, count: int) -> np.ndarray:
+        """Space noise levels between the first and the last of `ends`, or the config's own."""
+        sigma_max, sigma_min = self.config.get("sigma_max"), self.config.get("sigma_min")
+        high = float(ends[0]) if sigma_max is None else sigma_max
+        low = float(ends[-1]) if sigma_min is None else sigma_min
+        if not 0 < low < high and count > 1:
+            raise ValueError(f"sigma_min and sigma_max must rise from above 0, got {low:g} and {high:g}")
+        return SPACINGS[str(self._spacing)](high, low, count)
 
-    def _convert_to_karras(self, in_sigmas: np.ndarray | Tensor) -> np.ndarray:
-        return karras_sigmas(float(in_sigmas[0]), float(in_sigmas[-1]), len(in_sigmas))
+    def _given_sigmas(self, sigmas: Any) -> np.ndarray:
+        """Check the caller's own noise levels."""
+        numbers = [check_number("sigmas", one, 0) for one in np.asarray(sigmas, dtype=float).reshape(-1).tolist()]
+        falls = all(after < before for before, after in itertools.pairwise(numbers))
+        if not 2 <= len(numbers) <= MAX_LENGTH or not falls:
+            raise ValueError("sigmas must be 2 numbers or more that fall, the last one where the run ends, mostly 0")
+        return np.array(numbers)
+
+    def _timesteps_of(self, sigmas: np.ndarray) -> np.ndarray:
+        """Return the fractional timesteps of noise levels."""
+        return self._sigma_to_t(sigmas, np.log(np.maximum(self._train_sigmas(), 1e-10)))
+
+    def _make_sigmas(self, steps: Steps) -> tuple[np.ndarray, np.ndarray]:
+        """Return the timesteps of a run, and its noise levels with that of its end."""
+        if steps.sigmas is not None:
+            sigmas = self._given_sigmas(steps.sigmas)
+            return self._timesteps_of(sigmas[:-1]), sigmas
+        spacing, levels, numbers = self._spacing, self._train_sigmas(), steps.timesteps.astype(np.float32)
+        if steps.step_ratio is None and spacing:
+            raise ValueError(f"timesteps must be None with {spacing}, which chooses them")
+        sigmas = self._levels_at(numbers, levels)
+        if spacing:
+            sigmas = self._space(self._ends(sigmas, levels), len(numbers))
+            numbers = self._timesteps_of(sigmas)
+            if spacing in self.rounded_timesteps:
+                numbers = numbers.round()
+        return numbers, np.append(sigmas, self._last_sigma(sigmas, levels))
+
+    def _ends(self, sigmas: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """Return the levels between whose first and last a spacing spaces: those of the run, or of the training."""
+        return sigmas
+
+    def _levels_at(self, numbers: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """Return the noise levels of timesteps, linear between those of the training."""
+        return np.interp(numbers, np.arange(len(levels)), levels)
+
+    def _last_sigma(self, sigmas: np.ndarray, levels: np.ndarray) -> float:
+        """Return the noise level at which a run ends."""
+        return float(levels[0]) if self._own("final_sigmas_type", "zero") == "sigma_min" else 0.0
+
+    def _convert_to_karras(self, in_sigmas: np.ndarray | Tensor, num_inference_steps: int | None = None) -> np.ndarray:
+        return karras_sigmas(float(in_sigmas[0]), float(in_sigmas[-1]), num_inference_steps or len(in_sigmas))
 
     def _convert_to_exponential(self, in_sigmas: np.ndarray | Tensor, num_inference_steps: int) -> np.ndarray:
         return exponential_sigmas(float(in_sigmas[0]), float(in_sigmas[-1]), num_inference_steps)
@@ -146,74 +226,55 @@ class SigmaSchedulerMixin(SchedulerMixin):
         """Return the fractional timesteps of noise levels, linear in their logarithm."""
         return np.asarray(np.interp(np.log(np.maximum(sigma, 1e-10)), log_sigmas, np.arange(len(log_sigmas))))
 
-    def _start_run(self, run: np.ndarray, plan: Any) -> None:
-        self.sigmas = plan.sigmas
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-        self.is_scale_input_called = False
-        self._start_state()
+    def _make_plan(self, steps: Steps, t_start: int, eta: float, device: torch.device) -> Any:
+        return self._plan_of(*self._calls_of(*self._make_sigmas(steps)), t_start * self.CALLS, eta, device)
 
-    @abstractmethod
-    def _start_state(self) -> None:
-        """Set what the method remembers to what it is before the first step."""
+    def _plan_of(self, numbers: np.ndarray, sigmas: np.ndarray, t_start: int, eta: float, device: torch.device) -> Any:
+        """Plan a run over timesteps and levels whose first `t_start` calls are left out."""
+        timesteps = torch.tensor(numbers[t_start:].copy()).to(self.timestep_dtype)
+        return self.PLAN(
+            timesteps=timesteps.to(device),
+            numbers=tuple(timesteps.tolist()),
+            config=self._own_config(),
+            t_start=t_start,
+            sigmas=torch.tensor(sigmas, **TABLE),
+            **self._more_of_plan(eta),
+        )
+
+    def _calls_of(self, numbers: np.ndarray, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return timesteps and noise levels of every call of the network, and the level of the end."""
+        return numbers, sigmas
+
+    def _more_of_plan(self, eta: float) -> dict[str, Any]:
+        """Return what else the plan of this method holds."""
+        return {}
+
+    def _start_run(self, run: np.ndarray, plan: Any) -> None:
+        super()._start_run(run, plan)
+        self.sigmas = plan.sigmas
+        self.is_scale_input_called = False
+
+    def _plan_as_it_is(self) -> Any:
+        return dataclasses.replace(self._plan, config=self._own_config(), sigmas=self.sigmas.cpu())
 
     # diffusers' contract
 
     @property
-    def init_noise_sigma(self) -> Tensor:
+    def init_noise_sigma(self) -> Any:
         """Deviation of the noise from which a run without an image starts, 0-d."""
         return initial_sigma(self.sigmas, self.config.timestep_spacing)
-
-    @property
-    def step_index(self) -> int | None:
-        """Index of the next step; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index of the first step, where `set_begin_index` gave it."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Set the index of the timestep at which the loop begins."""
-        self._begin_index = check_number("begin_index", begin_index, 0, len(self.timesteps) - 1, whole=True)
-
-    def index_for_timestep(self, timestep: Tensor | float, schedule_timesteps: Tensor | None = None) -> int:
-        """Return the index of a timestep of the run; of the second one where it is there twice.
-
-        Raises:
-            IndexError: it is not there.
-        """
-        timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        number = read_timestep(timestep, math.inf, whole=False)
-        places = [i for i, one in enumerate(timesteps.tolist()) if one == number]
-        if not places:
-            raise IndexError(f"timestep must be one of `timesteps`, got {number}; take them from there, unrounded")
-        return places[min(1, len(places) - 1)]
-
-    def _init_step_index(self, timestep: Tensor | float) -> None:
-        self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-
-    def _find_step(self, timestep: Tensor | float) -> int:
-        """Return the index of the next step; that of the first one is looked up."""
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        index: Any = self._step_index
-        return index
-
-    def _check_left(self, index: int) -> None:
-        """Refuse a step after the last."""
-        if index >= len(self.sigmas) - 1:
-            raise ValueError(
-                f"step must be called for {len(self.sigmas) - 1} timesteps alone; call set_timesteps for another run"
-            )
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:  # type: ignore[override]
         """Scale latents to unit variance: arXiv:2206.00364, table 1, c_in."""
         check_tensor("sample", sample, "(B, C, h, w)")
-        sigma = self.sigmas[self._find_step(timestep)].cpu()
+        sigma = torch.tensor(self._sigma_of(self._find_step(timestep)), **TABLE)
         self.is_scale_input_called = True
         return sample / (sigma**2 + 1) ** 0.5
+
+    def _sigma_of(self, index: int) -> float:
+        """Return the noise level that the network sees at a step of the present run."""
+        sigma: float = self._plan_as_it_is().sigma_at(min(index, len(self.sigmas) - 1))
+        return sigma
 
     def _warn_if_unscaled(self) -> None:
         if not self.is_scale_input_called:
@@ -225,17 +286,22 @@ class SigmaSchedulerMixin(SchedulerMixin):
         After `set_begin_index` the noise is that of the next step, whatever the timesteps.
         """
         check_pair("original_samples", original_samples, "noise", noise)
+        sigmas = self.sigmas.to(original_samples.device, original_samples.dtype)
+        sigmas = sigmas[self._indices_of(timesteps, len(original_samples))]
+        return self._mix(original_samples, noise, sigmas.view(-1, *(1,) * (original_samples.ndim - 1)))
+
+    def _mix(self, original_samples: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        return original_samples + noise * sigmas
+
+    def _indices_of(self, timesteps: Tensor, batch: int) -> list[int]:
+        """Return the index of each of the timesteps of a batch."""
         if not isinstance(timesteps, Tensor):
             raise TypeError(f"timesteps must be a tensor (B,), got {show(timesteps)}")
         check_dense("timesteps", timesteps)
         wanted = timesteps.flatten().tolist()
-        if len(wanted) not in (1, len(original_samples)):
-            raise ValueError(
-                f"timesteps must be one, or one for each of {len(original_samples)} samples, got {len(wanted)}"
-            )
-        places = self._places(wanted)
-        sigmas = self.sigmas.to(original_samples.device, original_samples.dtype)[places]
-        return original_samples + noise * sigmas.view(-1, *(1,) * (original_samples.ndim - 1))
+        if len(wanted) not in (1, batch):
+            raise ValueError(f"timesteps must be one, or one for each of {batch} samples, got {len(wanted)}")
+        return self._places(wanted)
 
     def _places(self, wanted: Sequence[float]) -> list[int]:
         if self._begin_index is not None:
