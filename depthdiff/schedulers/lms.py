@@ -125,8 +125,8 @@ class LMSPlan(SigmaPlan):
         sigmas = self.sigmas.tolist()
         if sigmas[index] == 0:  # a first beta of 0: they are clean already
             return StepOutput(sample, sample, state)
-        x0 = predict_x0_from_sigma(self.config.prediction_type, sample, model_output, sigmas[index])
-        derivatives = (*state.derivatives, slope(sample, x0, sigmas[index]))[-order:]
+        x0 = predict_x0_from_sigma(self.config.prediction_type, sample, model_output, self.sigmas[index])
+        derivatives = (*state.derivatives, slope(sample, x0, self.sigmas[index]))[-order:]
         prev_sample = lms_step(sample, derivatives, sigmas, index, order, self.fix_start)
         return StepOutput(prev_sample, x0, LMSState(derivatives))
 

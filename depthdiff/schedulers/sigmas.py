@@ -52,7 +52,7 @@ def predict_x0_from_sigma(prediction_type: str, sample: Tensor, model_output: Te
     raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
 
 
-def slope(sample: Tensor, pred_original_sample: Tensor, sigma: float) -> Tensor:
+def slope(sample: Tensor, pred_original_sample: Tensor, sigma: Tensor | float) -> Tensor:
     """Return d sample / d sigma, which is the noise; none where there is none: arXiv:2206.00364, eq. 3."""
     return torch.zeros_like(sample) if sigma == 0 else (sample - pred_original_sample) / sigma
 

@@ -424,7 +424,7 @@ def test_configs_of_the_contract(case, tmp_path, caplog):
 
 
 def test_compatibles_are_the_classes_that_exist_here():
-    assert ours.DDIMScheduler().compatibles == ours.PNDMScheduler._get_compatibles()
+    assert set(ours.DDIMScheduler().compatibles) == set(ours.PNDMScheduler._get_compatibles())
     for name in ours.FILES:
         theirs = {kind.__name__ for kind in getattr(diffusers, name)().compatibles} - {"EDMEulerScheduler"}
         assert {kind.__name__ for kind in getattr(ours, name)().compatibles} == theirs & set(ours.FILES), name
