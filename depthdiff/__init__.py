@@ -35,9 +35,19 @@ if TYPE_CHECKING:
     from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
     from depthdiff.pipeline_utils import DiffusionPipeline
     from depthdiff.run import Run, StableDiffusionPipelineOutput, Step
-    from depthdiff.schedulers.ddim import DDIMScheduler
+    from depthdiff.schedulers.ddim import DDIMInverseScheduler, DDIMScheduler
+    from depthdiff.schedulers.ddpm import DDPMScheduler
+    from depthdiff.schedulers.deis import DEISMultistepScheduler
+    from depthdiff.schedulers.dpm_sde import DPMSolverSDEScheduler
+    from depthdiff.schedulers.dpm_singlestep import DPMSolverSinglestepScheduler
+    from depthdiff.schedulers.dpm_solver import DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler
+    from depthdiff.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+    from depthdiff.schedulers.heun import HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
+    from depthdiff.schedulers.lcm import LCMScheduler, TCDScheduler
     from depthdiff.schedulers.lms import LMSDiscreteScheduler
     from depthdiff.schedulers.pndm import PNDMScheduler
+    from depthdiff.schedulers.sa_solver import SASolverScheduler
+    from depthdiff.schedulers.unipc import UniPCMultistepScheduler
     from depthdiff.tokenizer import CLIPTokenizer
 
 __version__ = "0.1.0"
@@ -59,6 +69,22 @@ __all__ = [
     "DDIMScheduler",
     "PNDMScheduler",
     "LMSDiscreteScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "DDIMInverseScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "CheckpointError",
 ]
 
@@ -79,6 +105,22 @@ HOMES = {
     "DDIMScheduler": "schedulers.ddim",
     "PNDMScheduler": "schedulers.pndm",
     "LMSDiscreteScheduler": "schedulers.lms",
+    "DDPMScheduler": "schedulers.ddpm",
+    "EulerDiscreteScheduler": "schedulers.euler",
+    "EulerAncestralDiscreteScheduler": "schedulers.euler",
+    "HeunDiscreteScheduler": "schedulers.heun",
+    "KDPM2DiscreteScheduler": "schedulers.heun",
+    "KDPM2AncestralDiscreteScheduler": "schedulers.heun",
+    "DPMSolverMultistepScheduler": "schedulers.dpm_solver",
+    "DPMSolverSinglestepScheduler": "schedulers.dpm_singlestep",
+    "DPMSolverSDEScheduler": "schedulers.dpm_sde",
+    "DEISMultistepScheduler": "schedulers.deis",
+    "UniPCMultistepScheduler": "schedulers.unipc",
+    "SASolverScheduler": "schedulers.sa_solver",
+    "LCMScheduler": "schedulers.lcm",
+    "TCDScheduler": "schedulers.lcm",
+    "DDIMInverseScheduler": "schedulers.ddim",
+    "DPMSolverMultistepInverseScheduler": "schedulers.dpm_solver",
     "CheckpointError": "config",
 }
 """Public name -> its module."""

@@ -49,7 +49,8 @@ from depthdiff.process import (
     keep_freed_buffers,
     lenient_streams,
 )
-from depthdiff.registry import SCHEDULERS
+from depthdiff.registry import make_scheduler
+from depthdiff.schedulers import DDIMScheduler
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,6 +261,8 @@ def check_room(options: argparse.Namespace, outputs: list[Path], photo: Image.Im
 
 def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> StableDiffusionDepth2ImgPipeline:
     """Load the pipeline, and show its warnings as plain lines."""
+    if options.scheduler is not None:
+        make_scheduler(options.scheduler, {}, "--scheduler", karras=options.karras)  # refuses before anything is loaded
     if options.model is None:
         print(f"depthdiff: no --model named, using the small one that comes along: {BUNDLED}", file=sys.stderr)
         options.model = BUNDLED
@@ -276,6 +279,9 @@ def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> S
             pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(options.model, variant=options.variant, **where)
     for warning in caught:
         print(f"depthdiff: {warning.message}", file=sys.stderr)
+    if options.karras:
+        name = options.scheduler or type(pipe.scheduler).__name__
+        pipe.scheduler = make_scheduler(name, pipe.scheduler.config, "--karras: --scheduler", karras=True)
     names = [f"lora_{number}" for number in range(len(options.lora))]
     for name, text in zip(names, options.lora, strict=True):
         pipe.load_lora_weights(split_option(text)[0], name, local_files_only=options.offline)
@@ -288,8 +294,8 @@ def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> S
 
 def read_scheduler(options: argparse.Namespace) -> Any:
     """Build the chosen solver from the settings of the checkpoint's, whatever class that is."""
-    kind = SCHEDULERS[options.scheduler]
-    return kind.from_config(kind.load_config(options.model, subfolder="scheduler", local_files_only=options.offline))
+    config: Any = DDIMScheduler.load_config(options.model, subfolder="scheduler", local_files_only=options.offline)
+    return make_scheduler(options.scheduler, config, "--scheduler", karras=options.karras)
 
 
 def warn_of_cut_prompts(options: argparse.Namespace, pipe: StableDiffusionDepth2ImgPipeline) -> None:

@@ -12,7 +12,7 @@ import depthdiff
 from depthdiff.approximations import PRESETS
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.models.attention import FORMS
-from depthdiff.registry import SCHEDULERS
+from depthdiff.schedulers.names import SHORT_NAMES, find_scheduler
 
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
 DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "float16", "bfloat16")}
@@ -25,6 +25,11 @@ SIZE_HELP = "length of the picture's shorter side (default: the photo's, or 128 
 LORA_HELP = "LoRA, LoCon, LoHa, LoKr or DoRA to add, and how much of it (1); may be given several times"
 EMBEDDING_HELP = "textual inversion to add, and the word it gets (the file's own); may be given several times"
 PREDICTION_HELP = "of a --model that is a single file, which does not record it (epsilon)"
+SCHEDULER_HELP = (
+    "the solver (default: the checkpoint's): "
+    + ", ".join(f"{name} ({solver.others[0]})" if solver.others else name for name, solver in SHORT_NAMES.items())
+    + "; or the name of its class"
+)
 DTYPE_HELP = "of the weights; auto is bfloat16 where the processor has it, else float32 (float16 on cuda, else auto)"
 TF32_HELP = "multiply float32 matrices in TF32: faster, with about 3 digits; cuda only"
 SHORTCUT_HELP = {
@@ -32,6 +37,15 @@ SHORTCUT_HELP = {
     "deep_cache": "run the UNet's deeper part at every N-th step only (default: 1)",
     "token_merging": "0..0.75, share of tokens to merge in the finest self-attention (default: 0)",
 }
+
+
+def scheduler_name(text: str) -> str:
+    """Return the name of a solver, or say which there are."""
+    try:
+        find_scheduler(text, "the name")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 class Completion(argparse.Action):
@@ -77,10 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("--guidance", type=float, default=7.5, help="how closely to follow the prompt (%(default)s)")
     look.add_argument("--seed", type=int, help="of the random numbers (default: a new one, printed)")
     look.add_argument("--num-images", type=int, default=1, metavar="N", help="how many pictures (%(default)s)")
-    look.add_argument("--eta", type=float, default=0.0, help="0..1, noise added on the way, for ddim (%(default)s)")
+    look.add_argument("--eta", type=float, default=0.0, help="0..1, added noise, for ddim and tcd (%(default)s)")
     look.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
     look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
-    look.add_argument("--scheduler", choices=SCHEDULERS, help="the solver (default: the checkpoint's)")
+    look.add_argument("--scheduler", metavar="NAME", type=scheduler_name, help=SCHEDULER_HELP)
+    look.add_argument("--karras", action="store_true", help="space the noise levels as Karras et al. do")
 
     speed = parser.add_argument_group("speed", "Each is faster and gives a slightly different picture.")
     speed.add_argument(

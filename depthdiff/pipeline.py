@@ -241,9 +241,8 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         for step in self.progress_bar(self.denoise(run), total=len(run)):
             if callback_on_step_end is not None:
                 call_back(callback_on_step_end, names, self, run, step)
-            own = step.index >= len(run) - run.num_inference_steps  # as in diffusers, PNDM's extra call has none
-            if callback is not None and own and step.index % callback_steps == 0:
-                callback(step.index, step.timestep, step.latents)
+            if callback is not None and run.ends_step(step.index) and step.index % callback_steps == 0:
+                callback(step.index // run.order, step.timestep, step.latents)
         images = self.decode(run.latents, output_type)
         self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images) if return_dict else (images,)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import depthdiff.schedulers
 from depthdiff.checkpoint.hub import (
     DEPTH_MODEL,
     commit_of,
@@ -21,28 +22,23 @@ from depthdiff.checkpoint.hub import (
 from depthdiff.checkpoint.loading import DType, check_names, load_model, read_dtype
 from depthdiff.checkpoint.weights import has_weights, suffixes, weight_files
 from depthdiff.checks import brief, nearest
-from depthdiff.config import CheckpointError
+from depthdiff.config import CheckpointError, constructor_fields
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.models.base import Network
 from depthdiff.models.clip import CLIPTextModel
 from depthdiff.models.dpt import DPTForDepthEstimation
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
-from depthdiff.schedulers.ddim import DDIMScheduler
-from depthdiff.schedulers.lms import LMSDiscreteScheduler
-from depthdiff.schedulers.pndm import PNDMScheduler
+from depthdiff.schedulers.names import SHORT_NAMES, find_scheduler
 from depthdiff.tokenizer import CLIPTokenizer
 from depthdiff.tokenizer import files as tokenizer_files
-
-SCHEDULERS: dict[str, Any] = {"pndm": PNDMScheduler, "ddim": DDIMScheduler, "lms": LMSDiscreteScheduler}
-"""Short name, of the command and of old arguments -> our class."""
 
 COMPONENT_CLASSES: dict[str, dict[str, Any]] = {
     "vae": {"AutoencoderKL": AutoencoderKL},
     "text_encoder": {"CLIPTextModel": CLIPTextModel},
     "tokenizer": dict.fromkeys(("CLIPTokenizer", "CLIPTokenizerFast"), CLIPTokenizer),
     "unet": {"UNet2DConditionModel": UNet2DConditionModel},
-    "scheduler": {kind.__name__: kind for kind in SCHEDULERS.values()},
+    "scheduler": {name: getattr(depthdiff.schedulers, name) for name in depthdiff.schedulers.FILES},
     "depth_estimator": {"DPTForDepthEstimation": DPTForDepthEstimation},
     "feature_extractor": dict.fromkeys(
         ("DPTImageProcessor", "DPTImageProcessorFast", "DPTImageProcessorPil", "DPTFeatureExtractor"), DPTImageProcessor
@@ -66,6 +62,31 @@ SMALL_FILES = {
     "scheduler": ("scheduler_config.json",),
     "feature_extractor": ("preprocessor_config.json",),
 }
+
+
+def make_scheduler(name: str, config: Mapping[str, Any], argument: str = "scheduler", *, karras: bool = False) -> Any:
+    """Build a solver from the settings of another one.
+
+    Args:
+        name: see `depthdiff.schedulers.names.find_scheduler`.
+        config: of a scheduler.
+        argument: that `name` came by, for errors.
+        karras: space the noise levels as arXiv:2206.00364 does.
+
+    Raises:
+        ValueError: an unknown name, or a solver whose noise levels cannot be spaced so.
+    """
+    found, settings = find_scheduler(name, argument)
+    kind = COMPONENT_CLASSES["scheduler"][found]
+    if karras:
+        settings["use_karras_sigmas"] = True
+    fields = constructor_fields(kind)
+    for setting in settings:
+        if setting not in fields:
+            classes = {short: COMPONENT_CLASSES["scheduler"][solver.kind] for short, solver in SHORT_NAMES.items()}
+            able = [short for short, one in classes.items() if setting in constructor_fields(one)]
+            raise ValueError(f"{argument} {name!r} has no {setting}; these have it: {', '.join(able)}")
+    return kind.from_config(config, **settings)
 
 
 def computing_dtype(component: str, dtype: DType) -> DType:

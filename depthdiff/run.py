@@ -173,6 +173,16 @@ class Run:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def order(self) -> int:
+        """Calls of the UNet for each step but the last."""
+        return int(getattr(self.scheduler, "order", 1))
+
+    def ends_step(self, index: int) -> bool:
+        """Return whether a step's last call is that at an index; as in diffusers, PNDM's extra call ends none."""
+        extra = len(self) - self.num_inference_steps * self.order
+        return index == len(self) - 1 or (index + 1 > extra and (index + 1) % self.order == 0)
+
     def guides(self, timestep: Tensor) -> bool:
         """Return whether a step uses guidance: where it is on, and its interval holds the timestep."""
         if self.guidance_scale <= 1 or self.approximations.guidance_interval == (0.0, 1.0):
@@ -320,11 +330,16 @@ def check_tensors(run: Run, latents: Tensor, unet: Any) -> None:
 
 def denoised(scheduler: Any, output: Any, noise_pred: Tensor, timestep: Tensor, latents: Tensor) -> Tensor | None:
     """Return the clean latents (B, 4, h, w) that a step predicts; None where the scheduler does not tell."""
-    if getattr(output, "pred_original_sample", None) is not None:
-        return output.pred_original_sample
+    for name in ("pred_original_sample", "denoised"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
-    alpha_bar, kind = scheduler.alphas_cumprod.cpu()[timestep.cpu().long()], scheduler.config.prediction_type
+    if getattr(scheduler, "step_index", None) and hasattr(scheduler, "sigmas"):
+        alpha_bar = 1 / (1 + scheduler.sigmas.cpu()[scheduler.step_index - 1] ** 2)
+    else:
+        alpha_bar = scheduler.alphas_cumprod.cpu()[timestep.cpu().long()]
+    kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample") or (kind == "epsilon" and alpha_bar == 0):
         return None
     return predict_x0(kind, latents, noise_pred, alpha_bar)

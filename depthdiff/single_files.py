@@ -22,11 +22,12 @@ from depthdiff.checkpoint.single_file import (
     open_single_file,
     read_config,
 )
-from depthdiff.checks import brief, check_number, read_device_map
+from depthdiff.checks import check_number, read_device_map
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
 from depthdiff.pipeline_utils import DiffusionPipeline
-from depthdiff.registry import CLASSES, COMPONENT_CLASSES, SCHEDULERS, component_class, computing_dtype
+from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class, computing_dtype, make_scheduler
+from depthdiff.schedulers.names import find_scheduler
 from depthdiff.schedulers.pndm import PNDMScheduler
 from depthdiff.tokenizer import clip_tokenizer
 
@@ -77,7 +78,7 @@ class FromSingleFileMixin(DiffusionPipeline):
             token: for gated repositories.
             local_files_only: never ask the network.
             force_download: ignore the cache.
-            scheduler_type: "pndm", which is the default, "ddim" or "lms".
+            scheduler_type: the solver; see `depthdiff.schedulers.names.find_scheduler`. "pndm" is the default.
             scaling_factor: of the autoencoder's latents; 0.18215 if absent.
             device_map: where to move the networks, see `depthdiff.checks.read_device_map`.
             fast: let the networks compute the same faster where they can; see `depthdiff.fast`.
@@ -93,7 +94,7 @@ class FromSingleFileMixin(DiffusionPipeline):
         given = {"token": token, "config": config, **components}
         components = sort_out(cls.from_single_file, SINGLE_FILE, given, (*cls.NAMES, "token", "config"))
         token, config = components.pop("token"), components.pop("config")
-        kind = _scheduler_class(scheduler_type, "scheduler" in components)
+        _check_scheduler_type(scheduler_type, "scheduler" in components)
         factor = None if scaling_factor is None else check_number("scaling_factor", scaling_factor, 1e-6, 1e6)
         if factor is not None and "vae" in components:
             raise ValueError("scaling_factor and vae both say how latents are scaled; give one of them")
@@ -110,8 +111,8 @@ class FromSingleFileMixin(DiffusionPipeline):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        if kind is not None:
-            parts["scheduler"] = kind.from_config(parts["scheduler"].config)
+        if scheduler_type is not None:
+            parts["scheduler"] = make_scheduler(scheduler_type, parts["scheduler"].config, "scheduler_type")
         if factor is not None:
             parts["vae"].register_to_config(scaling_factor=factor)
         pipeline = cls(**parts, fast=fast)
@@ -168,15 +169,12 @@ class FromSingleFileMixin(DiffusionPipeline):
         return list(loaded)
 
 
-def _scheduler_class(name: str | None, given: bool) -> Any:
-    """Return the class that `scheduler_type` names; `given` says whether there is a scheduler already."""
-    if name is None:
-        return None
-    if not isinstance(name, str) or name not in SCHEDULERS:
-        raise ValueError(f"scheduler_type must be one of {', '.join(SCHEDULERS)}, got {brief(name)}")
-    if given:
-        raise ValueError("scheduler_type and scheduler both say which solver to use; give one of them")
-    return SCHEDULERS[name]
+def _check_scheduler_type(name: str | None, given: bool) -> None:
+    """Refuse an unknown `scheduler_type`, or one beside a scheduler, which is `given`."""
+    if name is not None:
+        find_scheduler(name, "scheduler_type")
+        if given:
+            raise ValueError("scheduler_type and scheduler both say which solver to use; give one of them")
 
 
 def load_single_components(
