@@ -35,6 +35,7 @@ SLOW = (
     "test_single_file.py::test_what_is_refused",
     *(f"test_state.py::test_threads_with{rest}" for rest in ("out_adapters", "_scales_of_their_own")),
     "parity/test_adapters.py::test_two_at_once",
+    *(f"parity/test_solvers.py::test_{what}" for what in ("all_trajectories", "pictures_of_every_solver")),
     "test_convert.py::test_memory_is_that_of_one_tensor",
     "test_sharing.py::test_a_compiled_unet_takes",
     "test_single_file.py::test_partial_files_load",

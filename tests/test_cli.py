@@ -263,13 +263,13 @@ def test_a_chosen_scheduler_wins_over_an_unknown_one(name, place, tiny_folder, c
     folder = place / "checkpoint"
     shutil.copytree(tiny_folder, folder)
     index = json.loads((folder / "model_index.json").read_text())
-    index["scheduler"][1] = "EulerDiscreteScheduler"
+    index["scheduler"][1] = "EDMEulerScheduler"
     (folder / "model_index.json").write_text(json.dumps(index))
     settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    settings |= {"_class_name": "EulerDiscreteScheduler", "beta_end": 0.02, "final_sigmas_type": "zero"}
+    settings |= {"_class_name": "EDMEulerScheduler", "beta_end": 0.02, "final_sigmas_type": "zero"}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
     assert main(command(folder, "-o", "a.png")) == 1
-    assert "scheduler is a EulerDiscreteScheduler; implemented here" in capsys.readouterr().err
+    assert "scheduler is a EDMEulerScheduler; implemented here" in capsys.readouterr().err
     assert main(command(folder, "-o", "a.png", "--scheduler", name, "--seed", 1)) == 0
     pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder)
     kind = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "lms": LMSDiscreteScheduler}[name]

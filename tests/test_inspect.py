@@ -209,8 +209,8 @@ def test_single_components(name, tiny_folder, tmp_path):
         folder = tmp_path / "scheduler"
         shutil.copytree(tiny_folder / name, folder)
         config = json.loads((folder / "scheduler_config.json").read_text())
-        (folder / "scheduler_config.json").write_text(json.dumps(config | {"_class_name": "EulerDiscreteScheduler"}))
+        (folder / "scheduler_config.json").write_text(json.dumps(config | {"_class_name": "EDMEulerScheduler"}))
         report = inspect(folder)
         assert not report.loads
-        assert "scheduler (EulerDiscreteScheduler)" in report.text()
-        assert "implemented here: PNDMScheduler, DDIMScheduler, LMSDiscreteScheduler" in report.text()
+        assert "scheduler (EDMEulerScheduler)" in report.text()
+        assert "implemented here: DDIMInverseScheduler, DDIMScheduler, DDPMScheduler" in report.text()

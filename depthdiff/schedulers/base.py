@@ -25,7 +25,7 @@ from depthdiff.arguments import NO_WEIGHTS, SETTINGS, sort_out
 from depthdiff.checkpoint.hub import HUB_ARGUMENTS
 from depthdiff.checkpoint.loading import ConfigMixin
 from depthdiff.checks import check_dense, check_device, check_number, check_tensor, show
-from depthdiff.config import BaseOutput, FrozenDict, constructor_fields
+from depthdiff.config import MAX_LENGTH, BaseOutput, FrozenDict, constructor_fields
 from depthdiff.schedulers.schedule import (
     Levels,
     check_pair,
@@ -251,7 +251,8 @@ class SchedulerMixin(ConfigMixin, ABC):
         """
         steps = self._choose_steps(num_inference_steps, timesteps, sigmas)
         strength, eta = check_number("strength", strength, 0, 1), check_number("eta", eta, 0, 1)
-        t_start = len(steps.timesteps) - int(len(steps.timesteps) * strength)
+        count = len(steps.timesteps) if num_inference_steps is None else read_steps(num_inference_steps, MAX_LENGTH)
+        t_start = count - int(count * strength)  # of N, as the pipeline's; "trailing" may have fewer timesteps
         return self._make_plan(steps, t_start, eta, check_device("device", device))
 
     def _choose_steps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any = None) -> Steps:

@@ -21,6 +21,7 @@ from depthdiff.schedulers.base import StepOutput
 from depthdiff.schedulers.euler import euler_step
 from depthdiff.schedulers.heun import TwoCallPlan, TwoCallSchedulerMixin
 from depthdiff.schedulers.indexed import Draw
+from depthdiff.schedulers.schedule import TABLE
 from depthdiff.schedulers.sigmas import SigmaSchedulerOutput, ancestral_levels, middle_level, predict_x0_from_sigma
 from depthdiff.schedulers.spacing import need
 
@@ -73,9 +74,8 @@ def brownian_times(sigma: float, sigma_next: float) -> tuple[float, float, float
 
     A rounding error of 1e-7 in a time moves the path by some 3e-4.
     """
-    begin, end = torch.tensor([sigma, sigma_next], dtype=torch.float32, device="cpu").log()
-    first, middle, last = torch.stack([begin, begin + (end - begin) * 0.5, end]).exp().tolist()
-    return first, middle, last
+    begin, end = (torch.tensor(level, **TABLE).log() for level in (sigma, sigma_next))
+    return float(begin.exp()), float((begin + (end - begin) * 0.5).exp()), float(end.exp())
 
 
 def draw_seeds(generator: Generator | Sequence[Generator] | None) -> int | list[int]:
@@ -159,6 +159,7 @@ class DPMSolverSDEScheduler(TwoCallSchedulerMixin):
     """
 
     PLAN: ClassVar[Any] = DPMSolverSDEPlan
+    SPACED_IN: ClassVar[Any] = np.float64
 
     @register_to_config
     def __init__(

@@ -279,6 +279,8 @@ class ExponentialSchedulerMixin(SigmaSchedulerMixin):
 
     def _spaced_timesteps(self, count: int) -> np.ndarray:
         last, spacing = self._last_timestep(), self._own("timestep_spacing", "linspace")
+        if self._spacing:  # from which the timesteps will follow
+            return np.linspace(last - 1, 0, count)
         if spacing == "trailing":
             return np.round(np.arange(last, 0, -len(self) / count)) - 1
         offset = self._own("steps_offset", 0)

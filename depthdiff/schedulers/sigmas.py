@@ -125,6 +125,8 @@ class SigmaSchedulerMixin(IndexedSchedulerMixin):
     PLAN: ClassVar[Any] = SigmaPlan
     CALLS: ClassVar[int] = 1
     """Calls of the network for each step but the last."""
+    SPACED_IN: ClassVar[Any] = np.float32
+    """Dtype of the timesteps at whose levels a run is."""
     rounded_timesteps: ClassVar[tuple[str, ...]] = ()
     """Spacings whose timesteps are rounded."""
     fractional_timesteps: ClassVar[bool] = True
@@ -193,7 +195,7 @@ class SigmaSchedulerMixin(IndexedSchedulerMixin):
         if steps.sigmas is not None:
             sigmas = self._given_sigmas(steps.sigmas)
             return self._timesteps_of(sigmas[:-1]), sigmas
-        spacing, levels, numbers = self._spacing, self._train_sigmas(), steps.timesteps.astype(np.float32)
+        spacing, levels, numbers = self._spacing, self._train_sigmas(), steps.timesteps.astype(self.SPACED_IN)
         if steps.step_ratio is None and spacing:
             raise ValueError(f"timesteps must be None with {spacing}, which chooses them")
         sigmas = self._levels_at(numbers, levels)
@@ -223,8 +225,14 @@ class SigmaSchedulerMixin(IndexedSchedulerMixin):
         return exponential_sigmas(float(in_sigmas[0]), float(in_sigmas[-1]), num_inference_steps)
 
     def _sigma_to_t(self, sigma: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
-        """Return the fractional timesteps of noise levels, linear in their logarithm."""
-        return np.asarray(np.interp(np.log(np.maximum(sigma, 1e-10)), log_sigmas, np.arange(len(log_sigmas))))
+        """Return the fractional timesteps of noise levels, linear in their logarithm above the last one reached."""
+        wanted = np.log(np.maximum(sigma, 1e-10))
+        reached = wanted[..., None] >= log_sigmas
+        last = len(log_sigmas) - 1 - np.argmax(reached[..., ::-1], axis=-1)
+        below = np.where(reached.any(axis=-1), last, 0).clip(max=len(log_sigmas) - 2)
+        low, high = log_sigmas[below], log_sigmas[below + 1]
+        share = np.clip((low - wanted) / (low - high), 0, 1)
+        return np.asarray((1 - share) * below + share * (below + 1))
 
     def _make_plan(self, steps: Steps, t_start: int, eta: float, device: torch.device) -> Any:
         return self._plan_of(*self._calls_of(*self._make_sigmas(steps)), t_start * self.CALLS, eta, device)

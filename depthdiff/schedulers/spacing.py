@@ -28,6 +28,13 @@ def exponential_sigmas(sigma_max: float, sigma_min: float, count: int) -> np.nda
     return levels
 
 
+def lu_sigmas(sigma_max: float, sigma_min: float, count: int) -> np.ndarray:
+    """Space noise levels evenly in lambda: (count,), falling, from logarithms in float32. Source: arXiv:2211.01095."""
+    high, low = (float(np.log(np.float32(end))) for end in (sigma_max, sigma_min))
+    levels: np.ndarray = np.exp(high + np.linspace(0, 1, count) * (low - high))
+    return levels
+
+
 def beta_sigmas(sigma_max: float, sigma_min: float, count: int) -> np.ndarray:
     """Space noise levels as quantiles of a beta distribution: (count,), falling. Source: arXiv:2407.12173, sec. 3.1."""
     shares = need("scipy.stats", "use_beta_sigmas").beta.ppf(1 - np.linspace(0, 1, count), BETA, BETA)
@@ -52,6 +59,6 @@ SPACINGS: Mapping[str, Callable[[float, float, int], np.ndarray]] = {
     "use_karras_sigmas": karras_sigmas,
     "use_exponential_sigmas": exponential_sigmas,
     "use_beta_sigmas": beta_sigmas,
-    "use_lu_lambdas": exponential_sigmas,
+    "use_lu_lambdas": lu_sigmas,
 }
 """Setting of a scheduler -> how it spaces noise levels; timesteps follow from them."""
