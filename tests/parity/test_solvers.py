@@ -105,7 +105,8 @@ AXES = {
     ],
 }
 SPACING = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-EXACT = ("DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler")
+EXACT = ("DPMSolverSinglestepScheduler", "DPMSolverMultistepInverseScheduler", "DEISMultistepScheduler",
+         "UniPCMultistepScheduler", "SASolverScheduler")  # fmt: skip
 TOLERANCE = 1e-5
 """EXACT: those that are given their noise levels in float64."""
 
@@ -162,11 +163,12 @@ def excuse(name, row):
 def comparable(name, row, plan, steps):
     """Return whether the reference's float32 can follow.
 
-    Ancestral levels are differences of their squares there; predicted noise is taken from latents that it nearly is.
+    Ancestral levels are differences of squares there, middles means of logarithms; predicted noise is taken from latents
+    that it nearly is.
     """
     if steps == 1 and any(row.get(key) for key in SPACING):
         return False  # the reference ends where it begins if it ends at sigma_min
-    limits = {"KDPM2AncestralDiscreteScheduler": 10.0, "DPMSolverSDEScheduler": 100.0}
+    limits = {"KDPM2AncestralDiscreteScheduler": 10.0, "DPMSolverSDEScheduler": 30.0, "KDPM2DiscreteScheduler": 100.0}
     most = limits.get(name, 100.0 if by_noise(row) else math.inf)
     levels = [level for level in plan.sigmas.tolist() if level > 0] if hasattr(plan, "sigmas") else []
     return all(before / after < most for before, after in itertools.pairwise(levels))
