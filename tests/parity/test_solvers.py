@@ -163,14 +163,16 @@ def excuse(name, row):
 def comparable(name, row, plan, steps):
     """Return whether the reference's float32 can follow.
 
-    Ancestral levels are differences of squares there, middles means of logarithms; predicted noise is taken from latents
-    that it nearly is.
+    Ancestral levels are differences of squares there, and middles means of logarithms; predicted noise is taken from
+    latents that it nearly is.
     """
     if steps == 1 and any(row.get(key) for key in SPACING):
         return False  # the reference ends where it begins if it ends at sigma_min
     limits = {"KDPM2AncestralDiscreteScheduler": 10.0, "DPMSolverSDEScheduler": 30.0, "KDPM2DiscreteScheduler": 100.0}
     most = limits.get(name, 100.0 if by_noise(row) else math.inf)
     levels = [level for level in plan.sigmas.tolist() if level > 0] if hasattr(plan, "sigmas") else []
+    if levels and levels[0] > 1000 and name in limits:
+        return False
     return all(before / after < most for before, after in itertools.pairwise(levels))
 
 
