@@ -124,11 +124,11 @@ class DPMSolverSDEPlan(TwoCallPlan):
             levels = self.sigmas[self.sigmas > 0]
             chosen = draw_seeds(generator) if chosen is None else chosen
             noise = brownian_noise(sample, float(levels.min()), float(levels.max()), chosen)
-        start, end = (sample, middle) if state.sample is None else (state.sample, sigma_next)
-        down, up = ancestral_levels(sigma, end)
+        halfway, start = first and not self.is_last(index), sample if state.sample is None else state.sample
+        down, up = ancestral_levels(sigma, middle if halfway else sigma_next)
         begin, *ends = brownian_times(sigma, sigma_next)
-        prev_sample = euler_step(start, x0, sigma, down) + s_noise * up * noise(begin, ends[0 if first else 1])
-        between = DPMSolverSDEState(sample, middle, noise) if first else DPMSolverSDEState(noise_sampler=noise)
+        prev_sample = euler_step(start, x0, sigma, down) + s_noise * up * noise(begin, ends[0 if halfway else 1])
+        between = DPMSolverSDEState(sample, middle, noise) if halfway else DPMSolverSDEState(noise_sampler=noise)
         return StepOutput(prev_sample, x0, between)
 
 
