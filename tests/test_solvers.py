@@ -114,7 +114,7 @@ def test_order(kind, settings, order):
 
 @pytest.mark.parametrize("kind, orders", [("data_prediction", 3), ("data_prediction", 4), ("noise_prediction", 4)])
 def test_more_than_the_order(kind, orders):
-    """SA-Solver with a predictor as high as its corrector: later terms outweigh the first. Observed: 3.9, 6.0, 4.8."""
+    """SA-Solver with a predictor as high as its corrector: later terms outweigh the first. Observed: 3.8, 5.2, 4.6."""
     both = {"predictor_order": orders, "corrector_order": orders}
     scheduler = make("SA, no noise", **HIGH, **both, algorithm_type=kind)
     assert order_of(scheduler, counts=(24, 192)) > orders - 0.2
@@ -208,7 +208,7 @@ TRUE_SDE = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Should have t")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name, steps, settings", TRUE_SDE)
 def test_stochastic_solvers_sample_the_data(name, steps, settings):
     """Mean and deviation of 20,000 numbers, whose standard errors are 0.7 % and 0.5 %.
@@ -264,7 +264,7 @@ def test_lcm_samples_the_data_with_a_true_consistency_function():
 UNIT_NOISE = [name for name in names(noisy=True) if name not in ("DDPM, large", "DPM 2, SDE", "SA", "TCD, noisy")]
 
 
-@pytest.mark.filterwarnings("ignore:Should have t")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", UNIT_NOISE)
 def test_noise_keeps_unit_deviation_where_the_clean_latents_are_known(name):
     """Exact, in few steps, for methods that go by clean latents. Observed: at most 1.3 %, the largest of 8, whose
