@@ -35,6 +35,11 @@ def solver(kind, end="zero", noisy=False, eta=0.0, **settings):
 
 LOW = {"end": "first", "final_sigmas_type": "sigma_min"}
 MULTI, SINGLE, SA = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler"
+EULER, ANCESTRAL, HEUN = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"
+KDPM2, KDPM2A, DPM_SDE = "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"
+DEIS, UNIPC, DDPM = "DEISMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler"
+LCM, TCD, LMS = "LCMScheduler", "TCDScheduler", "LMSDiscreteScheduler"
+DDIM_INVERSE, MULTI_INVERSE = "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"
 SOLVERS = {
     "Euler": solver("EulerDiscreteScheduler"),
     "Euler, Karras": solver("EulerDiscreteScheduler", use_karras_sigmas=True),
