@@ -277,6 +277,19 @@ def test_noise_keeps_unit_deviation_where_the_clean_latents_are_known(name):
     assert max(abs(one - 1) for one in deviations) < 0.02, deviations
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["Euler ancestral", "KDPM2 ancestral", "DPM-Solver SDE", "DPM++ 2, SDE", "SA, noise"])
+def test_runs_over_own_levels_end_at_the_last_one(name):
+    """Above zero, with unit deviation of what noise is left. Observed: at most 0.7 % of 0.5 % standard error."""
+    clean, noise = normal(PICTURES, 7)
+    plan = make(name).plan(sigmas=[8.0, 3.0, 1.0, 0.5])
+    sigma, alpha = level(plan, 0)
+    network = lambda x, sigma, i: predict("epsilon", clean, x, sigma)  # noqa: E731
+    ended = walk(plan, network, alpha * (clean + sigma * noise), torch.Generator().manual_seed(8))
+    left = (ended / (1.0 if alpha == 1 else alpha_of(0.5)) - clean) / 0.5
+    assert left.std().item() == pytest.approx(1, abs=0.02)
+
+
 # True noise
 
 
