@@ -254,7 +254,7 @@ def test_what_single_files_take(tiny_folder):
     pipe = load(file, config=tiny_folder, scheduler_type="ddim", scaling_factor=0.5, device_map="cpu")
     assert isinstance(pipe.scheduler, DDIMScheduler)
     assert pipe.vae.config.scaling_factor == 0.5
-    with pytest.raises(ValueError, match="scheduler_type must be one of pndm, ddim, .*, got 'eulr'; did you mean 'euler'"):
+    with pytest.raises(ValueError, match=r"scheduler_type must be one of pndm, .* got 'eulr'; did you mean 'euler'"):
         load(file, config=tiny_folder, scheduler_type="eulr")
     assert load(file, config=tiny_folder, scheduler_type="DPM++ 2M Karras").scheduler.config.use_karras_sigmas
     with pytest.raises(ValueError, match="give one of them"):

@@ -29,6 +29,7 @@ from depthdiff.config import MAX_LENGTH, BaseOutput, FrozenDict, constructor_fie
 from depthdiff.schedulers.schedule import (
     Levels,
     check_pair,
+    check_sigmas,
     check_timesteps,
     make_betas,
     make_timesteps,
@@ -261,11 +262,15 @@ class SchedulerMixin(ConfigMixin, ABC):
         names = [name for name, value in given.items() if value is not None]
         if len(names) != 1:
             found = ("neither", "one", "both", "three")[len(names)]
-            raise ValueError(f"num_inference_steps or timesteps must be given, one of them, got {found}")
+            choice = (
+                "num_inference_steps or timesteps" if sigmas is None else "num_inference_steps, timesteps or sigmas"
+            )
+            raise ValueError(f"{choice} must be given, one of them, got {found}")
         if sigmas is not None:
             if not hasattr(self, "sigmas"):
                 raise ValueError(f"sigmas must be None: {type(self).__name__} goes by timesteps; pass timesteps")
-            return Steps(np.zeros(max(len(sigmas) - 1, 0)), None, sigmas)
+            levels = check_sigmas(sigmas)
+            return Steps(np.zeros(len(levels) - 1), None, levels)
         if timesteps is not None:
             return Steps(check_timesteps(timesteps, len(self), whole=not self.fractional_timesteps), None)
         count = read_steps(num_inference_steps, self._most_steps())

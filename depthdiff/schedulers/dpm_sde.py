@@ -25,6 +25,9 @@ from depthdiff.schedulers.schedule import TABLE
 from depthdiff.schedulers.sigmas import SigmaSchedulerOutput, ancestral_levels, middle_level, predict_x0_from_sigma
 from depthdiff.schedulers.spacing import need
 
+DIGITS = 6
+"""To which torchsde rounds noise levels."""
+
 NoiseSampler = Callable[[float, float], Tensor]
 """Returns unit-normal noise for a step from one noise level to another."""
 
@@ -47,8 +50,8 @@ class DPMSolverSDEState(NamedTuple):
     noise_sampler: NoiseSampler | None = None
 
 
-def brownian_noise(like: Tensor, low: float, high: float, seeds: int | Sequence[int]) -> NoiseSampler:
-    """Make a Brownian motion over noise levels; it is a function of its seeds.
+class BrownianNoise:
+    """A Brownian motion over noise levels, which is a function of its seeds: copied, it goes on alike.
 
     Args:
         like: (B, C, h, w), of the dtype and on the device of the noise.
@@ -56,17 +59,27 @@ def brownian_noise(like: Tensor, low: float, high: float, seeds: int | Sequence[
         high: largest one.
         seeds: one for the whole batch, or one a sample.
     """
-    interval = need("torchsde", "DPMSolverSDEScheduler").BrownianInterval
-    each, entropies = (like, [seeds]) if isinstance(seeds, int) else (like[0], seeds)
-    kind = {"size": each.shape, "dtype": each.dtype, "device": each.device}
-    how = {"tol": 1e-6, "pool_size": 24, "halfway_tree": True}
-    trees = [interval(t0=low, t1=high, entropy=entropy, **kind, **how) for entropy in entropies]
 
-    def sample(sigma: float, sigma_next: float) -> Tensor:
-        change = torch.stack([tree(sigma_next, sigma) for tree in trees]).view(like.shape)
+    def __init__(self, like: Tensor, low: float, high: float, seeds: int | Sequence[int]) -> None:
+        interval = need("torchsde", "DPMSolverSDEScheduler").BrownianInterval
+        if not isinstance(seeds, int) and len(seeds) != len(like):
+            raise ValueError(
+                f"generator or noise_sampler_seed must be one, or one for each of {len(like)} samples, got {len(seeds)}"
+            )
+        self._like, self._low, self._high, self._seeds = like.new_zeros(1).expand(like.shape), low, high, seeds
+        size, entropies = (like.shape, [seeds]) if isinstance(seeds, int) else (like.shape[1:], seeds)
+        kind = {"size": size, "dtype": like.dtype, "device": like.device}
+        how = {"tol": 10.0**-DIGITS, "pool_size": 24, "halfway_tree": True}
+        self._trees = [interval(t0=low, t1=high, entropy=entropy, **kind, **how) for entropy in entropies]
+
+    def __call__(self, sigma: float, sigma_next: float) -> Tensor:
+        """Return the unit-normal noise (B, C, h, w) of a step from one level to another."""
+        begin, end = min(sigma, round(self._high, DIGITS)), max(sigma_next, round(self._low, DIGITS))
+        change = torch.stack([tree(end, begin) for tree in self._trees]).view(self._like.shape)
         return -change / (sigma - sigma_next) ** 0.5
 
-    return sample
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BrownianNoise, (self._like, self._low, self._high, self._seeds)
 
 
 def brownian_times(sigma: float, sigma_next: float) -> tuple[float, float, float]:
@@ -123,12 +136,12 @@ class DPMSolverSDEPlan(TwoCallPlan):
             chosen = self.config.noise_sampler_seed if seeds is None else seeds
             levels = self.sigmas[self.sigmas > 0]
             chosen = draw_seeds(generator) if chosen is None else chosen
-            noise = brownian_noise(sample, float(levels.min()), float(levels.max()), chosen)
-        start, end = (sample, middle) if state.sample is None else (state.sample, sigma_next)
-        down, up = ancestral_levels(sigma, end)
+            noise = BrownianNoise(sample, float(levels.min()), float(levels.max()), chosen)
+        halfway, start = first and not self.is_last(index), sample if state.sample is None else state.sample
+        down, up = ancestral_levels(sigma, middle if halfway else sigma_next)
         begin, *ends = brownian_times(sigma, sigma_next)
-        prev_sample = euler_step(start, x0, sigma, down) + s_noise * up * noise(begin, ends[0 if first else 1])
-        between = DPMSolverSDEState(sample, middle, noise) if first else DPMSolverSDEState(noise_sampler=noise)
+        prev_sample = euler_step(start, x0, sigma, down) + s_noise * up * noise(begin, ends[0 if halfway else 1])
+        between = DPMSolverSDEState(sample, middle, noise) if halfway else DPMSolverSDEState(noise_sampler=noise)
         return StepOutput(prev_sample, x0, between)
 
 

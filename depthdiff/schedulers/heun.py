@@ -80,6 +80,10 @@ class TwoCallPlan(SigmaPlan):
         sigma, sigma_next = self.sigmas[first : first + 2].tolist()
         return sigma, sigma_next
 
+    def is_last(self, index: int) -> bool:
+        """Return whether a call is that of the last step, which has no second one."""
+        return index == len(self.sigmas) - 2
+
 
 @dataclass(frozen=True, eq=False)
 class HeunPlan(TwoCallPlan):
@@ -130,9 +134,10 @@ class KDPM2Plan(TwoCallPlan):
         sigma, middle, end, up = self.levels_of(index)
         here = sigma if state.sample is None else middle
         x0 = predict_x0_from_sigma(self.config.prediction_type, sample, model_output, here)
-        if state.sample is None:
+        if state.sample is None and not self.is_last(index):
             return StepOutput(euler_step(sample, x0, sigma, middle), x0, MidpointState(sample))
-        prev_sample = state.sample + (end - sigma) * slope(sample, x0, middle)
+        start = sample if state.sample is None else state.sample
+        prev_sample = start + (end - sigma) * slope(sample, x0, here)
         if up > 0:
             prev_sample = prev_sample + up * draw(model_output.dtype)
         return StepOutput(prev_sample, x0, MidpointState())

@@ -141,6 +141,30 @@ def check_timesteps(timesteps: object, num_train_timesteps: int, *, whole: bool 
     return np.array(numbers, dtype=np.float64)
 
 
+def check_sigmas(sigmas: object) -> np.ndarray:
+    """Return the caller's own noise levels as an array of float64.
+
+    Raises:
+        TypeError: not numbers in a row.
+        ValueError: fewer than two, too many, below 0, or not falling.
+    """
+    if isinstance(sigmas, (Tensor, np.ndarray)) and sigmas.ndim == 1:
+        sigmas = sigmas.tolist()
+    if not isinstance(sigmas, Sequence) or isinstance(sigmas, str):
+        raise TypeError(f"sigmas must be a list of falling numbers, got {show(sigmas)}")
+    if not 2 <= len(sigmas) <= MAX_LENGTH:
+        raise ValueError(
+            f"sigmas must hold 2 to {MAX_LENGTH} numbers, got {len(sigmas)}; the last one is where the run ends"
+        )
+    numbers = [check_number("sigmas", one, 0) for one in sigmas]
+    for before, after in itertools.pairwise(numbers):
+        if after >= before:
+            raise ValueError(
+                f"sigmas must fall, each once, got {after:g} after {before:g}; sort them, the largest first"
+            )
+    return np.array(numbers, dtype=np.float64)
+
+
 @dataclass(frozen=True, eq=False)
 class Levels:
     """Noise levels of a run in terms of timesteps: ᾱ of each, and where the steps end.

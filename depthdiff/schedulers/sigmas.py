@@ -7,7 +7,6 @@ In these terms noisy latents are clean + sigma noise, and a run is an ordinary d
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthdiff.checks import check_dense, check_number, check_tensor, show
+from depthdiff.checks import check_dense, check_tensor, show
 from depthdiff.config import MAX_LENGTH, BaseOutput
 from depthdiff.schedulers.base import SchedulerMixin, Steps
 from depthdiff.schedulers.indexed import IndexedPlan, IndexedSchedulerMixin
@@ -108,6 +107,11 @@ def initial_sigma(sigmas: Tensor, timestep_spacing: str) -> Tensor:
     return largest if timestep_spacing in ("linspace", "trailing") else (largest**2 + 1) ** 0.5
 
 
+def _check_ends(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"sigma_min and sigma_max must rise from above 0, got {sigma_min:g} and {sigma_max:g}")
+
+
 class SigmaSchedulerMixin(IndexedSchedulerMixin):
     """Base of the schedulers whose runs go over noise levels.
 
@@ -139,12 +143,15 @@ class SigmaSchedulerMixin(IndexedSchedulerMixin):
         self.set_timesteps(len(self))
 
     def _check_spacing(self) -> None:
-        """Refuse two spacings at once, and one whose package is missing."""
+        """Refuse two spacings at once, one whose package is missing, and one between levels that do not rise."""
         chosen = [name for name in SPACINGS if self._own(name)]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one")
         if chosen:
             SPACINGS[chosen[0]](1.0, 0.1, 2)
+        low, high = self._own("sigma_min"), self._own("sigma_max")
+        if chosen and None not in (low, high):
+            _check_ends(low, high)
 
     def _make_noise_schedule(self, *, zero_terminal_snr: bool = False) -> None:
         super()._make_noise_schedule(zero_terminal_snr=zero_terminal_snr)
@@ -174,17 +181,9 @@ class SigmaSchedulerMixin(IndexedSchedulerMixin):
         sigma_max, sigma_min = self.config.get("sigma_max"), self.config.get("sigma_min")
         high = float(ends[0]) if sigma_max is None else sigma_max
         low = float(ends[-1]) if sigma_min is None else sigma_min
-        if not 0 < low < high and count > 1:
-            raise ValueError(f"sigma_min and sigma_max must rise from above 0, got {low:g} and {high:g}")
+        if count > 1:
+            _check_ends(low, high)
         return SPACINGS[str(self._spacing)](high, low, count)
-
-    def _given_sigmas(self, sigmas: Any) -> np.ndarray:
-        """Check the caller's own noise levels."""
-        numbers = [check_number("sigmas", one, 0) for one in np.asarray(sigmas, dtype=float).reshape(-1).tolist()]
-        falls = all(after < before for before, after in itertools.pairwise(numbers))
-        if not 2 <= len(numbers) <= MAX_LENGTH or not falls:
-            raise ValueError("sigmas must be 2 numbers or more that fall, the last one where the run ends, mostly 0")
-        return np.array(numbers)
 
     def _timesteps_of(self, sigmas: np.ndarray) -> np.ndarray:
         """Return the fractional timesteps of noise levels."""
@@ -193,8 +192,7 @@ class SigmaSchedulerMixin(IndexedSchedulerMixin):
     def _make_sigmas(self, steps: Steps) -> tuple[np.ndarray, np.ndarray]:
         """Return the timesteps of a run, and its noise levels with that of its end."""
         if steps.sigmas is not None:
-            sigmas = self._given_sigmas(steps.sigmas)
-            return self._timesteps_of(sigmas[:-1]), sigmas
+            return self._timesteps_of(steps.sigmas[:-1]), steps.sigmas
         spacing, levels, numbers = self._spacing, self._train_sigmas(), steps.timesteps.astype(self.SPACED_IN)
         if steps.step_ratio is None and spacing:
             raise ValueError(f"timesteps must be None with {spacing}, which chooses them")
