@@ -87,12 +87,12 @@ CALLS = {
     "rising sigmas": (
         plan_of(EULER, sigmas=[1.0, 2.0, 0.0]),
         ValueError,
-        "sigmas must fall, each once, got 2 after 1; sort them",
+        "sigmas must not rise, got 2 after 1; sort them",
     ),
-    "equal sigmas": (
-        plan_of(MULTI, sigmas=[1.0, 1.0, 0.0]),
+    "sigmas that rise at the end": (
+        plan_of(MULTI, sigmas=[1.0, 0.0, 0.5]),
         ValueError,
-        "sigmas must fall, each once, got 1 after 1; sort them",
+        "sigmas must not rise, got 0.5 after 0; sort them",
     ),
     "one sigma": (
         plan_of(HEUN, sigmas=[1.0]),

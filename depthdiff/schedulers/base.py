@@ -34,6 +34,7 @@ from depthdiff.schedulers.schedule import (
     make_betas,
     make_timesteps,
     read_steps,
+    read_timestep,
     rescale_zero_terminal_snr,
 )
 
@@ -412,6 +413,13 @@ class SchedulerMixin(ConfigMixin, ABC):
         check_pair("original_samples", original_samples, "noise", noise)
         signal, rest = self._signal_and_noise(original_samples, timesteps)
         return signal * original_samples + rest * noise
+
+    def _previous_timestep(self, timestep: Tensor | int) -> Tensor:
+        """Return the timestep at which the step from this one ends, 0-d; -1 after the last."""
+        number = int(read_timestep(timestep, len(self) - 1))
+        if self.num_inference_steps is None:
+            return torch.tensor(number - 1)
+        return torch.tensor(max((t for t in self.timesteps.tolist() if t < number), default=-1))
 
     def _velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Compute v, what a network of prediction type "v_prediction" learns: arXiv:2202.00512, appendix D."""

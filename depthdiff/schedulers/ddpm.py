@@ -17,7 +17,7 @@ from depthdiff.schedulers.schedule import check_pair, clip_x0, predict_x0, read_
 from depthdiff.schedulers.sigmas import SigmaSchedulerOutput
 
 SMALLEST_VARIANCE = 1e-20
-VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+VARIANCES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
 class DDPMSchedulerOutput(SigmaSchedulerOutput):
@@ -132,7 +132,8 @@ class DDPMScheduler(SchedulerMixin):
         beta_end: variance that the last one adds.
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid" or "laplace".
         trained_betas: T numbers to use instead.
-        variance_type: of the noise that is added; see `ddpm_deviation`. "..._log" are the same.
+        variance_type: of the noise that is added; see `ddpm_deviation`. "..._log" are the same, and None is
+            "fixed_small".
         clip_sample: clip the predicted clean latents; for models of pixels.
         prediction_type: "epsilon", "v_prediction" or "sample".
         thresholding: clip each sample to a quantile of its own; for models of pixels.
@@ -165,7 +166,7 @@ class DDPMScheduler(SchedulerMixin):
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         trained_betas: tuple[float, ...] | None = None,
-        variance_type: str = "fixed_small",
+        variance_type: str | None = "fixed_small",
         clip_sample: bool = True,
         prediction_type: str = "epsilon",
         thresholding: bool = False,
@@ -179,7 +180,7 @@ class DDPMScheduler(SchedulerMixin):
         check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0.0, 1.0)
         self._make_noise_schedule(zero_terminal_snr=rescale_betas_zero_snr)
         self.one = torch.tensor(1.0, device="cpu")
-        self.variance_type = variance_type
+        self.variance_type = variance_type or "fixed_small"
         self.init_noise_sigma: Any = 1.0
 
     def _make_plan(self, steps: Steps, t_start: int, eta: float, device: torch.device) -> DDPMPlan:
@@ -192,16 +193,9 @@ class DDPMScheduler(SchedulerMixin):
         config = FrozenDict({**self.config, "variance_type": self.variance_type})
         return DDPMPlan(timesteps, tuple(run[t_start:]), config, alpha_prod_t[t_start:], alpha_prod_t_prev[t_start:])
 
-    def previous_timestep(self, timestep: Tensor | int) -> int:
-        """Return the timestep at which the step from this one ends; -1 after the last."""
-        number = read_timestep(timestep, len(self) - 1)
-        if self.num_inference_steps is None:
-            return int(number) - 1
-        return int(max((t for t in self.timesteps.tolist() if t < number), default=-1))
-
     def _levels_at(self, timestep: Tensor | int) -> tuple[Tensor, Tensor]:
         """Return ᾱ where the step from a timestep begins and ends."""
-        levels, end = self.alphas_cumprod.cpu(), self.previous_timestep(timestep)
+        levels, end = self.alphas_cumprod.cpu(), int(self.previous_timestep(timestep))
         return levels[int(timestep)], levels[end] if end >= 0 else self.one
 
     def _get_variance(
@@ -237,6 +231,10 @@ class DDPMScheduler(SchedulerMixin):
         levels = self._levels_at(timestep)
         result = ddpm_step(sample, model_output, *levels, self.config, self.variance_type, draw)
         return DDPMSchedulerOutput(*result) if check_flag("return_dict", return_dict) else result
+
+    def previous_timestep(self, timestep: Tensor | int) -> Tensor:
+        """Return the timestep at which the step from this one ends, 0-d; -1 after the last."""
+        return self._previous_timestep(timestep)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Compute v, what a network of prediction type "v_prediction" learns: arXiv:2202.00512, appendix D."""

@@ -237,6 +237,10 @@ class DistilledSchedulerMixin(IndexedSchedulerMixin):
     def _threshold_sample(self, sample: Tensor) -> Tensor:
         return dynamic_threshold(sample, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
 
+    def previous_timestep(self, timestep: Tensor | int) -> Tensor:
+        """Return the timestep at which the step from this one ends, 0-d; -1 after the last."""
+        return self._previous_timestep(timestep)
+
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Compute v, what a network of prediction type "v_prediction" learns: arXiv:2202.00512, appendix D."""
         return self._velocity(sample, noise, timesteps)

@@ -158,9 +158,9 @@ def check_sigmas(sigmas: object) -> np.ndarray:
         )
     numbers = [check_number("sigmas", one, 0) for one in sigmas]
     for before, after in itertools.pairwise(numbers):
-        if after >= before:
+        if after > before:
             raise ValueError(
-                f"sigmas must fall, each once, got {after:g} after {before:g}; sort them, the largest first"
+                f"sigmas must not rise, got {after:g} after {before:g}; sort them, the largest first"
             )
     return np.array(numbers, dtype=np.float64)
 
