@@ -205,7 +205,7 @@ CONSTRUCTION = [
         DDPM,
         {"variance_type": "fixed"},
         ValueError,
-        "variance_type is 'fixed'; implemented here: 'fixed_small', 'fixed_small_log', 'fixed_large'",
+        "variance_type is 'fixed'; implemented here: None, 'fixed_small', 'fixed_small_log', 'fixed_large'",
     ),
     (
         MULTI,
