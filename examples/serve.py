@@ -10,8 +10,7 @@ import torch
 from fastapi import FastAPI, Form, HTTPException, Request, Response, UploadFile
 from PIL import Image
 
-from depthdiff import StableDiffusionDepth2ImgPipeline
-from depthdiff.registry import make_scheduler
+from depthdiff import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionDepth2ImgPipeline
 
 MAX_BYTES, MAX_PIXELS, MAX_JOBS = 10_000_000, 1024 * 1024, 16
 UNKNOWN = "photo must be a PNG, JPEG or WebP file"
@@ -34,15 +33,15 @@ def paint(pipe, gone, content, prompt, strength, steps, guidance, seed, scale):
 def serve(pipe=None):
     """Return the application. What requests share is made here, and no request changes it."""
     pipe = pipe or StableDiffusionDepth2ImgPipeline.from_pretrained("mini")
-    menu, config = ("ddim", "lms", "pndm", "dpmpp_2m"), pipe.scheduler.config
-    pipes = {name: pipe.from_pipe(pipe, scheduler=make_scheduler(name, config)) for name in menu}
+    kinds, config = {"ddim": DDIMScheduler, "lms": LMSDiscreteScheduler, "pndm": PNDMScheduler}, pipe.scheduler.config
+    pipes = {name: pipe.from_pipe(pipe, scheduler=kind.from_config(config)) for name, kind in kinds.items()}
     app, worker, places = FastAPI(), ThreadPoolExecutor(1), asyncio.Semaphore(MAX_JOBS)
     app.get("/health")(lambda: {"full": places.locked()})
 
     @app.post("/paint")
     async def post(request: Request, photo: UploadFile, prompt: str = Form(), seed: int = Form(0, ge=0, lt=2**63),
                    strength: float = Form(0.8), steps: int = Form(20, le=100), guidance: float = Form(7.5, le=30),
-                   scheduler: Literal["ddim", "lms", "pndm", "dpmpp_2m"] = Form("ddim"), lora: float = Form(1.0)):  # fmt: skip
+                   scheduler: Literal["ddim", "lms", "pndm"] = Form("ddim"), lora: float = Form(1.0)):  # fmt: skip
         content, gone = await photo.read(MAX_BYTES + 1), threading.Event()
         if places.locked():
             raise HTTPException(503, "too many pictures are waiting; try again later", {"Retry-After": "10"})

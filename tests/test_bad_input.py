@@ -176,7 +176,7 @@ FILES = {
     "component not named": (damage("model_index.json", lambda p: rewrite(p, '"unet"', '"net"')), "has no unet"),
     "component of another class": (
         damage("model_index.json", lambda p: rewrite(p, "PNDMScheduler", "FlowMatchScheduler")),
-        "scheduler is a FlowMatchScheduler; implemented here: PNDMScheduler",
+        "scheduler is a FlowMatchScheduler; implemented here: DDIMInverseScheduler",
     ),
     "folder missing": (damage("vae", shutil.rmtree), r"checkpoint has no folder vae, which its model_index.json names"),
     "key twice in a config": (

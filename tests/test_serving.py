@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from random_checkpoint import build_pipeline
 
-from depthdiff import DDIMScheduler, DPMSolverMultistepScheduler, LMSDiscreteScheduler, PNDMScheduler
+from depthdiff import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from tests.test_state import lora as adapter
 
 MISSING = [name for name in ("fastapi", "httpx", "uvicorn", "multipart") if importlib.util.find_spec(name) is None]
@@ -30,7 +30,7 @@ if MISSING:
 
 httpx, uvicorn = importlib.import_module("httpx"), importlib.import_module("uvicorn")
 ROOT = Path(__file__).parents[1]
-SCHEDULERS = {"ddim": DDIMScheduler, "lms": LMSDiscreteScheduler, "pndm": PNDMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+SCHEDULERS = {"ddim": DDIMScheduler, "lms": LMSDiscreteScheduler, "pndm": PNDMScheduler}
 
 
 def program(**limits):
@@ -172,7 +172,7 @@ VALUES = {
     "steps": {"0": "num_inference_steps must be from 1", "101": "less than or equal to 100", "1.5": "valid integer"},
     "guidance": {"-1": "guidance_scale must be", "31": "less than or equal to 30", "inf": "less than or equal to 30"},
     "seed": {"-1": "greater than or equal to 0", str(2**64): "less than 9223372036854775808", "x": "valid integer"},
-    "scheduler": {"euler": "'ddim', 'lms', 'pndm' or 'dpmpp_2m'"},
+    "scheduler": {"euler": "'ddim', 'lms' or 'pndm'"},
     "lora": {"nan": "scale must be", "1e9": "scale must be", "x": "valid number"},
     "prompt": {"": "Field required"},
 }
