@@ -1,9 +1,9 @@
-"""Write docs/schedulers.md and docs/schedulers.png: which solver for what, measured on the bundled model.
+"""Measure the solvers on the bundled model, and write the tables of docs/schedulers.md and docs/schedulers.png.
 
-    python scripts/schedulers.py [errors] [times] [sheet]
+    python scripts/schedulers.py [names] [errors] [times] [sheet]
 
-Without arguments everything is measured, in ten minutes on two cores; else only what is named, and the other tables of
-the page stay. Needs the extra "schedulers", and diffusers for the times.
+Without arguments everything is measured, in some 15 minutes on two cores; else only what is named. The words of the
+page stay; its tables are between marks. Needs the extra "schedulers", and diffusers for the times.
 """
 
 from __future__ import annotations
@@ -65,6 +65,15 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM, leading, offset 1": ("ddim", {"set_alpha_to_one": False}),
 }
 """Row of the table of errors -> short name, and settings that replace those of the bundled model."""
+
+COMFY = dict.fromkeys(("ddim", "ddpm", "lms", "euler", "heun", "deis", "lcm", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde"))
+COMFY = {name: name for name in COMFY} | {"euler_a": "euler_ancestral", "dpm2": "dpm_2", "dpm2_a": "dpm_2_ancestral"}
+COMFY |= {"pndm": "ipndm (related)", "unipc": "uni_pc_bh2", "sa_solver": "sa_solver"}
+"""Short name -> ComfyUI's."""
+
+STOCHASTIC = dict.fromkeys(("ddpm", "euler_a", "dpm2_a", "dpmpp_2m_sde", "dpmpp_sde", "lcm"), "yes")
+STOCHASTIC |= {"ddim": "with `eta`", "tcd": "with `eta`", "sa_solver": "timesteps 200 to 800"}
+"""Short name -> whether noise is added on the way."""
 
 
 def build(name: str, settings: dict[str, Any]) -> Any:
@@ -130,7 +139,7 @@ def work(row: str, calls: int) -> Tensor:
 
 def errors() -> list[str]:
     """Measure the distance of every ordinary solver's final latents from the reference's."""
-    pairs = [("DDIM", REFERENCE), ("UniPC", 100), *((row, calls) for calls in CALLS[::-1] for row in SOLVERS)]
+    pairs = [("DDIM", REFERENCE), *((row, calls) for calls in CALLS[::-1] for row in SOLVERS)]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         found = dict(zip(pairs, pool.map(work, *zip(*pairs, strict=True)), strict=True))
     expected = found["DDIM", REFERENCE]
@@ -139,8 +148,7 @@ def errors() -> list[str]:
         relative = [(found[row, calls] - expected).flatten(1).norm(dim=1) for calls in CALLS]
         shares = [median((one / expected.flatten(1).norm(dim=1)).tolist()) for one in relative]
         lines.append(f"| {row} | {' | '.join(f'{share:.3f}' for share in shares)} |")
-    difference = (found["UniPC", 100] - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    return [*lines, "", f"The reference itself is {median(difference.tolist()):.4f} from UniPC at 100 calls."]
+    return lines
 
 
 def seconds(*functions: Callable[[], Any]) -> list[float]:
@@ -166,7 +174,7 @@ def step_times(ours: Any, published: Any, eta: float) -> list[float]:
             scheduler.scale_model_input(sample, scheduler.timesteps[0])
         for index, timestep in enumerate(ours.timesteps):
             functions = (
-                lambda i=index: states.__setitem__(0, plan.step(output, i, sample, states[0]).state),
+                lambda i=index, p=plan, s=states: s.__setitem__(0, p.step(output, i, sample, s[0]).state),
                 lambda t=timestep: ours.step(output, t, sample),
                 lambda t=published.timesteps[index]: published.step(output, t, sample),
             )
@@ -184,8 +192,8 @@ def times() -> list[str]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     lines = [
-        "| solver | `plan(50)` / `set_timesteps(50)`, ms | ratio | `plan.step` / diffusers' `step`, µs | ratio | our `step`, "
-        "ratio | plan and steps, ratio |",
+        "| solver | `plan(50)` / `set_timesteps(50)`, ms | ratio | `plan.step` / diffusers' `step`, µs | ratio "
+        "| our `step`, ratio | plan and steps, ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, solver in SHORT_NAMES.items():
@@ -227,3 +235,35 @@ def sheet() -> list[str]:
         whole.paste(row, (0, i * row.height))
     whole.quantize(256).save(SHEET, optimize=True)
     return ["![Every solver at ten calls of the UNet](schedulers.png)"]
+
+
+def names() -> list[str]:
+    """List every solver under all its names."""
+    lines = ["| name | class | A1111 | ComfyUI | calls a step | noise | `--karras` |", "|---|---|---|---|---|---|---|"]
+    for name, solver in SHORT_NAMES.items():
+        kind = getattr(depthdiff, solver.kind)
+        karras = "use_karras_sigmas" in depthdiff.config.constructor_fields(kind)
+        cells = [f"`{name}`", f"`{solver.kind}`", solver.others[0] if solver.others else "", COMFY.get(name, "")]
+        cells += [str(kind.order), STOCHASTIC.get(name, ""), "yes" if karras else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parts: dict[str, Callable[[], list[str]]] = {"names": names, "errors": errors, "times": times, "sheet": sheet}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"out of {', '.join(parts)}; all if none is named")
+    chosen = parser.parse_args().parts or list(parts)
+    if unknown := set(chosen) - set(parts):
+        parser.error(f"PART must be one of {', '.join(parts)}, got {', '.join(sorted(unknown))}")
+    for part in chosen:
+        lines = parts[part]()
+        text = PAGE.read_text(encoding="utf-8")
+        before, rest = text.split(f"<!-- {part} -->\n")
+        after = rest.split(f"<!-- end of {part} -->\n")[1]
+        table = "\n".join(["<!-- " + part + " -->", *lines, f"<!-- end of {part} -->", ""])
+        PAGE.write_text(before + table + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
