@@ -148,8 +148,8 @@ class DDIMPlan(Plan):
 
 def ddim_plan(numbers: Sequence[int], levels: Levels, config: FrozenDict, eta: float, device: torch.device) -> DDIMPlan:
     """Plan a run over falling timesteps."""
-    alpha_prod_t = tuple(levels.alpha_prod(one) for one in numbers)
-    alpha_prod_t_prev = tuple(levels.alpha_prod(levels.after(one)) for one in numbers)
+    alpha_prod_t = levels.alpha_prods(numbers)
+    alpha_prod_t_prev = levels.alpha_prods([levels.after(one) for one in numbers])
     timesteps = torch.tensor(numbers, dtype=torch.int64, device=device)
     return DDIMPlan(timesteps, tuple(numbers), config, alpha_prod_t, alpha_prod_t_prev, eta)
 

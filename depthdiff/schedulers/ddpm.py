@@ -13,7 +13,7 @@ from depthdiff.checks import check_flag, check_number
 from depthdiff.config import FrozenDict, register_to_config
 from depthdiff.schedulers.base import Plan, SchedulerMixin, StepOutput, Steps
 from depthdiff.schedulers.indexed import Draw, drawing
-from depthdiff.schedulers.schedule import check_pair, clip_x0, predict_x0, read_timestep
+from depthdiff.schedulers.schedule import Levels, check_pair, clip_x0, predict_x0, read_timestep
 from depthdiff.schedulers.sigmas import SigmaSchedulerOutput
 
 SMALLEST_VARIANCE = 1e-20
@@ -185,13 +185,12 @@ class DDPMScheduler(SchedulerMixin):
 
     def _make_plan(self, steps: Steps, t_start: int, eta: float, device: torch.device) -> DDPMPlan:
         run = self._whole_timesteps(steps)
-        levels = self.alphas_cumprod.cpu()
+        levels = Levels(self.alphas_cumprod.cpu(), self.one, 0)
         ends = [*run[1:], -1]
-        alpha_prod_t = tuple(levels[t].clone() for t in run)
-        alpha_prod_t_prev = tuple(levels[t].clone() if t >= 0 else self.one for t in ends)
+        alpha_prod_t, alpha_prod_t_prev = levels.alpha_prods(run[t_start:]), levels.alpha_prods(ends[t_start:])
         timesteps = torch.tensor(run[t_start:], dtype=torch.int64, device=device)
         config = FrozenDict({**self.config, "variance_type": self.variance_type})
-        return DDPMPlan(timesteps, tuple(run[t_start:]), config, alpha_prod_t[t_start:], alpha_prod_t_prev[t_start:])
+        return DDPMPlan(timesteps, tuple(run[t_start:]), config, alpha_prod_t, alpha_prod_t_prev)
 
     def _levels_at(self, timestep: Tensor | int) -> tuple[Tensor, Tensor]:
         """Return ᾱ where the step from a timestep begins and ends."""

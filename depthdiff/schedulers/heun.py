@@ -107,7 +107,7 @@ class HeunPlan(TwoCallPlan):
         if begun is None or dt is None or start is None:
             dt = sigma_next - sigma
             return StepOutput(sample + dt * derivative, x0, HeunState(derivative, dt, sample))
-        return StepOutput(start + dt * (begun + derivative) / 2, x0, HeunState())
+        return StepOutput(start + dt / 2 * (begun + derivative), x0, HeunState())
 
 
 @dataclass(frozen=True, eq=False)

@@ -187,6 +187,12 @@ class Levels:
             return self.final_alpha_cumprod
         return self.alphas_cumprod[min(int(timestep), len(self.alphas_cumprod) - 1)]
 
+    def alpha_prods(self, timesteps: Sequence[float]) -> tuple[Tensor, ...]:
+        """Return ᾱ of each of several timesteps, as `alpha_prod` does of one."""
+        last = len(self.alphas_cumprod) - 1
+        table = torch.cat([self.alphas_cumprod, self.final_alpha_cumprod.to(self.alphas_cumprod).reshape(1)])
+        return table[[-1 if timestep < 0 else min(int(timestep), last) for timestep in timesteps]].unbind()
+
     def after(self, timestep: float) -> float:
         """Return the timestep at which the step from this one ends; below 0 after the last."""
         return max((t for t in self.run if t < timestep), default=-1) if self.run else timestep - self.step_ratio
