@@ -20,7 +20,11 @@ import torch
 
 CLASSES = (
     *("StableDiffusionDepth2ImgPipeline", "UNet2DConditionModel", "AutoencoderKL"),
-    *("DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"),
+    *("DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "DDPMScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+    *("DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler"),
+    *("LCMScheduler", "TCDScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
 )
 COMMON = set(dir(torch.nn.Module)) | set(dir(dict)) | set(dir(object))
 """Names that every torch module or dict has."""
