@@ -30,6 +30,7 @@ from depthdiff.models.dpt import DPTForDepthEstimation
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
 from depthdiff.schedulers.names import SHORT_NAMES, find_scheduler
+from depthdiff.schedulers.spacing import SPACINGS
 from depthdiff.tokenizer import CLIPTokenizer
 from depthdiff.tokenizer import files as tokenizer_files
 
@@ -70,7 +71,7 @@ def make_scheduler(name: str, config: Mapping[str, Any], argument: str = "schedu
     Args:
         name: see `depthdiff.schedulers.names.find_scheduler`.
         config: of a scheduler.
-        argument: that `name` came by, for errors.
+        argument: name of the argument, for errors.
         karras: space the noise levels as arXiv:2206.00364 does.
 
     Raises:
@@ -81,6 +82,8 @@ def make_scheduler(name: str, config: Mapping[str, Any], argument: str = "schedu
     if karras:
         settings["use_karras_sigmas"] = True
     fields = constructor_fields(kind)
+    if any(setting in SPACINGS for setting in settings):  # which wins over that of the config
+        settings = {**{name: False for name in SPACINGS if name in fields}, **settings}
     for setting in settings:
         if setting not in fields:
             classes = {short: COMPONENT_CLASSES["scheduler"][solver.kind] for short, solver in SHORT_NAMES.items()}

@@ -24,6 +24,7 @@ from depthdiff.checks import check_generators, check_number, check_tensor, neare
 from depthdiff.config import BaseOutput
 from depthdiff.devices import dtype_of
 from depthdiff.inputs import LARGEST_SCALE, widths_read
+from depthdiff.schedulers.exponential import ExponentialSchedulerMixin
 from depthdiff.schedulers.schedule import predict_x0
 
 P = ParamSpec("P")
@@ -335,11 +336,9 @@ def denoised(scheduler: Any, output: Any, noise_pred: Tensor, timestep: Tensor, 
             return getattr(output, name)
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
-    if getattr(scheduler, "step_index", None) and hasattr(scheduler, "sigmas"):
-        alpha_bar = 1 / (1 + scheduler.sigmas.cpu()[scheduler.step_index - 1] ** 2)
-    else:
-        alpha_bar = scheduler.alphas_cumprod.cpu()[timestep.cpu().long()]
-    kind = scheduler.config.prediction_type
+    if isinstance(scheduler, ExponentialSchedulerMixin):
+        return scheduler.denoised(noise_pred, latents)
+    alpha_bar, kind = scheduler.alphas_cumprod.cpu()[timestep.cpu().long()], scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample") or (kind == "epsilon" and alpha_bar == 0):
         return None
     return predict_x0(kind, latents, noise_pred, alpha_bar)

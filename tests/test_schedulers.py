@@ -407,7 +407,7 @@ BAD = [
     (lambda: LMSDiscreteScheduler().plan(4).step(X, 0, X, None), TypeError, "state must be that of the step before"),
     (lambda: DDIMScheduler().add_noise(X, X, [3]), TypeError, "timesteps must be a tensor"),
     (lambda: DDIMScheduler().add_noise(X, X, torch.tensor([1000])), ValueError, "timesteps must be from 0 to 999"),
-    (lambda: LMSDiscreteScheduler().add_noise(X, X, torch.tensor([3.5])), ValueError, "out of those of this run"),
+    (lambda: LMSDiscreteScheduler().add_noise(X, X, torch.tensor([3.5])), ValueError, "among those of this run"),
     (
         lambda: DDIMScheduler().save_pretrained("x", push_to_hub=True),
         ValueError,

@@ -1,8 +1,9 @@
 """Noise schedules and solvers, one family a file; the classes are imported when they are asked for.
 
 A solver is three things: its formula, a pure function; a `Plan`, whose `step` calls it at an index of a run; and a
-scheduler with the published constructor, whose `step` calls it with its attributes. Methods that go by timesteps build
-on `base.SchedulerMixin`, methods that go by noise levels on `sigmas.SigmaSchedulerMixin`.
+scheduler with the published constructor, whose `step` calls it with its attributes. DDIM, DDPM and PNDM build on
+`base.SchedulerMixin`, the others, which count their steps, on `indexed.IndexedSchedulerMixin`: those in terms of noise
+levels by `sigmas.SigmaSchedulerMixin`, and the exponential integrators by `exponential.ExponentialSchedulerMixin`.
 """
 
 from __future__ import annotations

@@ -388,14 +388,18 @@ class SchedulerMixin(ConfigMixin, ABC):
         """Set the attributes of a new run; methods without state need none."""
         return
 
+    def _check_started(self) -> None:
+        """Raise if no run was started."""
+        if self.num_inference_steps is None:
+            raise ValueError("no run was started, num_inference_steps is None: call set_timesteps before step")
+
     def _levels(self) -> Levels:
         """Return the noise levels of the present run from the attributes as they are.
 
         Raises:
             ValueError: no run was started.
         """
-        if self.num_inference_steps is None:
-            raise ValueError("no run was started, num_inference_steps is None: call set_timesteps before step")
+        self._check_started()
         step_ratio = len(self) // read_steps(self.num_inference_steps, len(self))
         return self._levels_of(step_ratio, self.timesteps.tolist() if self.custom_timesteps else ())
 

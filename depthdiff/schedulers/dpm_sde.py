@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from depthdiff.checks import check_generators, check_number
-from depthdiff.config import register_to_config
+from depthdiff.config import FrozenDict, register_to_config
 from depthdiff.schedulers.base import StepOutput
 from depthdiff.schedulers.euler import euler_step
 from depthdiff.schedulers.heun import TwoCallPlan, TwoCallSchedulerMixin
@@ -123,9 +123,8 @@ class DPMSolverSDEPlan(TwoCallPlan):
         generator: Generator | Sequence[Generator] | None,
         draw: Draw,
         s_noise: float = 1.0,
-        seeds: int | Sequence[int] | None = None,
     ) -> StepOutput:
-        """See `IndexedPlan`; `seeds` replace the generator."""
+        """See `IndexedPlan`; `s_noise` is the deviation of the noise."""
         sigma, sigma_next = self.ends_of(index)
         middle, first = middle_level(sigma, sigma_next), state.sample is None
         x0 = predict_x0_from_sigma(self.config.prediction_type, sample, model_output, sigma if first else middle)
@@ -133,8 +132,7 @@ class DPMSolverSDEPlan(TwoCallPlan):
             return StepOutput(euler_step(sample, x0, sigma, sigma_next), x0, state)
         noise = state.noise_sampler
         if noise is None:
-            chosen = self.config.noise_sampler_seed if seeds is None else seeds
-            levels = self.sigmas[self.sigmas > 0]
+            chosen, levels = self.config.noise_sampler_seed, self.sigmas[self.sigmas > 0]
             chosen = draw_seeds(generator) if chosen is None else chosen
             noise = BrownianNoise(sample, float(levels.min()), float(levels.max()), chosen)
         halfway, start = first and not self.is_last(index), sample if state.sample is None else state.sample
@@ -195,6 +193,9 @@ class DPMSolverSDEScheduler(TwoCallSchedulerMixin):
         self.use_karras_sigmas, self.noise_sampler_seed = use_karras_sigmas, noise_sampler_seed
         self._start_full_run()
 
+    def _own_config(self) -> FrozenDict:
+        return FrozenDict({**super()._own_config(), "noise_sampler_seed": self.noise_sampler_seed})
+
     def _second_timesteps(self, numbers: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
         return self._timesteps_of((sigmas[:-1] * sigmas[1:]) ** 0.5)
 
@@ -223,5 +224,5 @@ class DPMSolverSDEScheduler(TwoCallSchedulerMixin):
             ValueError: one out of range, or more calls than the run has.
         """
         s_noise = check_number("s_noise", s_noise, 0)
-        result = self._take(model_output, timestep, sample, generator, s_noise=s_noise, seeds=self.noise_sampler_seed)
+        result = self._take(model_output, timestep, sample, generator, s_noise=s_noise)
         return self._answer(DPMSolverSDESchedulerOutput, result, return_dict)

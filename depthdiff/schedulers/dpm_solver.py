@@ -51,7 +51,7 @@ class DPMSolverState(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DPMSolverPlan(ExponentialPlan):
-    """What plans of both solvers share; see `ExponentialPlan`."""
+    """Base of the plans of both solvers; see `ExponentialPlan`."""
 
     @property
     def data(self) -> bool:
@@ -113,14 +113,18 @@ class DPMSolverMultistepPlan(DPMSolverPlan):
         The network sees the timestep of each step's cleaner end; only a run of small steps leads back to its noise.
 
         Raises:
-            ValueError: noise is added on the way.
+            ValueError: noise is added on the way, or the run does not end at 0 or the first training timestep.
 
         Source: arXiv:2206.00927, run backwards.
         """
         if self.tau:
             kind = self.config.algorithm_type
             raise ValueError(f"algorithm_type must be dpmsolver or dpmsolver++ for a plan to be inverted, got {kind}")
-        first = max(float(self.sigmas[-1]), self.sigma_min)
+        last, first = float(self.sigmas[-1]), self.sigma_min
+        if last > 1.001 * first:
+            raise ValueError(
+                f"sigmas must end at 0 or {first:.3g}, where the training begins, to be inverted, got {last:.3g}"
+            )
         levels = torch.tensor([first, *self.sigmas[self.t_start : -1].flip(0).tolist()], **TABLE)
         numbers = (0.0, *self.numbers[:0:-1])
         timesteps = torch.tensor(numbers).to(self.timesteps)
@@ -130,7 +134,7 @@ class DPMSolverMultistepPlan(DPMSolverPlan):
 
 
 class DPMSolverSchedulerMixin(ExponentialSchedulerMixin):
-    """What the schedulers of these solvers share."""
+    """Base of the schedulers of both solvers."""
 
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **ExponentialSchedulerMixin.CHOICES,
@@ -243,6 +247,9 @@ class DPMSolverMultistepScheduler(DPMSolverSchedulerMixin):
     def rounded_timesteps(self) -> tuple[str, ...]:  # type: ignore[override]
         """Spacings whose timesteps are rounded."""
         return () if self.config.beta_schedule == "squaredcos_cap_v2" else ("use_karras_sigmas", "use_lu_lambdas")
+
+    def _plan_as_it_is(self) -> Any:
+        return dataclasses.replace(super()._plan_as_it_is(), share=1.0 if self.fix_order else 0.5)
 
     def _more_of_plan(self, eta: float) -> dict[str, Any]:
         return {"sigma_min": float(self._train_sigmas()[0]), "share": 1.0 if self.fix_order else 0.5}

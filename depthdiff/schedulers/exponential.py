@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from depthdiff.checks import check_number, check_tensor
+from depthdiff.schedulers.base import SchedulerMixin
 from depthdiff.schedulers.schedule import (
     dynamic_threshold,
     epsilon_from_x0,
     make_timesteps,
     predict_epsilon,
     predict_x0,
+    widen,
 )
 from depthdiff.schedulers.sigmas import SigmaPlan, SigmaSchedulerMixin
 
@@ -166,7 +168,7 @@ def multistep(
     predictions = predictions[: multistep_order(sigmas, index, len(predictions))]
     step = transfer(begin, end, len(predictions), data=data, tau=tau, rule=rule)
     if len(predictions) == 3:
-        step.moments[2] *= share
+        step = step._replace(moments=[*step.moments[:2], step.moments[2] * share])
     places = [place(sigmas[index - k], begin, end) for k in range(len(predictions))]
     return exponential_step(sample, step, predictions, places, noise)
 
@@ -210,8 +212,9 @@ class ExponentialPlan(SigmaPlan):
 
 def mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Make clean latents as noisy as a level says, with unit variance: arXiv:2006.11239, eq. 4."""
-    alpha = 1 / (1 + sigma**2) ** 0.5
-    return alpha * clean + sigma * alpha * noise
+    wide = widen(sigma)
+    alpha = 1 / (1 + wide**2) ** 0.5
+    return alpha.to(clean.dtype) * clean + (wide * alpha).to(clean.dtype) * noise
 
 
 def pushed(past: Sequence[Tensor | None], newest: Tensor) -> tuple[Tensor | None, ...]:
@@ -255,13 +258,18 @@ class ExponentialSchedulerMixin(SigmaSchedulerMixin):
         for name in ("solver_order", "predictor_order", "corrector_order"):
             if name in c:
                 check_number(name, c[name], 1, MOST_ORDER + (name != "solver_order"), whole=True)
-        lowest = self._own("lambda_min_clipped", 0.0)
+        lowest = self._own("lambda_min_clipped", -math.inf)
         if not lowest < math.inf:
             raise ValueError(f"lambda_min_clipped must be a number, or -inf for none, got {lowest}")
         self._check_spacing()
         self._make_noise_schedule(zero_terminal_snr=zero_terminal_snr)
         self.alpha_t, self.sigma_t = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
         self.lambda_t = self.alpha_t.log() - self.sigma_t.log()
+        if lowest >= float(self.lambda_t[0]):
+            raise ValueError(
+                f"lambda_min_clipped must be below {float(self.lambda_t[0]):.3g}, half the log-SNR of the first "
+                f"timestep, got {lowest}"
+            )
         levels = self._train_sigmas()
         last = self._last_sigma(levels, levels)
         calls = self._calls_of(np.arange(len(self))[::-1], np.append(levels[::-1], last))
@@ -270,7 +278,7 @@ class ExponentialSchedulerMixin(SigmaSchedulerMixin):
         self._start_run(plan.timesteps.numpy(), plan)
 
     def _most_steps(self) -> int:
-        return len(self) - (self._own("timestep_spacing") == "leading")
+        return self._last_timestep() - (self._own("timestep_spacing") == "leading")
 
     def _last_timestep(self) -> int:
         """Return how many training timesteps a run may use, from the first one."""
@@ -322,10 +330,7 @@ class ExponentialSchedulerMixin(SigmaSchedulerMixin):
             raise ValueError(f"mu must be None, got {mu}: it is for flow matching, which no network here does")
         self._set_steps(self._choose_steps(num_inference_steps, timesteps), device)
 
-    def _check_started(self) -> None:
-        """Refuse a step of no run."""
-        if self.num_inference_steps is None:
-            raise ValueError("no run was started, num_inference_steps is None: call set_timesteps before step")
+    _check_started = SchedulerMixin._check_started
 
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the latents (B, C, h, w) unchanged: this method needs no scaling."""
@@ -337,14 +342,28 @@ class ExponentialSchedulerMixin(SigmaSchedulerMixin):
     def _threshold_sample(self, sample: Tensor) -> Tensor:
         return dynamic_threshold(sample, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
 
-    def convert_model_output(self, model_output: Tensor, *args: Any, sample: Tensor | None = None) -> Tensor:
-        """Return what the method goes by at the present step: clean latents or noise (B, C, h, w).
+    def convert_model_output(self, model_output: Tensor, timestep: Any = None, sample: Tensor | None = None) -> Tensor:
+        """Return what the method predicts at the present step: clean latents or noise (B, C, h, w).
 
         Args:
             model_output: (B, C, h, w), what the network returned.
-            *args: the latents, after a timestep that does not count.
-            sample: the latents.
+            timestep: does not count.
+            sample: (B, C, h, w), the latents.
+
+        Raises:
+            TypeError: `sample` is missing.
         """
-        latents = args[1] if sample is None else sample
+        latents = check_tensor("sample", sample, "(B, C, h, w)")
         kept: Tensor = self._plan_as_it_is().predict(latents, model_output, self._step_index or 0)[0]
+        return kept
+
+    def denoised(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """Return the clean latents (B, C, h, w) that the last step predicted.
+
+        Args:
+            model_output: (B, C, h, w), what the network returned.
+            sample: (B, C, h, w), the latents before that step.
+        """
+        index = max((self._step_index or 0) - 1, 0)
+        kept: Tensor = self._plan_as_it_is().predict(sample, model_output, index)[1]
         return kept

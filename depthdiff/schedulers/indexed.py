@@ -151,7 +151,7 @@ class IndexedSchedulerMixin(SchedulerMixin):
         return result
 
     def _check_started(self) -> None:
-        """Refuse a step of no run, where there is none from the start."""
+        """Do nothing: the constructor starts a run."""
         return
 
     def _own(self, name: str, default: Any = None) -> Any:

@@ -6,6 +6,7 @@ distillation, algorithm 4).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Generator, Tensor
 
 from depthdiff.checks import check_number
 from depthdiff.config import BaseOutput, register_to_config
-from depthdiff.schedulers.base import StepOutput, Steps
+from depthdiff.schedulers.base import SchedulerMixin, StepOutput, Steps
 from depthdiff.schedulers.indexed import Draw, IndexedPlan, IndexedSchedulerMixin
 from depthdiff.schedulers.schedule import (
     check_timesteps,
@@ -189,9 +190,12 @@ class DistilledSchedulerMixin(IndexedSchedulerMixin):
             eta=eta,
         )
 
-    def _check_started(self) -> None:
-        if self.num_inference_steps is None:
-            raise ValueError("no run was started, num_inference_steps is None: call set_timesteps before step")
+    _check_started = SchedulerMixin._check_started
+
+    def _plan_as_it_is(self) -> Any:
+        plan, now = super()._plan_as_it_is(), self.timesteps
+        whole = plan.whole if now is plan.timesteps else tuple(now.tolist())
+        return dataclasses.replace(plan, whole=whole, alphas_cumprod=self.alphas_cumprod.cpu())
 
     def set_timesteps(  # type: ignore[override]
         self,
@@ -225,6 +229,8 @@ class DistilledSchedulerMixin(IndexedSchedulerMixin):
         if timesteps is not None:
             run = check_timesteps(timesteps, len(self))
             run = run[len(run) - int(len(run) * strength) :]
+            if not len(run):
+                raise ValueError(f"strength must keep one of the timesteps at least, got {strength}; raise it")
         else:
             run = self._run_of(read_steps(num_inference_steps, len(self)), originals, strength, given)
         self._set_steps(Steps(run, None), device)

@@ -8,6 +8,7 @@ Below strength 1 the reference, and by default this code, weighs the first predi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,6 +186,9 @@ class LMSDiscreteScheduler(SigmaSchedulerMixin):
         if fix_start:  # ours alone: in the config only where it says something
             self.register_to_config(fix_start=True)
         self._start_full_run()
+
+    def _plan_as_it_is(self) -> Any:
+        return dataclasses.replace(super()._plan_as_it_is(), fix_start=self.fix_start)
 
     def _more_of_plan(self, eta: float) -> dict[str, Any]:
         return {"fix_start": self.fix_start}

@@ -158,7 +158,7 @@ def check_sigmas(sigmas: object) -> np.ndarray:
         )
     numbers = [check_number("sigmas", one, 0) for one in sigmas]
     for before, after in itertools.pairwise(numbers):
-        if after > before:
+        if after > before or before == 0:
             raise ValueError(f"sigmas must not rise, got {after:g} after {before:g}; sort them, the largest first")
     return np.array(numbers, dtype=np.float64)
 

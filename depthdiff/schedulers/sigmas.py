@@ -52,7 +52,7 @@ def predict_x0_from_sigma(prediction_type: str, sample: Tensor, model_output: Te
 
 
 def slope(sample: Tensor, pred_original_sample: Tensor, sigma: Tensor | float) -> Tensor:
-    """Return d sample / d sigma, which is the noise; none where there is none: arXiv:2206.00364, eq. 3."""
+    """Return d sample / d sigma, which is the noise; 0 at sigma 0: arXiv:2206.00364, eq. 3."""
     return torch.zeros_like(sample) if sigma == 0 else (sample - pred_original_sample) / sigma
 
 
@@ -316,6 +316,7 @@ class SigmaSchedulerMixin(IndexedSchedulerMixin):
         unknown = [one for one in wanted if one not in numbers]
         if unknown:
             raise ValueError(
-                f"timesteps must be out of those of this run ({numbers[0]:g} to {numbers[-1]:g}), got {unknown[:3]}"
+                f"timesteps must be among those of this run ({len(numbers)}, {numbers[0]:g} to {numbers[-1]:g}), got "
+                f"{unknown[:3]}"
             )
         return [self.index_for_timestep(one) for one in wanted]
