@@ -20,6 +20,7 @@ from depthdiff.schedulers.schedule import (
     clip_x0,
     dynamic_threshold,
     epsilon_from_x0,
+    noisy_at,
     predict_epsilon,
     predict_x0,
     read_timestep,
@@ -121,8 +122,7 @@ class DDIMPlan(Plan):
         )
 
     def _noisy(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
-        alpha_prod_t = self.alpha_prod_t[index].to(clean.dtype)
-        return alpha_prod_t**0.5 * clean + (1 - alpha_prod_t) ** 0.5 * noise
+        return noisy_at(clean, noise, self.alpha_prod_t[index])
 
     def inverted(self) -> DDIMPlan:
         """Return the plan that leads from the clean latents back to the noise of the first step.

@@ -13,7 +13,7 @@ from depthdiff.checks import check_flag, check_number
 from depthdiff.config import FrozenDict, register_to_config
 from depthdiff.schedulers.base import Plan, SchedulerMixin, StepOutput, Steps
 from depthdiff.schedulers.indexed import Draw, drawing
-from depthdiff.schedulers.schedule import Levels, check_pair, clip_x0, predict_x0, read_timestep
+from depthdiff.schedulers.schedule import Levels, check_pair, clip_x0, noisy_at, predict_x0, read_timestep
 from depthdiff.schedulers.sigmas import SigmaSchedulerOutput
 
 SMALLEST_VARIANCE = 1e-20
@@ -113,8 +113,7 @@ class DDPMPlan(Plan):
         return StepOutput(*ddpm_step(latents, noise_pred, *levels, self.config, kind, draw), state)
 
     def _noisy(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
-        alpha_prod_t = self.alpha_prod_t[index].to(clean.dtype)
-        return alpha_prod_t**0.5 * clean + (1 - alpha_prod_t) ** 0.5 * noise
+        return noisy_at(clean, noise, self.alpha_prod_t[index])
 
 
 def learnt_variance(config: Mapping[str, Any], model_output: Tensor, sample: Tensor) -> bool:

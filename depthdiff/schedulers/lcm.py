@@ -23,6 +23,7 @@ from depthdiff.schedulers.schedule import (
     check_timesteps,
     clip_x0,
     dynamic_threshold,
+    noisy_at,
     predict_epsilon,
     predict_x0,
     read_steps,
@@ -79,8 +80,7 @@ class DistilledPlan(IndexedPlan):
     eta: float
 
     def _noisy(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
-        alpha_prod_t = self.alphas_cumprod[self.whole[index + self.t_start]].to(clean.dtype)
-        return alpha_prod_t**0.5 * clean + (1 - alpha_prod_t) ** 0.5 * noise
+        return noisy_at(clean, noise, self.alphas_cumprod[self.whole[index + self.t_start]])
 
     def is_last(self, index: int) -> bool:
         """Return whether a step of the whole run is its last one."""

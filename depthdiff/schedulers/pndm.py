@@ -21,7 +21,15 @@ from torch import Generator, Tensor
 from depthdiff.checks import check_flag, check_tensor, show
 from depthdiff.config import FrozenDict, register_to_config
 from depthdiff.schedulers.base import Plan, SchedulerMixin, SchedulerOutput, StepOutput, Steps
-from depthdiff.schedulers.schedule import Levels, check_pair, check_past, predict_epsilon, predict_x0, read_timestep
+from depthdiff.schedulers.schedule import (
+    Levels,
+    check_pair,
+    check_past,
+    noisy_at,
+    predict_epsilon,
+    predict_x0,
+    read_timestep,
+)
 
 ADAMS_BASHFORTH: tuple[tuple[int, ...], ...] = (  # newest prediction first; to be divided by the sum of the row
     (1,),
@@ -159,8 +167,7 @@ class PNDMPlan(Plan):
         return prk_step(*arguments, self.prk_timesteps) if in_start else plms_step(*arguments)
 
     def _noisy(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
-        alpha_prod_t = self.levels.alpha_prod(self.numbers[index]).to(clean.dtype)
-        return alpha_prod_t**0.5 * clean + (1 - alpha_prod_t) ** 0.5 * noise
+        return noisy_at(clean, noise, self.levels.alpha_prod(self.numbers[index]))
 
 
 class PNDMScheduler(SchedulerMixin):

@@ -26,7 +26,7 @@ from depthdiff.schedulers.exponential import (
     pushed,
 )
 from depthdiff.schedulers.indexed import Draw
-from depthdiff.schedulers.schedule import check_past
+from depthdiff.schedulers.schedule import check_past, noisy_at
 from depthdiff.schedulers.unipc import correct
 
 STOCHASTIC = (200, 800)
@@ -78,8 +78,7 @@ class SASolverPlan(ExponentialPlan):
         return bool(self.config.algorithm_type == "data_prediction")
 
     def _noisy(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
-        alpha_prod = self.alphas_cumprod[int(self.numbers[index])].to(clean.dtype)  # as in diffusers, by the timestep
-        return alpha_prod**0.5 * clean + (1 - alpha_prod) ** 0.5 * noise
+        return noisy_at(clean, noise, self.alphas_cumprod[int(self.numbers[index])])  # as in diffusers, by the timestep
 
     def init_state(self) -> SASolverState:
         """See `Plan`."""

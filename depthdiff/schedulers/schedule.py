@@ -253,6 +253,12 @@ def clip_x0(pred_original_sample: Tensor, config: Mapping[str, Any]) -> Tensor:
     return pred_original_sample.clamp(-limit, limit) if config["clip_sample"] else pred_original_sample
 
 
+def noisy_at(clean: Tensor, noise: Tensor, alpha_prod: Tensor) -> Tensor:
+    """Make clean latents as noisy as ᾱ, 0-d, says: arXiv:2006.11239, eq. 4."""
+    alpha_prod = alpha_prod.to(clean.dtype)
+    return alpha_prod**0.5 * clean + (1 - alpha_prod) ** 0.5 * noise
+
+
 def widen(x: Tensor) -> Tensor:
     """Return half precision as float32, in which solvers compute, and other tensors as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
