@@ -27,7 +27,9 @@ from depthdiff.checkpoint.weights import check_variant
 from depthdiff.checkpoint.write import check_target, try_to_write
 from depthdiff.checks import best_device, check_device, check_number
 from depthdiff.conditioning import cut_words
-from depthdiff.image import contact_sheet, depth_image, read_depth, read_images
+from depthdiff.depth_files import check_depth_type, read_depth_file, write_depth_file
+from depthdiff.depth_maps import check_depth_options, depth_preview, read_disparity
+from depthdiff.image import contact_sheet, depth_image, read_images
 from depthdiff.inputs import LARGEST_SCALE
 from depthdiff.inspect_checkpoint import inspect
 from depthdiff.options import DTYPES, MAX_IMAGES, MAX_SIZE, MAX_STEPS, SHORTCUT_HELP, build_parser
@@ -35,7 +37,6 @@ from depthdiff.picture_files import (
     MAX_PIXELS,
     check_text,
     check_type,
-    depth_bits,
     files_of,
     open_image,
     refuse_one_file_for_two,
@@ -134,6 +135,9 @@ def check_numbers(options: argparse.Namespace) -> None:
     for text in options.lora:
         lora_weight(text)
     shortcuts(options)
+    check_depth_options(options.depth_invert, options.depth_range)
+    if options.depth_keep_aspect and options.depth is not None:
+        raise ValueError("--depth-keep-aspect is for depth that is estimated; leave it out, or --depth")
 
 
 def check_files(options: argparse.Namespace) -> list[Path]:
@@ -160,13 +164,13 @@ def check_files(options: argparse.Namespace) -> list[Path]:
     outputs = [output]
     if options.num_images > 1:
         outputs = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, options.num_images + 1)]
-    writes = [*outputs, *(path for path in (options.save_depth, options.sheet) if path is not None)]
+    writes = [*outputs, *filter(None, (options.save_depth, options.depth_preview, options.sheet))]
     for path in writes:
         check_target(path)
-    for path in {*outputs[:1], options.sheet} - {None}:
+    for path in {*outputs[:1], options.sheet, options.depth_preview} - {None}:
         check_type(path)
     if options.save_depth is not None:
-        depth_bits(options.save_depth)
+        check_depth_type(options.save_depth)
     refuse_one_file_for_two(inputs, writes)
     for folder in {path.absolute().parent for path in writes}:
         try_to_write(folder)
@@ -180,7 +184,8 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     photo = read_images(open_image(options.image, "image"))[0]
     assert isinstance(photo, Image.Image)
-    depth_map = None if options.depth is None else read_depth(open_image(options.depth, "--depth"), "--depth")
+    given = None if options.depth is None else read_depth_file(options.depth, "--depth")
+    depth_map = None if given is None else read_disparity(given, options.depth_invert, options.depth_range, "--depth")
     check_room(options, outputs, photo)
 
     keep_freed_buffers()
@@ -195,7 +200,8 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     warn_of_cut_prompts(options, pipe)
     print(f"seed {seed}")
     if depth_map is None:
-        depth_map = pipe.estimate_depth(photo)
+        estimate = pipe.estimate_depth(photo, keep_aspect=options.depth_keep_aspect)
+        depth_map = read_disparity(estimate, options.depth_invert, options.depth_range, "the estimated depth")
     result = pipe(
         options.prompt,
         photo,
@@ -216,7 +222,9 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
         for i, (picture, path) in enumerate(zip(pictures, outputs, strict=True))
     ]
     if options.save_depth is not None:
-        works.append(partial(save_image, depth_image(depth_map[0], depth_bits(options.save_depth)), options.save_depth))
+        works.append(partial(write_depth_file, depth_map[0], options.save_depth))
+    if options.depth_preview is not None:
+        works.append(partial(save_image, depth_preview(depth_map[0]), options.depth_preview))
     if options.sheet is not None:
         preview = depth_image(depth_map[0], bits=8).resize(pictures[0].size)
         labels = ["photo", "depth", *[options.prompt] * len(pictures)]
@@ -364,6 +372,9 @@ def settings(
         "negative_prompt": options.negative_prompt,
         "image": options.image.name,
         "depth": None if options.depth is None else options.depth.name,
+        "depth_invert": options.depth_invert,
+        "depth_range": options.depth_range,
+        "depth_keep_aspect": options.depth_keep_aspect,
         "strength": options.strength,
         "steps": options.steps,
         "guidance": options.guidance,

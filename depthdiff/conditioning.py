@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from depthdiff.checks import brief
 from depthdiff.models.gaussian import DiagonalGaussianDistribution
 
 logger = logging.getLogger(__name__)
@@ -93,28 +94,49 @@ def draw_latents(
     return DiagonalGaussianDistribution(encoded).sample(generator).repeat_interleave(copies, dim=0)
 
 
-def fit_depth(disparity: Tensor, height: int, width: int) -> Tensor:
-    """Resize maps (B, H, W) of any size and range to the latents' (B, 1, height, width), in [-1, 1]."""
+Ends: TypeAlias = "tuple[float, float] | Literal['batch'] | None"
+"""What becomes -1 and 1: two disparities (far, near), the extremes of all maps of a call, or those of each map."""
+
+
+def fit_depth(disparity: Tensor, height: int, width: int, ends: Ends = None) -> Tensor:
+    """Resize maps (B, H, W) of any size and range to the latents' (B, 1, height, width), in [-1, 1].
+
+    `ends` and errors are those of `normalize_depth`.
+    """
     resized = F.interpolate(disparity[:, None], size=(height, width), mode="bicubic", align_corners=False)
-    return normalize_depth(resized)
+    return normalize_depth(resized, ends)
 
 
-def normalize_depth(disparity: Tensor) -> Tensor:
-    """Stretch each map to the range that the UNet was trained on.
+def normalize_depth(disparity: Tensor, ends: Ends = None) -> Tensor:
+    """Stretch each map, or all of them alike, to the range that the UNet was trained on.
 
     MiDaS predicts relative inverse depth: no unit, larger is nearer, known only up to scale and shift. Stretching to
     [-1, 1] removes both.
 
     Args:
         disparity: (B, 1, h, w), float, any range.
+        ends: None stretches each map by its own extremes. "batch" stretches all by the extremes of them all, so that
+            one depth has one value in all frames of a film. Two numbers (far, near) become -1 and 1, and what lies
+            beyond them is clamped.
 
     Returns:
-        (B, 1, h, w), in [-1, 1]; both ends are reached in every map, but a constant map is -1 everywhere.
+        (B, 1, h, w), in [-1, 1]; with None both ends are reached in every map, but a constant map is -1 everywhere.
+
+    Raises:
+        ValueError: `ends` of another kind, or two that are equal or in the wrong order.
 
     Source: Stability-AI/stablediffusion, scripts/gradio/depth2img.py, `paint`. For constant maps, where that divides by
         zero, we follow training (ldm/models/diffusion/ddpm.py, `LatentDepth2ImageDiffusion.get_input`), which has 0.001
         more in the denominator.
     """
-    low, high = disparity.amin(dim=(1, 2, 3), keepdim=True), disparity.amax(dim=(1, 2, 3), keepdim=True)
+    if isinstance(ends, (tuple, list)):
+        low, high = disparity.new_tensor(ends)
+        if not low < high:
+            raise ValueError(f"ends must be two disparities, far below near, that differ in float32, got {ends}")
+        return (2.0 * (disparity - low) / (high - low) - 1.0).clamp(-1.0, 1.0)
+    if ends not in (None, "batch"):
+        raise ValueError(f'ends must be None, "batch" or two numbers, got {brief(ends)}')
+    dims = (1, 2, 3) if ends is None else (0, 1, 2, 3)
+    low, high = disparity.amin(dim=dims, keepdim=True), disparity.amax(dim=dims, keepdim=True)
     extent = torch.where(high > low, high - low, torch.full_like(low, 0.001))
     return 2.0 * (disparity - low) / extent - 1.0

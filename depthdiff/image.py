@@ -137,8 +137,16 @@ class VaeImageProcessor:
         return image if output_type == "latent" else from_pixels(image, output_type)
 
 
-def read_depth(depth_map: Any, name: str = "depth_map") -> Tensor:
-    """Convert any accepted depth map to one form; larger is nearer, in any unit.
+def to_pil(images: list[Image.Image] | Tensor) -> list[Image.Image]:
+    """Convert what `read_images` returned to N RGB images of 8 bits."""
+    if not isinstance(images, Tensor):
+        return images
+    arrays = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).detach().cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def read_maps(depth_map: Any, name: str = "depth_map") -> Tensor:
+    """Convert any accepted depth map to one form; the numbers stay as they are, NaN and infinity too.
 
     PIL images of 8 or 16 bits or floats keep their numbers; colour images are reduced to their luminance. Arrays and
     tensors: (H, W), (N, H, W), (H, W, 1), (N, 1, H, W), (N, H, W, 1), or a list of these with one size; any real dtype.
@@ -152,13 +160,32 @@ def read_depth(depth_map: Any, name: str = "depth_map") -> Tensor:
 
     Raises:
         TypeError: not a map, mixed kinds, or not numbers.
-        ValueError: empty, of a wrong shape, of different sizes, or not finite.
+        ValueError: empty, of a wrong shape, or of different sizes.
     """
     items = _items(depth_map, name)
     _check_one_device(items, name)
     maps = [_to_nhw(to_grey(item, name) if isinstance(item, Image.Image) else item, name) for item in items]
     _check_one_size([(one.shape[1], one.shape[2]) for one in maps], name)
-    depth = torch.cat(maps)
+    return torch.cat(maps)
+
+
+def read_depth(depth_map: Any, name: str = "depth_map") -> Tensor:
+    """Convert any accepted depth map without holes to one form; larger is nearer, in any unit.
+
+    Holes are the matter of `depthdiff.depth_maps.read_disparity`.
+
+    Args:
+        depth_map: one map or several, in any form of `read_maps`.
+        name: of the argument, for messages.
+
+    Returns:
+        (N, H, W), float32.
+
+    Raises:
+        TypeError: not a map, mixed kinds, or not numbers.
+        ValueError: empty, of a wrong shape, of different sizes, or not finite.
+    """
+    depth = read_maps(depth_map, name)
     if not depth.isfinite().all():
         raise ValueError(f"{name} must be finite in float32, got NaN or infinity; fill the holes, far is small")
     return depth

@@ -23,7 +23,7 @@ from depthdiff.checkpoint.transaction import check_folder
 from depthdiff.checkpoint.write import write_text
 from depthdiff.checks import brief, check_dense, check_number, check_tensor, plain, show
 from depthdiff.config import BaseOutput, Config
-from depthdiff.image import ImageInput, read_images
+from depthdiff.image import ImageInput, read_images, to_pil
 from depthdiff.image import VaeImageProcessor as VaeImageProcessor  # which scripts import from here
 
 if TYPE_CHECKING:
@@ -280,8 +280,4 @@ def _sizes(target_sizes: Any) -> list[tuple[int, int]]:
 
 def _to_uint8(image: Any) -> list[Image.Image]:
     """Read one item of the argument as RGB images of 8 bits."""
-    images = read_images(image, "images")
-    if not isinstance(images, Tensor):
-        return images
-    arrays = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).detach().cpu().numpy()
-    return [Image.fromarray(array) for array in arrays]
+    return to_pil(read_images(image, "images"))

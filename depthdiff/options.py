@@ -32,6 +32,15 @@ SCHEDULER_HELP = (
 )
 DTYPE_HELP = "of the weights; auto is bfloat16 where the processor has it, else float32 (float16 on cuda, else auto)"
 TF32_HELP = "multiply float32 matrices in TF32: faster, with about 3 digits; cuda only"
+DEPTH_HELP = (
+    "use this depth map: PNG, TIFF (8, 16 or 32 bit, float), EXR, NPY, NPZ, PFM or another picture; near is large, or "
+    "white; NaN is the sky"
+)
+INVERT_HELP = "its values are distances (metres, a Z pass), far is large; with flip, a picture in which white is far"
+RANGE_HELP = "in the map's unit, what is nearer than NEAR counts as near, what is farther than FAR as far"
+SAVE_DEPTH_HELP = (
+    "write the depth map that was used: numbers as they are in .npy, .npz, .pfm, .exr and .tiff, 16 bit in .png"
+)
 SHORTCUT_HELP = {
     "guidance_interval": "guide only where the noise is between these shares of all steps, 0..1 (default: 0 1)",
     "deep_cache": "run the UNet's deeper part at every N-th step only (default: 1)",
@@ -108,12 +117,15 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("--token-merging", type=float, metavar="R", help=SHORTCUT_HELP["token_merging"])
 
     depth = parser.add_argument_group("depth")
-    depth.add_argument("--depth", metavar="FILE", type=Path, help="use this depth map (8 or 16 bit, white is near)")
+    depth.add_argument("--depth", metavar="FILE", type=Path, help=DEPTH_HELP)
+    depth.add_argument("--depth-invert", nargs="?", const=True, default=False, choices=("flip",), help=INVERT_HELP)
+    depth.add_argument("--depth-range", nargs=2, type=float, metavar=("NEAR", "FAR"), help=RANGE_HELP)
     depth.add_argument(
-        "--save-depth",
-        metavar="FILE",
-        type=Path,
-        help="write the depth map that was used (16 bit where the type can hold that)",
+        "--depth-keep-aspect", action="store_true", help="do not stretch the photo to estimate its depth"
+    )
+    depth.add_argument("--save-depth", metavar="FILE", type=Path, help=SAVE_DEPTH_HELP)
+    depth.add_argument(
+        "--depth-preview", metavar="FILE", type=Path, help="write the depth map that was used in colours"
     )
     depth.add_argument("--sheet", metavar="FILE", type=Path, help="write photo, depth and results side by side")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,19 +22,32 @@ NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Component -> its class, and what of that is used."""
 
+FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial)
+"""What counts as a function; of any other object its `__call__` does."""
+
 MEMORY_FORMATS = (None, torch.contiguous_format, torch.preserve_format, torch.channels_last)
+
+
+def is_function(part: object) -> bool:
+    """Return whether a depth estimator is a plain function, which needs no image processor and cannot be saved."""
+    return isinstance(part, FUNCTIONS)
 
 
 def check_part(name: str, part: object) -> None:
     """Refuse what cannot be a component; None is looked at when a call needs it.
+
+    A `depth_estimator` may also be a plain function, from an RGB image to its disparity (H, W).
 
     Raises:
         TypeError: names the component and what it lacks.
     """
     kind, uses = NEEDED[name]
     lacks = ", ".join(one for one in uses if not hasattr(part, one) or isinstance(part, type))
+    if name == "depth_estimator" and is_function(part):
+        return
     if part is not None and lacks:
-        raise TypeError(f"{name} must be a {kind} or work like one, got {show(part)} without {lacks}")
+        function = ", or be a function" if name == "depth_estimator" else ""
+        raise TypeError(f"{name} must be a {kind} or work like one{function}, got {show(part)} without {lacks}")
 
 
 def parse_move(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any, bool, Any]:

@@ -19,7 +19,7 @@ from depthdiff.checks import check_flag, check_number, read_device_map, show
 from depthdiff.config import FrozenDict
 from depthdiff.devices import DeviceMixin, device_of, dtype_of, hook_device
 from depthdiff.image import VaeImageProcessor
-from depthdiff.parts import check_part
+from depthdiff.parts import check_part, is_function
 from depthdiff.progress import check_bar
 from depthdiff.registry import COMPONENT_CLASSES, Dtypes, load_components
 from depthdiff.sharing import uncompiled
@@ -253,7 +253,8 @@ class DiffusionPipeline(DeviceMixin):
     ) -> None:
         """Write all components in the published layout, which diffusers loads; all or nothing.
 
-        Of adapters, what is fused is part of the weights; what is merely active is not.
+        Of adapters, what is fused is part of the weights; what is merely active is not. A `depth_estimator` that is a
+        function is left out, with a warning; pass it again to `from_pretrained`.
 
         Args:
             save_directory: the folder; made where it does not exist.
@@ -267,6 +268,8 @@ class DiffusionPipeline(DeviceMixin):
             ValueError: `push_to_hub`, or a size or variant that no file can have.
         """
         sort_out(self.save_pretrained, SAVING, unused)
+        if is_function(self.depth_estimator):
+            logger.warning("the depth_estimator is a function and is not saved; pass it again to from_pretrained")
         with self._turns.use():
             save_components(
                 self._saved(),
@@ -286,8 +289,8 @@ class DiffusionPipeline(DeviceMixin):
         return self._uncompiled()
 
     def _uncompiled(self) -> dict[str, Any]:
-        """Return the components without what `torch.compile` wraps around them."""
-        return {name: uncompiled(part) for name, part in self.components.items()}
+        """Return the components without what `torch.compile` wraps around them, and None for a function."""
+        return {name: None if is_function(part) else uncompiled(part) for name, part in self.components.items()}
 
     def _need(self, *names: str) -> None:
         """Refuse to begin work without these components, or with one whose weights are not there.
@@ -298,6 +301,8 @@ class DiffusionPipeline(DeviceMixin):
         """
         for name in names:
             part = getattr(self, name)
+            if part is None and name == "feature_extractor" and is_function(self.depth_estimator):
+                continue  # which takes images as they are
             if part is None:
                 raise ValueError(
                     f"the pipeline has no {name}, which this call needs; load one and pass it as {name}=..."

@@ -17,9 +17,11 @@ from torch import Generator, Tensor
 
 from depthdiff.adapters.mixin import LoraLoaderMixin
 from depthdiff.checks import check_device, check_flag, check_number
-from depthdiff.conditioning import draw_latents, encode_images, encode_texts, fit_depth
+from depthdiff.conditioning import Ends, draw_latents, encode_images, encode_texts, fit_depth
+from depthdiff.depth_maps import read_disparity
 from depthdiff.devices import dtype_of, uses_weights
-from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_depth, read_images
+from depthdiff.estimators import call_function, cut_padding, keeping_aspect
+from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_images, to_pil
 from depthdiff.inputs import (
     LARGEST_SCALE,
     check_callbacks,
@@ -30,6 +32,7 @@ from depthdiff.inputs import (
     repeat_rows,
 )
 from depthdiff.noise import randn
+from depthdiff.parts import is_function
 from depthdiff.precision import finite
 from depthdiff.run import step_kwargs
 from depthdiff.single_files import FromSingleFileMixin
@@ -144,16 +147,18 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         do_classifier_free_guidance: bool,
         dtype: torch.dtype,
         device: torch.device,
+        ends: Ends = None,
     ) -> Tensor:
         """Estimate the depth where it is not given, and resize it to the latents' size.
 
         Args:
             image: see `__call__`.
-            depth_map: see `__call__`.
+            depth_map: see `__call__`; NaN and minus infinity are the sky (see `depthdiff.depth_maps.read_disparity`).
             batch_size: B.
             do_classifier_free_guidance: whether each map is needed twice.
             dtype: of the result.
             device: of the result.
+            ends: what becomes -1 and 1, see `depthdiff.conditioning.normalize_depth`; each map's own extremes if None.
 
         Returns:
             (B, 1, h, w), or (2B, 1, h, w) with guidance, in [-1, 1], near is large.
@@ -162,19 +167,51 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
             height, width = image[0].shape[-2:]  # type: ignore[index, union-attr]
         else:
             height, width = (side // self.vae_scale_factor for side in image_size(read_images(image)))
-        disparity = self.estimate_depth(image) if depth_map is None else read_depth(depth_map)
-        depth = fit_depth(disparity.to(device, torch.float32), height, width).to(dtype)
+        disparity = read_disparity(
+            self.estimate_depth(image) if depth_map is None else depth_map,
+            name="the estimated depth" if depth_map is None else "depth_map",
+        )
+        depth = fit_depth(disparity.to(device, torch.float32), height, width, ends).to(dtype)
         depth = depth.repeat_interleave(batch_size // len(depth), dim=0)
         return torch.cat([depth] * 2) if do_classifier_free_guidance else depth
 
     @torch.no_grad()
     @uses_weights
-    def estimate_depth(self, image: ImageInput) -> Tensor:
-        """Estimate the disparity (N, H', W') of images, near is large; H' and W' are the depth net's own."""
+    def estimate_depth(self, image: ImageInput, keep_aspect: bool = False) -> Tensor:
+        """Estimate the depth of images by the pipeline's depth estimator.
+
+            disparity = pipe.estimate_depth(photo)  # (1, 384, 384) by the published checkpoint
+            pipe("two tigers", photo, depth_map=disparity)
+
+        Args:
+            image: N images, see `__call__`.
+            keep_aspect: resize as Stability's own script does: both sides by one factor, to about the image
+                processor's size (384), and then to multiples of 32, or of what the processor asks for. Off by default:
+                the processor's own way, which stretches images to 384x384, is that of diffusers.
+
+        Returns:
+            (N, H', W'), in the estimator's own size and unit: relative disparity, near is large, for the published
+            checkpoint and for Depth Anything; metres, far is large, for ZoeDepth, whose padding is cut off; whatever a
+            plain function returns, float32.
+
+        Raises:
+            TypeError: a `feature_extractor` that cannot keep the aspect, or a function that returns no map.
+            ValueError: a bad image (see `depthdiff.image.read_images`) or map of a function, or `keep_aspect` for a
+                function, which resizes by itself.
+            FloatingPointError: NaN or infinity in the depth net.
+        """
+        keep_aspect = check_flag("keep_aspect", keep_aspect)
         self._need(*self.FOR_DEPTH)
+        images = read_images(image)
+        if is_function(self.depth_estimator):
+            if keep_aspect:
+                raise ValueError("keep_aspect must be False where depth_estimator is a function: it resizes by itself")
+            return call_function(self.depth_estimator, to_pil(images))
+        processor = keeping_aspect(self.feature_extractor) if keep_aspect else self.feature_extractor
         net, device = self._at_work("depth_estimator"), self._execution_device
-        pixels = self.feature_extractor(images=read_images(image), return_tensors="pt").pixel_values
-        return finite("depth_estimator", net, lambda net: net(pixels.to(device, dtype_of(net))).predicted_depth)
+        pixels = processor(images=to_pil(images), return_tensors="pt").pixel_values
+        depth = finite("depth_estimator", net, lambda net: net(pixels.to(device, dtype_of(net))).predicted_depth)
+        return cut_padding(self.feature_extractor, depth, *image_size(images))
 
     def get_timesteps(
         self, num_inference_steps: int, strength: float, device: torch.device | str

@@ -29,6 +29,7 @@ from depthdiff.models.clip import CLIPTextModel
 from depthdiff.models.dpt import DPTForDepthEstimation
 from depthdiff.models.unet import UNet2DConditionModel
 from depthdiff.models.vae import AutoencoderKL
+from depthdiff.parts import is_function
 from depthdiff.schedulers.names import SHORT_NAMES, find_scheduler
 from depthdiff.schedulers.spacing import SPACINGS
 from depthdiff.tokenizer import CLIPTokenizer
@@ -151,9 +152,11 @@ def load_components(
         index = read_json(folder / "model_index.json")
         if "unet" not in overrides:
             refuse_other_kinds(name_or_path, index, folder)
-    kinds = {name: component_class(name, index, name_or_path) for name in COMPONENT_CLASSES if name not in overrides}
-    folder = _fetch_components(name_or_path, kinds, variant, use_safetensors, where)
     parts = dict(overrides)
+    if is_function(parts.get("depth_estimator")) and not any(index.get("feature_extractor") or [None]):
+        parts.setdefault("feature_extractor", None)  # which a function does not need
+    kinds = {name: component_class(name, index, name_or_path) for name in COMPONENT_CLASSES if name not in parts}
+    folder = _fetch_components(name_or_path, kinds, variant, use_safetensors, where)
     with naming_the_cache(folder):
         for name, kind in kinds.items():
             if not (folder / name).is_dir():

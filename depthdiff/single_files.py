@@ -25,6 +25,7 @@ from depthdiff.checkpoint.single_file import (
 from depthdiff.checks import check_number, read_device_map
 from depthdiff.config import CheckpointError
 from depthdiff.image_processor import DPTImageProcessor
+from depthdiff.parts import is_function
 from depthdiff.pipeline_utils import DiffusionPipeline
 from depthdiff.registry import CLASSES, COMPONENT_CLASSES, component_class, computing_dtype, make_scheduler
 from depthdiff.schedulers.names import find_scheduler
@@ -272,8 +273,13 @@ def _bundled_tokenizer(file: SingleFile, text_encoder: Any) -> Any:
     return tokenizer
 
 
-def _preprocessor(depth_estimator: Any) -> DPTImageProcessor:
-    size = 384 if depth_estimator is None else depth_estimator.config.image_size
+def _preprocessor(depth_estimator: Any) -> DPTImageProcessor | None:
+    if is_function(depth_estimator):
+        return None  # it takes images as they are
+    size = 384 if depth_estimator is None else getattr(depth_estimator.config, "image_size", None)
+    if not isinstance(size, int):
+        kind = type(depth_estimator).__name__
+        raise ValueError(f"depth_estimator {kind} must come with its image processor; pass it as feature_extractor=...")
     return DPTImageProcessor.from_config({"size": {"height": size, "width": size}, "resample": BILINEAR})
 
 

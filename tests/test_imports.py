@@ -17,11 +17,11 @@ ORDER = (
     ("checkpoint", "noise", "image"),
     ("models", "schedulers", "tokenizer", "image_processor", "parts", "utils"),
     ("fast", "registry", "sharing"),
-    ("approximations", "conditioning", "devices", "inputs"),
+    ("approximations", "conditioning", "depth_maps", "devices", "estimators", "inputs"),
     ("pipeline_utils",),
     ("adapters", "single_files", "run"),
     ("convert", "inspect_checkpoint", "picture_files", "precision"),
-    ("preparation",),
+    ("depth_files", "preparation"),
     ("pipeline",),
     ("options",),
     ("cli",),
@@ -32,6 +32,7 @@ DEFERRED = {("checkpoint/hub.py", "checkpoint"), ("__main__.py", "cli")}
 """What is imported inside a function: what downloads, and the command, which sets up its process first."""
 SLOW = {
     "huggingface_hub": ("checkpoint/save.py", "checkpoint/single_file.py"),
+    "OpenEXR": ("depth_files.py",),
     "peft": ("models/peft.py",),
     "shtab": ("options.py",),
 }

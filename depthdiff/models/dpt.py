@@ -303,8 +303,8 @@ class DPTForDepthEstimation(PreTrainedModel, AttentionMixin):
         """Estimate disparity.
 
         Args:
-            pixel_values: (B, 3, H, W), about in [-1, 1], as `DPTImageProcessor` prepares them. The hybrid form takes
-                `image_size` by `image_size` only, the plain one any multiples of `patch_size`.
+            pixel_values: (B, 3, H, W), about in [-1, 1], as `DPTImageProcessor` prepares them; any multiples of
+                `patch_size`. Positions are stretched where these are not `image_size`.
             return_dict: return a record, else a tuple of its one field.
 
         Returns:
@@ -338,10 +338,8 @@ class DPTForDepthEstimation(PreTrainedModel, AttentionMixin):
         config, (_, channels, height, width) = self.config, pixel_values.shape
         if channels != config.num_channels:
             raise ValueError(f"pixel_values must have {config.num_channels} channels, got {channels}")
-        if config.is_hybrid and (height, width) != (config.image_size, config.image_size):
+        if height % config.patch_size or width % config.patch_size:
             raise ValueError(
-                f"pixel_values must be {config.image_size}x{config.image_size}, got {height}x{width}; "
+                f"pixel_values must have multiples of {config.patch_size} as height and width, got {height}x{width}; "
                 "prepare them with the checkpoint's image processor"
             )
-        if height % config.patch_size or width % config.patch_size:
-            raise ValueError(f"height and width must be multiples of {config.patch_size}, got {height}x{width}")
