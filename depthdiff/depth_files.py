@@ -52,7 +52,8 @@ def read_depth_file(path: Path, name: str) -> Array:
 
     - Pictures (PNG, TIFF and all others that the command reads): grey of 8 and 16 bits, 32-bit integers, floats; turned
       as their EXIF tag says. Of colours and palettes the luminance, at 8 bits; an alpha channel is dropped.
-    - EXR: the channel Z, V, Y or R, alone or of a layer named depth, or the only one. What its data window leaves out is NaN.
+    - EXR: the channel Z, V, Y or R, alone or of a layer named depth, or the only one. What its data window leaves out
+      is NaN.
     - NPY and NPZ: one array, or that named depth, disparity or arr_0. Pickles are refused.
     - PFM: either order of bytes; its rows go from bottom to top.
 

@@ -116,18 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("--deep-cache", type=int, metavar="N", help=SHORTCUT_HELP["deep_cache"])
     speed.add_argument("--token-merging", type=float, metavar="R", help=SHORTCUT_HELP["token_merging"])
 
-    depth = parser.add_argument_group("depth")
-    depth.add_argument("--depth", metavar="FILE", type=Path, help=DEPTH_HELP)
-    depth.add_argument("--depth-invert", nargs="?", const=True, default=False, choices=("flip",), help=INVERT_HELP)
-    depth.add_argument("--depth-range", nargs=2, type=float, metavar=("NEAR", "FAR"), help=RANGE_HELP)
-    depth.add_argument(
-        "--depth-keep-aspect", action="store_true", help="do not stretch the photo to estimate its depth"
-    )
-    depth.add_argument("--save-depth", metavar="FILE", type=Path, help=SAVE_DEPTH_HELP)
-    depth.add_argument(
-        "--depth-preview", metavar="FILE", type=Path, help="write the depth map that was used in colours"
-    )
-    depth.add_argument("--sheet", metavar="FILE", type=Path, help="write photo, depth and results side by side")
+    add_depth(parser)
 
     machine = parser.add_argument_group("model and machine")
     machine.add_argument("--model", help=f"folder, file or Hub id of a checkpoint (default: the bundled {BUNDLED})")
@@ -141,3 +130,19 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--tf32", action="store_true", help=TF32_HELP)
     machine.add_argument("--offline", action="store_true", help="use only what was downloaded before")
     return parser
+
+
+def add_depth(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of depth."""
+    depth = parser.add_argument_group("depth")
+    depth.add_argument("--depth", metavar="FILE", type=Path, help=DEPTH_HELP)
+    depth.add_argument("--depth-invert", nargs="?", const=True, default=False, choices=("flip",), help=INVERT_HELP)
+    depth.add_argument("--depth-range", nargs=2, type=float, metavar=("NEAR", "FAR"), help=RANGE_HELP)
+    depth.add_argument(
+        "--depth-keep-aspect", action="store_true", help="do not stretch the photo to estimate its depth"
+    )
+    depth.add_argument("--save-depth", metavar="FILE", type=Path, help=SAVE_DEPTH_HELP)
+    depth.add_argument(
+        "--depth-preview", metavar="FILE", type=Path, help="write the depth map that was used in colours"
+    )
+    depth.add_argument("--sheet", metavar="FILE", type=Path, help="write photo, depth and results side by side")

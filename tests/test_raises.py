@@ -369,9 +369,9 @@ CASES = {
         "gpu_id 1 and device cuda:0 name different devices",
     ),
     "DPT size": (
-        lambda pipe: pipe.depth_estimator(torch.rand(1, 3, 48, 64)),
+        lambda pipe: pipe.depth_estimator(torch.rand(1, 3, 50, 64)),
         ValueError,
-        "pixel_values must be 64x64, got 48x64",
+        "pixel_values must have multiples of 16 as height and width, got 50x64",
     ),
     "DPT channels": (
         lambda pipe: pipe.depth_estimator(torch.rand(1, 4, 64, 64)),
