@@ -6,12 +6,13 @@ Letters: N images, H and W of a map.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -77,28 +78,32 @@ def keeping_aspect(processor: Any) -> Any:
 
 
 def cut_padding(processor: Any, predicted: Tensor, height: int, width: int) -> Tensor:
-    """Cut off what an image processor added around the images, as ZoeDepth's does.
+    """Cut off the border that ZoeDepth's image processor adds around the images.
 
     Args:
         processor: that prepared the images.
-        predicted: (N, H', W') for the padded images.
+        predicted: (N, H', W') for the images, padded or not.
         height: of the images before.
         width: of the images before.
 
     Returns:
-        (N, height, width), or `predicted` itself where nothing was added.
+        (N, height, width), float32, without values beyond those predicted, to which bicubic resizing would come near
+        edges (a distance below 0, say); or `predicted` itself where nothing was added.
 
     Raises:
-        TypeError: the processor cannot take away what it adds.
+        TypeError: a processor that pads in another way.
+
+    Source: isl-org/ZoeDepth, zoedepth/models/depth_model.py, `_infer_with_pad_aug`: 3 sqrt(side / 2) pixels a side.
     """
     if not getattr(processor, "do_pad", False):
         return predicted
     post_process = getattr(processor, "post_process_depth_estimation", None)
     if post_process is None or "source_sizes" not in inspect.signature(post_process).parameters:
         raise TypeError(
-            f"feature_extractor must cut off again what it pads, got {show(processor)} whose "
-            "post_process_depth_estimation takes no source_sizes; set its do_pad to False"
+            f"feature_extractor must not pad, unless it is ZoeDepth's, got {show(processor)}; set its do_pad to False"
         )
-    outputs = SimpleNamespace(predicted_depth=predicted.float())
-    results = post_process(outputs, source_sizes=[(height, width)] * len(predicted))
-    return torch.stack([one["predicted_depth"] for one in results])
+    top, left = (int(math.sqrt(side / 2) * 3) for side in (height, width))
+    size = height + 2 * top, width + 2 * left
+    padded = F.interpolate(predicted.float()[:, None], size=size, mode="bicubic", align_corners=False)[:, 0]
+    low, high = predicted.float().amin(dim=(1, 2), keepdim=True), predicted.float().amax(dim=(1, 2), keepdim=True)
+    return padded[:, top : top + height, left : left + width].clamp(low, high)
