@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ CHANNELS = ("Z", "V", "Y", "R")
 
 EXTRA = 'EXR files need the package OpenEXR: pip install "depthdiff[depth]"'
 DAMAGED = (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, OverflowError, RuntimeError, MemoryError,
-           NotImplementedError, zipfile.BadZipFile, zlib.error)  # fmt: skip
+           NotImplementedError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # fmt: skip
 """What readers of damaged files raise."""
 
 

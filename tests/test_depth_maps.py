@@ -381,7 +381,7 @@ def test_the_preview_is_ordered_by_lightness():
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     for weights, values in (((0.2126, 0.7152, 0.0722), linear), ((0.299, 0.587, 0.114), colours)):
         luminance = values @ np.array(weights)
-        assert (np.diff(luminance) > -0.004).all()  # rounding to 8 bits; observed: -0.0035
+        assert (np.diff(luminance) > -0.002).all()  # rounding to 8 bits; observed: -0.0011
         assert (luminance[4:] > luminance[:-4]).all()
     assert colours[0].tolist() == [0, 0, 0] and colours[-1].tolist() == [1, 1, 1]
     assert np.ptp(colours, axis=1).max() > 0.3
