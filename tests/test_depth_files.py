@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import OpenEXR
 import png
 import pytest
 import tifffile
@@ -26,8 +27,6 @@ from depthdiff import cli
 from depthdiff.conditioning import fit_depth
 from depthdiff.depth_files import check_depth_type, read_depth_file, write_depth_file
 from depthdiff.depth_maps import read_disparity
-
-OpenEXR = pytest.importorskip("OpenEXR")
 
 H, W = 7, 11
 RNG = np.random.default_rng(5)
@@ -189,7 +188,7 @@ def test_maps_that_differ_in_unit_alone_are_one_map(place):
         (place / f"{number}").write_bytes(content)
         maps.append(fit_depth(read_disparity(read_depth_file(place / f"{number}", "--depth")), 8, 8))
     for other in maps[1:]:
-        torch.testing.assert_close(other, maps[0], atol=2e-4, rtol=0)  # observed: 5e-5
+        torch.testing.assert_close(other, maps[0], atol=1e-4, rtol=0)  # observed: 3.2e-5
 
 
 def turned(array, orientation, kind, mode=None):
@@ -379,7 +378,7 @@ def command(place, small_photo, monkeypatch):
 
 
 BOUNDS = {"npy": 0, "npz": 0, "pfm": 0, "exr": 0, "tiff": 0, "png": 1, "jpg": 20}
-"""Ending -> largest difference of the pictures in levels of 255. Observed: 0 but for jpg, of 8 bits and lossy, 9."""
+"""Ending -> largest difference of the pictures in levels of 255. Observed: 0, png 1, jpg (8 bits, lossy) 18."""
 
 
 @pytest.mark.parametrize("ending", BOUNDS)
@@ -416,7 +415,7 @@ def test_conventions_of_one_scene_give_one_picture(command):
         ("white_is_far.png", "--depth-invert", "flip"),
     ):
         found, how = command("--depth", name, *options)
-        assert np.abs(found - expected).max() <= 1, name  # observed: 0, by rounding of 16 bits or of one pixel
+        assert np.abs(found - expected).max() <= 1, name  # observed: 1
         assert how["depth_invert"] == ("flip" if "flip" in options else True)
     wrong, _ = command("--depth", "metres.npy")
     assert np.abs(wrong - expected).max() > 10

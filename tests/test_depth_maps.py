@@ -89,15 +89,16 @@ def test_the_sky_is_as_far_as_what_is_farthest(case, caplog):
     invert, hole, depth_range, expected = SKIES[case]
     holed = METRES.clone()
     holed[0, 1] = hole
+    farther = METRES * 2 if invert else METRES / 2
     with caplog.at_level(logging.WARNING):
-        found = read_disparity(torch.stack([holed, METRES * 2]), invert, depth_range, "sky")
+        found = read_disparity(torch.stack([holed, farther]), invert, depth_range, "sky")
     assert found[0, 0, 1] == expected == found[0].min().item()
     known = METRES.clone()
     known[0, 1] = 8.0 if invert else 1.0
     rest = torch.ones(2, 3, dtype=torch.bool)
     rest[0, 1] = False
     assert torch.equal(found[0][rest], read_disparity(known, invert, depth_range)[0][rest])
-    assert torch.equal(found[1:], read_disparity(METRES * 2, invert, depth_range))
+    assert torch.equal(found[1:], read_disparity(farther, invert, depth_range))
     assert "sky: 8.33 % of the values are unknown" in caplog.text
 
 
