@@ -39,21 +39,30 @@ def encode_texts(
     Returns:
         (B, L, C).
     """
-    longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    longest = text_length(tokenizer, encoder)
     if length is not None and length > longest:
         read = [encode_texts(some, tokenizer, encoder, device, clip_skip) for some in (texts, [""] * len(texts))]
         return torch.cat([read[0], *[read[1]] * (length // longest)], dim=1)[:, :length]
     length = longest if length is None else length
     ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True).input_ids
-    for text in texts:
+    for text in dict.fromkeys(texts):
         if lost := cut_words(text, tokenizer, length):
             logger.warning("%r has more than %d tokens; its end is not read: %r", text[:40], length - 2, lost)
-    tokens = torch.tensor(ids, device=device)
+    return encode_tokens(torch.tensor(ids, device=device), encoder, clip_skip)
+
+
+def encode_tokens(tokens: Tensor, encoder: Any, clip_skip: int | None = None) -> Tensor:
+    """Read tokens (B, L), int64: embeddings (B, L, C); the other arguments are those of `encode_texts`."""
     if clip_skip is None:
         return encoder(tokens, attention_mask=None)[0]
     states = encoder(tokens, attention_mask=None, output_hidden_states=True).hidden_states
     text_model = getattr(encoder, "text_model", encoder)  # transformers 5 has no such level
     return text_model.final_layer_norm(states[-(clip_skip + 1)])
+
+
+def text_length(tokenizer: Any, encoder: Any) -> int:
+    """Return how many tokens are read at once, start and end included."""
+    return int(min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
 
 
 def cut_words(text: str, tokenizer: Any, length: int) -> str:
