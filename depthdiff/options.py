@@ -12,6 +12,7 @@ import depthdiff
 from depthdiff.approximations import PRESETS
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.models.attention import FORMS
+from depthdiff.prompt_syntax import SYNTAXES
 from depthdiff.schedulers.names import SHORT_NAMES, find_scheduler
 
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
@@ -30,6 +31,9 @@ SCHEDULER_HELP = (
     + ", ".join(f"{name} ({solver.others[0]})" if solver.others else name for name, solver in SHORT_NAMES.items())
     + "; or the name of its class"
 )
+SYNTAX_HELP = "read weights and long prompts as AUTOMATIC1111's web UI does: (more), [less], (word:1.3), BREAK"
+PREVIEW_HELP = "every N steps, write OUT-preview.png, a picture of what is being painted, at little cost"
+PREVIEW_DECODER_HELP = "TAESD, which makes --preview sharper: its folder, or taesd_decoder beside taesd_encoder"
 DTYPE_HELP = "of the weights; auto is bfloat16 where the processor has it, else float32 (float16 on cuda, else auto)"
 TF32_HELP = "multiply float32 matrices in TF32: faster, with about 3 digits; cuda only"
 SHORTCUT_HELP = {
@@ -94,6 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("--eta", type=float, default=0.0, help="0..1, added noise, for ddim and tcd (%(default)s)")
     look.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
     look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
+    look.add_argument("--prompt-syntax", choices=SYNTAXES, help=SYNTAX_HELP)
+    look.add_argument("--preview", type=int, metavar="N", help=PREVIEW_HELP)
+    look.add_argument("--preview-decoder", metavar="FILE", type=Path, help=PREVIEW_DECODER_HELP)
     look.add_argument("--scheduler", metavar="NAME", type=scheduler_name, help=SCHEDULER_HELP)
     look.add_argument("--karras", action="store_true", help="space the noise levels as Karras et al. do")
 

@@ -32,6 +32,7 @@ from depthdiff.inputs import (
 )
 from depthdiff.noise import randn
 from depthdiff.precision import finite
+from depthdiff.previews import LatentToRGB, preview_pictures
 from depthdiff.prompt_syntax import (
     PromptSyntax,
     check_prompt_syntax,
@@ -41,7 +42,6 @@ from depthdiff.prompt_syntax import (
     fill_up,
     parse_prompt,
 )
-from depthdiff.previews import LatentToRGB, preview_pictures
 from depthdiff.run import Step, step_kwargs
 from depthdiff.single_files import FromSingleFileMixin
 
@@ -304,10 +304,10 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         latents = step_or_latents
         if isinstance(latents, Step):
             latents = latents.latents if latents.denoised is None else latents.denoised
-        if decoder is None or decoder is self.vae:
-            vae = self._at_work("vae")
-            decoder = LatentToRGB.fit(vae) if decoder is None else vae
-        return preview_pictures(latents, decoder)
+        if decoder is not None and decoder is not self.vae:
+            return preview_pictures(latents, decoder)
+        vae, device = self._at_work("vae"), self._execution_device
+        return preview_pictures(latents, LatentToRGB.fit(vae, device) if decoder is None else vae, device)
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Return `eta` and `generator`, as far as the scheduler's `step` accepts them."""

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from depthdiff.checks import check_path, check_tensor, show
 from depthdiff.config import CheckpointError
-from depthdiff.devices import device_of, dtype_of
+from depthdiff.devices import device_of, dtype_of, hook_device
 from depthdiff.image import from_pixels
 from depthdiff.models.autoencoder_tiny import AutoencoderTiny
 from depthdiff.precision import finite
@@ -44,18 +44,19 @@ class LatentToRGB:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vae: Any) -> LatentToRGB:
+    def fit(cls, vae: Any, device: torch.device | None = None) -> LatentToRGB:
         """Fit the map to an autoencoder by least squares, always on the same latents: see `smooth_latents`.
 
         Args:
             vae: an autoencoder, such as a pipeline's own; it decodes 32 small latents.
+            device: where it works; that of its weights if None.
 
         Raises:
             FloatingPointError: NaN or infinity in what it decodes.
             TypeError: not an autoencoder.
         """
         latents = smooth_latents(_config(vae).latent_channels)
-        pixels = decode(latents, vae).double().cpu()
+        pixels = decode(latents, vae, device).cpu().double()
         factor = pixels.shape[-1] // latents.shape[-1]
         colours = F.avg_pool2d(pixels, factor).movedim(1, -1).flatten(0, 2)
         features = latents.double().movedim(1, -1).flatten(0, 2)
@@ -86,13 +87,14 @@ def smooth_latents(channels: int) -> Tensor:
 
 
 @torch.no_grad()
-def preview_pictures(latents: Tensor, decoder: Any) -> list[Image.Image]:
+def preview_pictures(latents: Tensor, decoder: Any, device: torch.device | None = None) -> list[Image.Image]:
     """Turn latents into pictures.
 
     Args:
         latents: (B, C, h, w), as a run has them: scaled.
         decoder: a `LatentToRGB`, whose colours are enlarged; or an autoencoder, such as `AutoencoderTiny` or
             `AutoencoderKL`, which gets the latents divided by its `scaling_factor` (1 for the tiny one).
+        device: where an autoencoder works; that of its weights if None.
 
     Returns:
         B RGB images of the size of the decoded picture.
@@ -109,13 +111,13 @@ def preview_pictures(latents: Tensor, decoder: Any) -> list[Image.Image]:
     if linear:
         pixels = F.interpolate(decoder(latents), scale_factor=float(decoder.factor), mode="bilinear")
     else:
-        pixels = decode(latents, decoder)
+        pixels = decode(latents, decoder, device)
     return cast("list[Image.Image]", from_pixels(pixels))
 
 
-def decode(latents: Tensor, vae: Any) -> Tensor:
+def decode(latents: Tensor, vae: Any, device: torch.device | None = None) -> Tensor:
     """Decode scaled latents (B, C, h, w) to pixels (B, 3, H, W), about in [-1, 1], on the autoencoder's device."""
-    scaled = latents.to(device_of(vae)) / _config(vae).scaling_factor
+    scaled = latents.to(device or hook_device(vae) or device_of(vae)) / _config(vae).scaling_factor
     return finite("vae", vae, lambda net: net.decode(scaled.to(dtype_of(net)), return_dict=False)[0], scaled)
 
 

@@ -34,7 +34,8 @@ def load_taesd(
     cls: type[Any], encoder: str | os.PathLike[str], decoder: str | os.PathLike[str], torch_dtype: DType = None
 ) -> Any:
     """Load a tiny autoencoder; see `depthdiff.AutoencoderTiny.from_taesd`."""
-    dtype, sources = read_dtype(torch_dtype), {}
+    dtype = read_dtype(torch_dtype)
+    sources: dict[str, Source] = {}
     for part, path in (("encoder", Path(encoder)), ("decoder", Path(decoder))):
         sources |= {f"{part}.{key}": source for key, source in _open(path).items()}
     return fill(build(cls, {}, "TAESD"), f"{encoder} and {decoder}", sources, TABLE, dtype)

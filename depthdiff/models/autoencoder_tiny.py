@@ -38,11 +38,12 @@ class AutoencoderTinyBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, act_fn: str) -> None:
         super().__init__()
+        activation = get_activation(act_fn)
         self.conv = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 3, padding=1),
-            get_activation(act_fn),
+            activation,
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
-            get_activation(act_fn),
+            activation,
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
         same = in_channels == out_channels
