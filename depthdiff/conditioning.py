@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -69,7 +70,9 @@ def cut_words(text: str, tokenizer: Any, length: int) -> str:
     """Return the end of a text that is cut off at `length` tokens, or at the tokenizer's; empty if nothing is."""
     ids = tokenizer([text]).input_ids[0]
     kept = min(length, tokenizer.model_max_length) - 1
-    return str(tokenizer.decode(ids[kept:-1])) if len(ids) > kept + 1 else ""
+    learnt = {index: word for word, group in getattr(tokenizer, "learnt_words", {}).items() for index in group}
+    runs = groupby(ids[kept:-1], key=learnt.get)  # a word of several vectors is named once
+    return " ".join(str(tokenizer.decode(list(run))) if word is None else word for word, run in runs)
 
 
 def encode_images(vae: Any, pixels: Tensor) -> Tensor:

@@ -117,15 +117,14 @@ def parse_prompt(text: str) -> list[tuple[str, float]]:
 def _join(parts: Sequence[str | None], weights: Sequence[float]) -> list[tuple[str, float]]:
     """Join neighbours of equal weight; None is the mark of a new chunk."""
     joined: list[tuple[str, float]] = []
-    marked = [BREAK if part is None else (part, weight) for part, weight in zip(parts, weights, strict=True)]
-    for weight, group in groupby(marked, key=lambda one: one[1]):
-        same = list(group)
-        if weight != math.inf and not abs(weight) <= MAX_WEIGHT:
+    for (marks, weight), group in groupby(zip(parts, weights, strict=True), key=lambda one: (one[0] is None, one[1])):
+        texts = [part or "" for part, _ in group]
+        if not abs(weight) <= MAX_WEIGHT:
             raise ValueError(
                 f"the weight of a part of a prompt must be in [{-MAX_WEIGHT:g}, {MAX_WEIGHT:g}], brackets around it "
                 f"multiplied, got {weight:g}; escape brackets that are meant as text: \\("
             )
-        joined += same if weight == math.inf else [("".join(part for part, _ in same), weight)]
+        joined += [BREAK] * len(texts) if marks else [("".join(texts), weight)]
     return joined or [("", 1.0)]
 
 
