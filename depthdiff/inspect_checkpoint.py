@@ -335,7 +335,7 @@ def _inspect_network(
     except CheckpointError as error:
         part.problems.append(str(error))
         return
-    part.config = {name: model.config[name] for name in SIZES[part.name]}
+    part.config = {name: model.config[name] for name in SIZES[part.name] if hasattr(model.config, name)}
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     names = table(model)
     published = names.cut({key: source.shape for key, source in sources.items()})
