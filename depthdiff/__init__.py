@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from depthdiff.config import CheckpointError
     from depthdiff.image_processor import DPTImageProcessor
+    from depthdiff.models.autoencoder_tiny import AutoencoderTiny
     from depthdiff.models.clip import CLIPTextConfig, CLIPTextModel
     from depthdiff.models.dpt import DPTConfig, DPTForDepthEstimation
     from depthdiff.models.unet import UNet2DConditionModel
@@ -60,6 +61,7 @@ __all__ = [
     "Step",
     "UNet2DConditionModel",
     "AutoencoderKL",
+    "AutoencoderTiny",
     "CLIPTextModel",
     "CLIPTextConfig",
     "CLIPTokenizer",
@@ -96,6 +98,7 @@ HOMES = {
     "Step": "run",
     "UNet2DConditionModel": "models.unet",
     "AutoencoderKL": "models.vae",
+    "AutoencoderTiny": "models.autoencoder_tiny",
     "CLIPTextModel": "models.clip",
     "CLIPTextConfig": "models.clip",
     "CLIPTokenizer": "tokenizer",

@@ -43,6 +43,7 @@ from depthdiff.picture_files import (
     save_image,
 )
 from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
+from depthdiff.previews import LatentToRGB, load_preview_decoder
 from depthdiff.process import (
     Terminated,
     allow_tf32,
@@ -124,6 +125,10 @@ def check_numbers(options: argparse.Namespace) -> None:
         check_number("--seed", options.seed, 0, 2**64 - options.num_images, whole=True)
     if options.clip_skip is not None:
         check_number("--clip-skip", options.clip_skip, 0, whole=True)
+    if options.preview is not None:
+        check_number("--preview", options.preview, 1, whole=True)
+    elif options.preview_decoder is not None:
+        raise ValueError("--preview-decoder is for previews; give --preview as well")
     if options.size is not None:
         check_number("--size", options.size, 8, MAX_SIZE, whole=True)
     for name in ("prompt", "negative_prompt"):
@@ -159,12 +164,17 @@ def check_files(options: argparse.Namespace) -> list[Path]:
             if Path(file).suffix in (".safetensors", *PICKLES) and not Path(file).is_file():
                 raise FileNotFoundError(f"{name} {file} is not a file")
             inputs |= files_of(name, file)
+    if options.preview_decoder is not None:
+        if not options.preview_decoder.exists():
+            raise FileNotFoundError(f"--preview-decoder {options.preview_decoder} is neither a file nor a folder")
+        inputs |= files_of("preview decoder", str(options.preview_decoder))
     inputs |= files_of("model", options.model or BUNDLED)
     output: Path = options.output or options.image.with_name(f"{options.image.stem}-depthdiff.png")
     outputs = [output]
     if options.num_images > 1:
         outputs = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, options.num_images + 1)]
     writes = [*outputs, *filter(None, (options.save_depth, options.depth_preview, options.sheet))]
+    writes += map(preview_path, outputs) if options.preview is not None else ()
     for path in writes:
         check_target(path)
     for path in {*outputs[:1], options.sheet, options.depth_preview} - {None}:
@@ -202,7 +212,8 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     if depth_map is None:
         estimate = pipe.estimate_depth(photo, keep_aspect=options.depth_keep_aspect)
         depth_map = read_disparity(estimate, options.depth_invert, options.depth_range, "the estimated depth")
-    result = pipe(
+    paint: Any = pipe if options.preview is None else partial(paint_with_previews, pipe, options, outputs)
+    result = paint(
         options.prompt,
         photo,
         depth_map,
@@ -230,6 +241,26 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
         labels = ["photo", "depth", *[options.prompt] * len(pictures)]
         works.append(partial(save_image, contact_sheet([photo, preview, *pictures], labels), options.sheet))
     save_all(works)
+
+
+def preview_path(output: Path) -> Path:
+    """Name the preview of a picture."""
+    return output.with_name(f"{output.stem}-preview.png")
+
+
+def paint_with_previews(
+    pipe: StableDiffusionDepth2ImgPipeline, options: argparse.Namespace, outputs: list[Path], *args: Any, **call: Any
+) -> tuple[list[Image.Image]]:
+    """Call the pipeline, and every few steps write what each picture will be, as far as that is known."""
+    decoder: Any = LatentToRGB.fit(pipe.vae, pipe.execution_device)
+    if options.preview_decoder is not None:
+        decoder = load_preview_decoder(options.preview_decoder).to(pipe.execution_device, pipe.vae.dtype)
+    run = pipe.prepare(*args, **call)
+    for step in pipe.progress_bar(pipe.denoise(run), total=len(run)):
+        if (step.index + 1) % options.preview == 0:
+            for picture, output in zip(pipe.preview(step, decoder), outputs, strict=True):
+                save_image(picture, preview_path(output))
+    return (pipe.decode(run.latents),)
 
 
 def save_all(works: list[partial[None]]) -> None:
@@ -307,7 +338,9 @@ def read_scheduler(options: argparse.Namespace) -> Any:
 
 
 def warn_of_cut_prompts(options: argparse.Namespace, pipe: StableDiffusionDepth2ImgPipeline) -> None:
-    """Say which words of the prompts are beyond what the text encoder reads."""
+    """Say which words of the prompts are beyond what the text encoder reads; with a syntax, it reads them all."""
+    if options.prompt_syntax is not None:
+        return
     for name in ("prompt", "negative_prompt"):
         text = str(pipe.maybe_convert_prompt(getattr(options, name) or "", pipe.tokenizer))
         length = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -40,16 +41,20 @@ def encode_texts(
     Returns:
         (B, L, C).
     """
-    longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    longest = text_length(tokenizer, encoder)
     if length is not None and length > longest:
         read = [encode_texts(some, tokenizer, encoder, device, clip_skip) for some in (texts, [""] * len(texts))]
         return torch.cat([read[0], *[read[1]] * (length // longest)], dim=1)[:, :length]
     length = longest if length is None else length
     ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True).input_ids
-    for text in texts:
+    for text in dict.fromkeys(texts):
         if lost := cut_words(text, tokenizer, length):
             logger.warning("%r has more than %d tokens; its end is not read: %r", text[:40], length - 2, lost)
-    tokens = torch.tensor(ids, device=device)
+    return encode_tokens(torch.tensor(ids, device=device), encoder, clip_skip)
+
+
+def encode_tokens(tokens: Tensor, encoder: Any, clip_skip: int | None = None) -> Tensor:
+    """Read tokens (B, L), int64: embeddings (B, L, C); the other arguments are those of `encode_texts`."""
     if clip_skip is None:
         return encoder(tokens, attention_mask=None)[0]
     states = encoder(tokens, attention_mask=None, output_hidden_states=True).hidden_states
@@ -57,11 +62,18 @@ def encode_texts(
     return text_model.final_layer_norm(states[-(clip_skip + 1)])
 
 
+def text_length(tokenizer: Any, encoder: Any) -> int:
+    """Return how many tokens are read at once, start and end included."""
+    return int(min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
+
+
 def cut_words(text: str, tokenizer: Any, length: int) -> str:
     """Return the end of a text that is cut off at `length` tokens, or at the tokenizer's; empty if nothing is."""
     ids = tokenizer([text]).input_ids[0]
     kept = min(length, tokenizer.model_max_length) - 1
-    return str(tokenizer.decode(ids[kept:-1])) if len(ids) > kept + 1 else ""
+    learnt = {index: word for word, group in getattr(tokenizer, "learnt_words", {}).items() for index in group}
+    runs = groupby(ids[kept:-1], key=learnt.get)  # a word of several vectors is named once
+    return " ".join(str(tokenizer.decode(list(run))) if word is None else word for word, run in runs)
 
 
 def encode_images(vae: Any, pixels: Tensor) -> Tensor:

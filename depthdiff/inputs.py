@@ -200,6 +200,13 @@ def repeat(items: list[Any], count: int) -> list[Any]:
     return items * (count // len(items))
 
 
+def pair_texts(negatives: list[str], count: int) -> list[str]:
+    """Repeat negative prompts as a whole until there is one for each of `count` prompts."""
+    if count % len(negatives):
+        raise ValueError(f"`negative_prompt` has batch size {len(negatives)}, but `prompt` {count}; they must pair")
+    return repeat(negatives, count)
+
+
 def paired(items: Any, count: int | None, pictures: int) -> Any:
     """Repeat images or maps as a whole until there is one for each picture; a single one stays as it is."""
     if items is None or count is None or count in (1, pictures):

@@ -167,9 +167,9 @@ def _inspect_folder(report: Report) -> None:
     if not (folder / "model_index.json").is_file():
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         kind = str(config.get("_class_name") or (config.get("architectures") or [None])[0])
-        name = next((name for name, cls in CLASSES.items() if cls.__name__ == kind), None)
+        name = next((name for name in CLASSES if kind in COMPONENT_CLASSES[name]), None)
         if name is not None:
-            _inspect_part(report, name, folder)
+            _inspect_part(report, name, folder, COMPONENT_CLASSES[name][kind])
             report.remedies.append(f"it is a {name} alone; {kind}.from_pretrained loads it")
         elif not _inspect_small_part(report):
             _inspect_adapter_folder(report)
@@ -182,7 +182,7 @@ def _inspect_folder(report: Report) -> None:
             report.components.append(Component(name, "missing", problems=[str(error)]))
             continue
         if issubclass(kind, Network):
-            _inspect_part(report, name, folder / name)
+            _inspect_part(report, name, folder / name, kind)
         else:
             part = Component(name, kind.__name__)
             report.components.append(part)
@@ -292,8 +292,7 @@ def _describe_words(report: Report, words: Mapping[str, Any]) -> None:
     report.remedies.append("load_textual_inversion loads it, where the text encoder has as many channels")
 
 
-def _inspect_part(report: Report, name: str, folder: Path) -> None:
-    cls = CLASSES[name]
+def _inspect_part(report: Report, name: str, folder: Path, cls: type[Any]) -> None:
     part = Component(name, cls.__name__)
     report.components.append(part)
     try:
@@ -336,7 +335,7 @@ def _inspect_network(
     except CheckpointError as error:
         part.problems.append(str(error))
         return
-    part.config = {name: model.config[name] for name in SIZES[part.name]}
+    part.config = {name: model.config[name] for name in SIZES[part.name] if hasattr(model.config, name)}
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     names = table(model)
     published = names.cut({key: source.shape for key, source in sources.items()})

@@ -12,6 +12,7 @@ import depthdiff
 from depthdiff.approximations import PRESETS
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.models.attention import FORMS
+from depthdiff.prompt_syntax import SYNTAXES
 from depthdiff.schedulers.names import SHORT_NAMES, find_scheduler
 
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
@@ -30,6 +31,9 @@ SCHEDULER_HELP = (
     + ", ".join(f"{name} ({solver.others[0]})" if solver.others else name for name, solver in SHORT_NAMES.items())
     + "; or the name of its class"
 )
+SYNTAX_HELP = "read weights and long prompts as AUTOMATIC1111's web UI does: (more), [less], (word:1.3), BREAK"
+PREVIEW_HELP = "every N steps, write OUT-preview.png, a picture of what is being painted, at little cost"
+PREVIEW_DECODER_HELP = "TAESD, which makes --preview sharper: its folder, or taesd_decoder beside taesd_encoder"
 DTYPE_HELP = "of the weights; auto is bfloat16 where the processor has it, else float32 (float16 on cuda, else auto)"
 TF32_HELP = "multiply float32 matrices in TF32: faster, with about 3 digits; cuda only"
 DEPTH_HELP = (
@@ -76,6 +80,25 @@ class Completion(argparse.Action):
         parser.exit()
 
 
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the options that say how the picture is to look."""
+    look = parser.add_argument_group("the picture")
+    look.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what it should not show")
+    look.add_argument("--strength", type=float, default=0.8, help="0..1, how far to go from the photo (%(default)s)")
+    look.add_argument("--steps", type=int, default=50, help="denoising steps at strength 1 (%(default)s)")
+    look.add_argument("--guidance", type=float, default=7.5, help="how closely to follow the prompt (%(default)s)")
+    look.add_argument("--seed", type=int, help="of the random numbers (default: a new one, printed)")
+    look.add_argument("--num-images", type=int, default=1, metavar="N", help="how many pictures (%(default)s)")
+    look.add_argument("--eta", type=float, default=0.0, help="0..1, added noise, for ddim and tcd (%(default)s)")
+    look.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
+    look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
+    look.add_argument("--prompt-syntax", choices=SYNTAXES, help=SYNTAX_HELP)
+    look.add_argument("--preview", type=int, metavar="N", help=PREVIEW_HELP)
+    look.add_argument("--preview-decoder", metavar="FILE", type=Path, help=PREVIEW_DECODER_HELP)
+    look.add_argument("--scheduler", metavar="NAME", type=scheduler_name, help=SCHEDULER_HELP)
+    look.add_argument("--karras", action="store_true", help="space the noise levels as Karras et al. do")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
@@ -93,19 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"depthdiff {depthdiff.__version__}")
     parser.add_argument("--completion", choices=SHELLS, action=Completion, help=COMPLETION_HELP)
 
-    look = parser.add_argument_group("the picture")
-    look.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what it should not show")
-    look.add_argument("--strength", type=float, default=0.8, help="0..1, how far to go from the photo (%(default)s)")
-    look.add_argument("--steps", type=int, default=50, help="denoising steps at strength 1 (%(default)s)")
-    look.add_argument("--guidance", type=float, default=7.5, help="how closely to follow the prompt (%(default)s)")
-    look.add_argument("--seed", type=int, help="of the random numbers (default: a new one, printed)")
-    look.add_argument("--num-images", type=int, default=1, metavar="N", help="how many pictures (%(default)s)")
-    look.add_argument("--eta", type=float, default=0.0, help="0..1, added noise, for ddim and tcd (%(default)s)")
-    look.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
-    look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
-    look.add_argument("--scheduler", metavar="NAME", type=scheduler_name, help=SCHEDULER_HELP)
-    look.add_argument("--karras", action="store_true", help="space the noise levels as Karras et al. do")
-
+    add_picture_options(parser)
     speed = parser.add_argument_group("speed", "Each is faster and gives a slightly different picture.")
     speed.add_argument(
         "--preset", choices=PRESETS, help="sensible values for the options below; those given explicitly win"

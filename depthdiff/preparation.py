@@ -8,6 +8,7 @@ Letters: B pictures, N images, L tokens, C channels, H, W pixels, h, w latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Generator, Tensor
 
 from depthdiff.adapters.mixin import LoraLoaderMixin
 from depthdiff.checks import check_device, check_flag, check_number
-from depthdiff.conditioning import Ends, draw_latents, encode_images, encode_texts, fit_depth
+from depthdiff.conditioning import Ends, draw_latents, encode_images, encode_texts, fit_depth, text_length
 from depthdiff.depth_maps import read_disparity
 from depthdiff.devices import dtype_of, uses_weights
 from depthdiff.estimators import call_function, cut_padding, keeping_aspect
@@ -27,14 +28,24 @@ from depthdiff.inputs import (
     check_callbacks,
     check_prompt,
     check_prompts,
+    pair_texts,
     read_numbers,
-    repeat,
     repeat_rows,
 )
 from depthdiff.noise import randn
 from depthdiff.parts import is_function
 from depthdiff.precision import finite
-from depthdiff.run import step_kwargs
+from depthdiff.previews import LatentToRGB, preview_pictures
+from depthdiff.prompt_syntax import (
+    PromptSyntax,
+    check_prompt_syntax,
+    chunk_tokens,
+    count_chunks,
+    encode_chunks,
+    fill_up,
+    parse_prompt,
+)
+from depthdiff.run import Step, step_kwargs
 from depthdiff.single_files import FromSingleFileMixin
 
 
@@ -74,6 +85,7 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         negative_prompt_embeds: Tensor | None = None,
         lora_scale: float | None = None,
         clip_skip: int | None = None,
+        prompt_syntax: PromptSyntax | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Read the prompts.
 
@@ -88,13 +100,18 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
             lora_scale: multiplies all active adapters.
             clip_skip: how many of the last layers to leave out for the prompt; as in diffusers the negative one is
                 always read with all.
+            prompt_syntax: "a1111" reads brackets in prompts as weights, and prompts of any length in chunks (see
+                `depthdiff.prompt_syntax`); None reads them as plain text, and cuts them at the tokenizer's length.
 
         Returns:
-            Two tensors (B * num_images_per_prompt, L, C): for the prompts, and for the negative ones or None.
+            Two tensors (B * num_images_per_prompt, L, C): for the prompts, and for the negative ones or None. With
+            `prompt_syntax`, L is that of the longest chunks of both, together.
 
         Raises:
-            ValueError: numbers of prompts that do not pair, or a `clip_skip` beyond the encoder's layers.
+            ValueError: numbers of prompts that do not pair, a `clip_skip` beyond the encoder's layers, an unknown
+                `prompt_syntax`, or one without any text, or beside embeddings whose length is not that of the chunks.
         """
+        prompt_syntax = check_prompt_syntax(prompt_syntax)
         guided = check_flag("do_classifier_free_guidance", do_classifier_free_guidance)
         given = prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
         clip_skip = check_prompts(self, *given, clip_skip, guided)
@@ -102,10 +119,21 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         device = self._execution_device if device is None else check_device("device", device)
         if lora_scale is not None:
             lora_scale = check_number("lora_scale", lora_scale, -LARGEST_SCALE, LARGEST_SCALE)
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        negatives = None
+        if guided and negative_prompt_embeds is None:
+            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
+            negatives = pair_texts(negatives, len(prompt_embeds if texts is None else texts))  # type: ignore[arg-type]
+        if prompt_syntax is not None and prompt is None and negative_prompt is None:
+            raise ValueError("`prompt_syntax` is for prompts given as text, got embeddings; leave it out")
+        if prompt_syntax is not None and (texts or negatives):
+            embeds = prompt_embeds, negative_prompt_embeds if guided else None
+            prompt_embeds, negative_prompt_embeds = self._read_chunks((texts, negatives), embeds, lora_scale, clip_skip)
         if prompt_embeds is None:
-            texts = [prompt] if isinstance(prompt, str) else prompt or []
             length = None if negative_prompt_embeds is None else negative_prompt_embeds.shape[1]
-            prompt_embeds = self._read_at(texts, length, lora_scale, clip_skip)
+            prompt_embeds = self._read_at(texts or [], length, lora_scale, clip_skip)
+        if negatives is not None and negative_prompt_embeds is None:
+            negative_prompt_embeds = self._read_at(negatives, prompt_embeds.shape[1], lora_scale)
         network = self.text_encoder if self.unet is None else self.unet
         kind: dict[str, Any] = {
             "device": device,
@@ -114,14 +142,7 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         positive = prompt_embeds.to(**kind).repeat_interleave(times, dim=0)
         if not guided:
             return positive, None
-        count = len(prompt_embeds)
-        if negative_prompt_embeds is None:
-            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
-            if count % len(negatives):
-                found = f"`negative_prompt` has batch size {len(negatives)}, but `prompt` {count}"
-                raise ValueError(f"{found}; they must pair")
-            negative_prompt_embeds = self._read_at(repeat(negatives, count), prompt_embeds.shape[1], lora_scale)
-        negative = repeat_rows("negative_prompt_embeds", negative_prompt_embeds, count)
+        negative = repeat_rows("negative_prompt_embeds", negative_prompt_embeds, len(prompt_embeds))
         return positive, negative.to(**kind).repeat_interleave(times, dim=0)  # type: ignore[union-attr]
 
     def _read_at(
@@ -136,6 +157,33 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
             return encode_texts(texts, tokenizer, net, device, clip_skip, length)
 
         return finite("text_encoder", encoder, read)
+
+    def _read_chunks(
+        self,
+        texts: tuple[list[str] | None, list[str] | None],
+        embeds: tuple[Tensor | None, Tensor | None],
+        lora_scale: float | None,
+        clip_skip: int | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Encode the texts of both sides, or of one beside the embeddings of the other, in equally many chunks."""
+        encoder = self._at_scale("text_encoder", self._at_work("text_encoder"), lora_scale)
+        device, tokenizer = self._execution_device, self.tokenizer
+        length = text_length(tokenizer, encoder)
+        sides = [
+            [
+                chunk_tokens(parse_prompt(str(self.maybe_convert_prompt(text, tokenizer))), tokenizer, length)
+                for text in side or ()
+            ]
+            for side in texts
+        ]
+        count = count_chunks([chunks for side in sides for chunks in side], embeds)
+        read = list(embeds)
+        for place, (side, skip) in enumerate(zip(sides, (clip_skip, None), strict=True)):
+            if side:
+                rows = [fill_up(chunks, count, tokenizer) for chunks in side]
+                work = partial(encode_chunks, rows, device=device, clip_skip=skip)
+                read[place] = finite("text_encoder", encoder, work)
+        return read[0], read[1]
 
     @torch.no_grad()
     @uses_weights
@@ -270,6 +318,33 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
             return latents
         noise = randn(latents.shape, generator, device=device, dtype=dtype)
         return self.scheduler.add_noise(latents, noise, timestep)
+
+    @torch.no_grad()
+    @uses_weights
+    def preview(self, step_or_latents: Step | Tensor, decoder: Any = None) -> list[Image.Image]:
+        """Turn latents on the way into pictures, for little work.
+
+        Args:
+            step_or_latents: a step of `denoise`, of which the clean latents that it predicts are shown, or its latents
+                where the scheduler does not tell; or latents (B, 4, h, w).
+            decoder: see `depthdiff.previews.preview_pictures`. If None, a `LatentToRGB` is fitted to the pipeline's own
+                autoencoder, again in every call; in a loop, fit it once and pass it.
+
+        Returns:
+            B RGB images.
+
+        Raises:
+            FloatingPointError: NaN or infinity in what an autoencoder decodes.
+            TypeError: neither a step nor latents, or not a decoder.
+            ValueError: latents of another number of channels.
+        """
+        latents = step_or_latents
+        if isinstance(latents, Step):
+            latents = latents.latents if latents.denoised is None else latents.denoised
+        if decoder is not None and decoder is not self.vae:
+            return preview_pictures(latents, decoder)
+        vae, device = self._at_work("vae"), self._execution_device
+        return preview_pictures(latents, LatentToRGB.fit(vae, device) if decoder is None else vae, device)
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Return `eta` and `generator`, as far as the scheduler's `step` accepts them."""

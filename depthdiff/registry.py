@@ -24,6 +24,7 @@ from depthdiff.checkpoint.weights import has_weights, suffixes, weight_files
 from depthdiff.checks import brief, nearest
 from depthdiff.config import CheckpointError, constructor_fields
 from depthdiff.image_processor import DPTImageProcessor
+from depthdiff.models.autoencoder_tiny import AutoencoderTiny
 from depthdiff.models.base import Network
 from depthdiff.models.clip import CLIPTextModel
 from depthdiff.models.dpt import DPTForDepthEstimation
@@ -36,7 +37,7 @@ from depthdiff.tokenizer import CLIPTokenizer
 from depthdiff.tokenizer import files as tokenizer_files
 
 COMPONENT_CLASSES: dict[str, dict[str, Any]] = {
-    "vae": {"AutoencoderKL": AutoencoderKL},
+    "vae": {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny},
     "text_encoder": {"CLIPTextModel": CLIPTextModel},
     "tokenizer": dict.fromkeys(("CLIPTokenizer", "CLIPTokenizerFast"), CLIPTokenizer),
     "unet": {"UNet2DConditionModel": UNet2DConditionModel},

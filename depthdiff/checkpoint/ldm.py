@@ -248,7 +248,7 @@ KEPT = {
 """Layers of the depth net that nothing reads but both layouts hold, folder -> single file; a conversion keeps them."""
 
 TABLES: dict[str, Table] = {
-    "UNet2DConditionModel": Table({}, identity=True),
+    **dict.fromkeys(("UNet2DConditionModel", "AutoencoderTiny"), Table({}, identity=True)),
     "AutoencoderKL": Table(
         {},
         aliases={f"{path}.{old}": f"{path}.{new}" for path in VAE_ATTENTION for old, new in VAE_BEFORE_0_17.items()},

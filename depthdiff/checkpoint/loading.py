@@ -156,6 +156,7 @@ class ConfigMixin:
         POSITIVE: arguments that must be above 0.
         UNBOUNDED: arguments that may be infinite.
         ignore_for_config: arguments that the config does not keep.
+        DERIVED: items that the constructor adds to the config; those of a file are left out.
     """
 
     config_name: ClassVar[str] = "config.json"
@@ -164,6 +165,7 @@ class ConfigMixin:
     POSITIVE: ClassVar[tuple[str, ...]] = ()
     UNBOUNDED: ClassVar[tuple[str, ...]] = ()
     ignore_for_config: ClassVar[Sequence[str]] = ()
+    DERIVED: ClassVar[tuple[str, ...]] = ()
     _internal_dict: FrozenDict
 
     has_compatibles: ClassVar[bool] = False
@@ -222,7 +224,7 @@ class ConfigMixin:
         if not isinstance(defaulted, (list, tuple)):
             raise CheckpointError(f"{cls.__name__}: {DEFAULTED} must be a list of names, got {show(defaulted)}")
         fields = constructor_fields(cls)
-        values = {key: value for key, value in config.items() if key not in defaulted and key != DEFAULTED}
+        values = {key: value for key, value in config.items() if key not in (*defaulted, *cls.DERIVED, DEFAULTED)}
         unused = {key: value for key, value in kwargs.items() if key not in fields}
         if not return_unused_kwargs:
             sort_out(cls.from_config, SETTINGS, unused, fields)

@@ -28,7 +28,10 @@ from depthdiff.checkpoint.write import write_text, writing
 from depthdiff.config import CheckpointError
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-DIFFUSERS_CLASSES = ("AutoencoderKL", "UNet2DConditionModel", "PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler")
+DIFFUSERS_CLASSES = (
+    *("AutoencoderKL", "AutoencoderTiny", "UNet2DConditionModel"),
+    *("PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler"),
+)
 INDEX = "model_index.json"
 SIZE = re.compile(r"[1-9]\d{0,14}(\.\d+)? *[KMGT]B", re.IGNORECASE)
 """Texts that huggingface_hub takes for a size."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-FILES = {"AutoencoderKL": "vae", "UNet2DConditionModel": "unet"}
+FILES = {"AutoencoderKL": "vae", "AutoencoderTiny": "autoencoder_tiny", "UNet2DConditionModel": "unet"}
 """Class -> its file."""
 
 
