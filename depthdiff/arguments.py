@@ -119,10 +119,8 @@ SHARING = {
 """Arguments of `from_pipe`."""
 
 CALL = {
-    **_ignored("height", "width", says="pictures have the size of the image, in multiples of 8"),
     **_ignored("latents", says="pass latents as image"),
     **_ignored("timesteps", "sigmas", says="the scheduler plans them; num_inference_steps and strength say how many"),
-    "guidance_rescale": Handling("ignored", "guidance is not rescaled"),
     **_ignored("ip_adapter_image", "ip_adapter_image_embeds", says="this pipeline reads no picture as a prompt"),
 }
 """Arguments of calls of other pipelines, which diffusers 0.26.3 ignores in this one's."""

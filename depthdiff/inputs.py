@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from depthdiff.checks import brief, check_dense, check_generators, check_number, check_tensor, show
+from depthdiff.checks import brief, check_dense, check_generators, check_number, check_tensor, plain, show
 from depthdiff.image import OUTPUT_TYPES, ImageInput, image_size, is_latents, read_images
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "depth_mask")
@@ -59,15 +59,51 @@ def read_numbers(
     num_inference_steps: object = 1,
     eta: object = 0.0,
     scheduler: Any = None,
-) -> tuple[float, float, int, int, float]:
+) -> tuple[float, Any, int, int, float]:
     """Return the numbers of a call as Python's own; `scheduler` limits the steps."""
     return (
         check_number("strength", strength, 0, 1),
-        check_number("guidance_scale", guidance_scale, 0, LARGEST_SCALE),
+        read_guidance(guidance_scale),
         check_number("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES, whole=True),
         check_steps(num_inference_steps, getattr(scheduler, "config", {})),
         check_number("eta", eta, 0, 1),
     )
+
+
+def read_guidance(guidance_scale: object) -> float | tuple[float, ...]:
+    """Return one guidance scale, or some, one a picture, as Python's own.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: negative, infinite, or none at all.
+    """
+    given: Any = plain(guidance_scale)
+    if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1:
+        given = given.tolist()
+    scales = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not scales:
+        raise ValueError("guidance_scale must be a number, or one a picture, got an empty list")
+    for scale in map(plain, scales):
+        if isinstance(scale, (int, float)) and not isinstance(scale, bool) and -LARGEST_SCALE <= scale < 0:
+            raise ValueError(
+                f"guidance_scale must be at least 0, got {scale}: it is off up to 1 (arXiv:2207.12598); to lead away "
+                "from a text, pass that as negative_prompt"
+            )
+    numbers = [check_number("guidance_scale", scale, 0, LARGEST_SCALE) for scale in scales]
+    return tuple(map(float, numbers)) if isinstance(given, (list, tuple)) else numbers[0]
+
+
+def is_guided(guidance_scale: float | tuple[float, ...]) -> bool:
+    """Return whether guidance is on, for any picture."""
+    return (max(guidance_scale) if isinstance(guidance_scale, tuple) else guidance_scale) > 1
+
+
+def check_scales(guidance_scale: float | tuple[float, ...], batch: int) -> None:
+    """Refuse a number of guidance scales that is not that of the pictures."""
+    if isinstance(guidance_scale, tuple) and len(guidance_scale) != batch:
+        raise ValueError(
+            f"guidance_scale must be one number, or {batch}, one a picture, got a list of {len(guidance_scale)}"
+        )
 
 
 def check_steps(num_inference_steps: object, config: Mapping[str, Any]) -> int:
@@ -229,7 +265,7 @@ def repeat_rows(name: str, embeds: Tensor | None, count: int) -> Tensor | None:
 def read_start(image: ImageInput | None, depth_map: object, factor: int) -> list[Image.Image] | Tensor:
     """Return the result of `depthdiff.image.read_images`, or latents (N, 4, h, w); `factor` is pixels per latent."""
     if image is None:
-        raise ValueError("`image` input cannot be undefined; pass the image to start from")
+        raise ValueError("`image` input cannot be undefined; pass the image to start from, or a depth_map alone")
     if not is_latents(image):
         images = read_images(image)
         height, width = image_size(images)

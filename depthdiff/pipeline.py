@@ -15,19 +15,26 @@ Letters: B pictures (prompts or images, times `num_images_per_prompt`), L tokens
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Generator, Tensor
 
 import depthdiff.fast as speed
 from depthdiff.approximations import approximated, resolve_preset
 from depthdiff.arguments import CALL, sort_out
+from depthdiff.call_options import NAMES, Options, read_hires, read_options
+from depthdiff.call_state import CallStateMixin, keeps_the_call, keeps_the_outer_call
 from depthdiff.checks import check_flag, plain
 from depthdiff.devices import dtype_of, uses_weights
-from depthdiff.image import ImageInput, read_depth
+from depthdiff.guidance import apply_guidance as apply_guidance  # which programs import from here
+from depthdiff.guidance import predict_noise
+from depthdiff.image import ImageInput
 from depthdiff.inputs import (
     CALLBACK_TENSORS,
     batch_size,
@@ -37,32 +44,35 @@ from depthdiff.inputs import (
     check_kwargs,
     check_latents,
     check_prompts,
-    paired,
+    check_scales,
+    is_guided,
     read_numbers,
     read_output_type,
-    read_start,
     repeat,
     repeat_rows,
 )
+from depthdiff.interruption import Stop
 from depthdiff.precision import check_finite, check_first_step, finite
 from depthdiff.preparation import PreparationMixin
 from depthdiff.run import (
-    CallState,
     Run,
     StableDiffusionPipelineOutput,
     Step,
     StepCallback,
     call_back,
     check_run,
-    check_tensors,
     denoised,
-    keeps_the_call,
-    keeps_the_outer_call,
     step_kwargs,
 )
+from depthdiff.scene import Scene, read_scene
+from depthdiff.seamless import seamless
+from depthdiff.sizes import enlarge, resize_maps
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class StableDiffusionDepth2ImgPipeline(PreparationMixin):
+class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
     """Image-to-image that keeps the input's depth, as diffusers' class of that name. Source: arXiv:2112.10752.
 
     Components of diffusers and transformers, or others that keep their contract, work as well.
@@ -104,40 +114,6 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             fast=fast,
         )
         check_fit(vae, text_encoder, tokenizer, unet)
-        self._call = CallState()
-
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance scale of this thread's current or latest call; callbacks may assign `_guidance_scale`."""
-        return self._call.guidance_scale
-
-    @property
-    def _guidance_scale(self) -> float:
-        return self._call.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, value: float) -> None:
-        self._call.guidance_scale = value
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether guidance is on."""
-        return self._guidance_scale > 1
-
-    @property
-    def clip_skip(self) -> int | None:
-        """The `clip_skip` of this thread's current or latest call."""
-        return self._call.clip_skip
-
-    @property
-    def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        """Those of this thread's current or latest call."""
-        return self._call.cross_attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        """The number of UNet calls in this thread's current or latest call."""
-        return self._call.num_timesteps
 
     @torch.no_grad()
     @uses_weights
@@ -149,7 +125,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         depth_map: ImageInput | None = None,
         strength: float = 0.8,
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | Sequence[float] = 7.5,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -168,7 +144,12 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         preset: str | None = None,
         callback: Any = None,
         callback_steps: int | None = None,
-        **unknown: Any,
+        hires: float | None = None,
+        hires_strength: float | None = None,
+        preview: Callable[[int, list[Image.Image]], Any] | None = None,
+        preview_steps: int | None = None,
+        preview_decoder: Any = None,
+        **options: Unpack[Options],
     ) -> StableDiffusionPipelineOutput | tuple[Any]:
         """Repaint images.
 
@@ -178,12 +159,13 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         Args:
             prompt: what the pictures should show.
             image: to start from: PIL images, arrays or tensors (see `depthdiff.image.read_images`), or latents
-                (B, 4, h, w), for which `depth_map` is needed.
+                (B, 4, h, w), for which `depth_map` is needed. Without one, the pictures start from pure noise, with the
+                size of the depth map, and `strength` is 1 whatever is given.
             depth_map: near is large, in any unit: PIL images, arrays or tensors (see `depthdiff.image.read_depth`);
                 estimated from `image` if None.
             strength: in [0, 1], how far to go from the image: the share of the steps that is run.
             num_inference_steps: of a whole run, at strength 1.
-            guidance_scale: how closely to follow the prompt; guidance is on above 1.
+            guidance_scale: how closely to follow the prompt, one number or one a picture; guidance is on above 1.
             negative_prompt: what the pictures should not show; ignored without guidance.
             num_images_per_prompt: pictures for each prompt.
             eta: in [0, 1], noise added on the way; only DDIM reads it.
@@ -205,45 +187,63 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             preset: "fast" sets what of these is left out (see `depthdiff.approximations.PRESETS`).
             callback: diffusers' older form, called with index, timestep and latents.
             callback_steps: every how many steps.
-            **unknown: an argument of other pipelines in `depthdiff.arguments.CALL`, which is ignored with a warning.
+            hires: in [1, 4], repaint the result once more, so many times larger, with the same depth; see `enlarge`.
+            hires_strength: of that second pass (0.35 if None).
+            preview: called with a step's index and pictures of what it predicts as the end, while they are in the
+                making; see `preview`.
+            preview_steps: every how many steps (5 if None).
+            preview_decoder: for these pictures; fitted on the autoencoder if None.
+            **options: more options, see `depthdiff.call_options.CallOptions`; or an argument of other pipelines in
+                `depthdiff.arguments.CALL`, which is ignored with a warning.
 
         Raises:
             TypeError: an unknown argument, or one of a wrong type.
             ValueError: a value out of range, or arguments that do not fit each other.
             FloatingPointError: NaN or infinity in the work; names the stage that they come from.
         """
-        sort_out(StableDiffusionDepth2ImgPipeline.__call__, CALL, unknown)
+        more = sort_out(StableDiffusionDepth2ImgPipeline.__call__, CALL, options, NAMES)
         callback_steps, names = check_callbacks(
             callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         output_type = read_output_type(output_type)
         return_dict = check_flag("return_dict", return_dict)
-        run = self.prepare(
-            prompt,
-            image,
-            depth_map,
-            strength=strength,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            cross_attention_kwargs=cross_attention_kwargs,
-            clip_skip=clip_skip,
-            guidance_interval=guidance_interval,
-            deep_cache=deep_cache,
-            token_merging=token_merging,
-            preset=preset,
-        )
-        for step in self.progress_bar(self.denoise(run), total=len(run)):
-            if callback_on_step_end is not None:
-                call_back(callback_on_step_end, names, self, run, step)
-            if callback is not None and run.ends_step(step.index) and step.index % callback_steps == 0:
-                callback(step.index // run.order, step.timestep, step.latents)
-        images = self.decode(run.latents, output_type)
+        hires, hires_strength = read_hires(hires, hires_strength)
+
+        watch = self._watch(preview, preview_steps, preview_decoder)
+        with self._interruption.under_way(Stop()) as stop:
+            run = self.prepare(
+                prompt,
+                image,
+                depth_map,
+                strength=strength,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                num_images_per_prompt=num_images_per_prompt,
+                eta=eta,
+                generator=generator,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                cross_attention_kwargs=cross_attention_kwargs,
+                clip_skip=clip_skip,
+                guidance_interval=guidance_interval,
+                deep_cache=deep_cache,
+                token_merging=token_merging,
+                preset=preset,
+                **more,
+            )
+            for enlarged in (False, True)[: 1 if hires is None else 2]:
+                if enlarged and stop.asked:
+                    break
+                run = self.enlarge(run, hires, hires_strength) if enlarged else run
+                run.stop = stop
+                for step in self.progress_bar(self.denoise(run), total=len(run)):
+                    if callback_on_step_end is not None:
+                        call_back(callback_on_step_end, names, self, run, step)
+                    if callback is not None and run.ends_step(step.index) and step.index % callback_steps == 0:
+                        callback(step.index // run.order, step.timestep, step.latents)
+                    watch(step)
+        images = self.decode(run, output_type)
         self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images) if return_dict else (images,)
 
@@ -258,7 +258,7 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         *,
         strength: float = 0.8,
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | Sequence[float] = 7.5,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -271,8 +271,10 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         deep_cache: int | None = None,
         token_merging: float | None = None,
         preset: str | None = None,
+        **options: Unpack[Options],
     ) -> Run:
         """Do everything that comes before the first step. Arguments and errors as in `__call__`."""
+        chosen = read_options(StableDiffusionDepth2ImgPipeline.prepare, {}, options)
         approximations = resolve_preset(
             preset, guidance_interval=guidance_interval, deep_cache=deep_cache, token_merging=token_merging
         )
@@ -281,18 +283,23 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
         numbers = read_numbers(
             strength, guidance_scale, num_images_per_prompt, num_inference_steps, eta, self.scheduler
         )
-        strength, guidance_scale, num_images_per_prompt, num_inference_steps, eta = numbers
-        lora_scale, guided, device = check_kwargs(cross_attention_kwargs), guidance_scale > 1, self._execution_device
+        strength, scale, num_images_per_prompt, num_inference_steps, eta = numbers
+        strength = 1.0 if image is None and depth_map is not None else strength
+        lora_scale, guided = check_kwargs(cross_attention_kwargs), is_guided(scale)
         check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip, guided)
-        counts = {"image": len(read_start(image, depth_map, self.vae_scale_factor))}
-        if depth_map is not None:
-            counts["depth_map"] = len(read_depth(depth_map))
         texts = [prompt] if isinstance(prompt, str) else prompt
-        counts["prompt"] = len(texts if texts is not None else prompt_embeds)  # type: ignore[arg-type]
-        pictures = batch_size(counts)
-        check_generator(generator, pictures * num_images_per_prompt)
+        chosen.check(
+            image, depth_map, strength, texts is not None or negative_prompt is not None, self.vae_scale_factor,
+            approximations.deep_cache,
+        )  # fmt: skip
+        scene = read_scene(image, depth_map, chosen, self.vae_scale_factor)
+        count = len(texts if texts is not None else prompt_embeds)  # type: ignore[arg-type]
+        pictures = batch_size({**scene.counts, "prompt": count})
+        batch, device, scene = pictures * num_images_per_prompt, self._execution_device, scene.paired(pictures)
+        check_generator(generator, batch)
+        check_scales(scale, batch)
 
-        self._call.begin(guidance_scale, plain(clip_skip), cross_attention_kwargs, self._call.num_timesteps)
+        self._call.begin(scale, plain(clip_skip), cross_attention_kwargs, self._call.num_timesteps)
         positive, negative = self.encode_prompt(
             None if texts is None else repeat(texts, pictures),
             device,
@@ -303,33 +310,68 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             negative_prompt_embeds=negative_prompt_embeds,
             lora_scale=lora_scale,
             clip_skip=clip_skip,
+            **chosen.for_prompts,
         )
-        dtype, batch = positive.dtype, pictures * num_images_per_prompt
-        image = paired(image, counts["image"], pictures)
-        depth_map = paired(depth_map, counts.get("depth_map"), pictures)
-        depth = self.prepare_depth_map(image, depth_map, batch, guided, dtype, device)
-        pixels = self.image_processor.preprocess(image)
-        with self._planning:  # calls share the scheduler, which holds the timesteps of one run at a time
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-            timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, strength, device)
-            latents = self.prepare_latents(
-                pixels, timesteps[:1].repeat(batch), pictures, num_images_per_prompt, dtype, device, generator
-            )
-            scheduler = copy.deepcopy(self.scheduler)
-        self._call.num_timesteps = len(timesteps)
-        return Run(
-            scheduler=scheduler,
-            timesteps=timesteps,
-            num_inference_steps=num_inference_steps,
-            latents=latents,
+        depth = self._depth_of(scene, chosen, batch, guided, positive.dtype, device)
+        windows = chosen.windows_of_latents(self.vae_scale_factor)
+        run = Run(
+            **self._start(
+                scene,
+                strength,
+                num_inference_steps,
+                pictures,
+                num_images_per_prompt,
+                positive.dtype,
+                device,
+                generator,
+                chosen.axes,
+                windows,
+            ),
             prompt_embeds=positive if negative is None else torch.cat([negative, positive]),
             depth=depth,
-            guidance_scale=guidance_scale,
+            guidance_scale=scale,
             generator=generator,
             eta=eta,
             cross_attention_kwargs=cross_attention_kwargs,
             approximations=approximations,
+            guidance_rescale=chosen.guidance_rescale,
+            seamless=chosen.axes,
+            windows=windows,
         )
+        self._call.num_timesteps = len(run)
+        return run
+
+    @torch.no_grad()
+    @uses_weights
+    def enlarge(self, run: Run, factor: float | None = 1.5, strength: float | None = None) -> Run:
+        """Prepare a second run that repaints the pictures of a finished one, enlarged, with the same depth.
+
+        Args:
+            run: a finished one.
+            factor: in [1, 4], by which height and width grow.
+            strength: of the second run (0.35 if None).
+
+        Returns:
+            A run for `denoise`; the given one stays as it is.
+        """
+        check_run(run)
+        growth, strength = read_hires(factor, strength)
+        assert growth is not None
+        self._need("scheduler", "vae", "unet")
+        height, width = (self.vae_scale_factor * max(1, round(side * growth)) for side in run.latents.shape[2:])
+        pixels = enlarge(self.decode(run, "pt").float() * 2 - 1, height, width)
+        scene = Scene((pixels + 1) / 2, None, None, (height, width))
+        if run.kept is not None:
+            scene = replace(scene, mask=resize_maps(run.kept.sharp, height, width), blur=run.kept.blur * growth)
+        started = self._start(
+            scene, strength, run.scheduler.num_inference_steps, len(run.latents), 1, run.latents.dtype,
+            run.latents.device, run.generator, run.seamless, run.windows,
+        )  # fmt: skip
+        if run.kept is not None:  # the kept part is the image itself, not what it became
+            started["kept"].pixels = enlarge(run.kept.pixels, height, width)
+        depth = F.interpolate(run.depth, size=started["latents"].shape[2:], mode="bicubic").clamp(-1, 1)
+        self._call.num_timesteps = len(started["timesteps"])
+        return replace(run, **started, depth=depth, stop=Stop())
 
     @torch.no_grad()
     def denoise(self, run: Run) -> Iterator[Step]:
@@ -340,21 +382,22 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
             are read at every step (see `Run`), counts from the next step on. `run.latents` follows.
         """
         check_run(run)
-        with self._in_use(ends_by_itself=False):
+        with self._in_use(ends_by_itself=False), self._interruption.under_way(run.stop) as stop:
             unet, made_of = self._unet_of(run)
             scheduler, extra = copy.deepcopy(run.scheduler), self.prepare_extra_step_kwargs(run.generator, run.eta)
             if type(scheduler) is not type(self.scheduler):  # the pipeline's was replaced after `prepare`
                 extra = step_kwargs(scheduler, run.generator, run.eta)
             numbers = run.timesteps.cpu()  # once, so that the host need not wait for the device in every step
             for index, (timestep, number) in enumerate(zip(run.timesteps, numbers, strict=True)):
+                if stop.asked:
+                    return
                 latents = run.latents
-                if made_of != (self.unet, self._adapters, run.cross_attention_kwargs, run.approximations):
+                if made_of != self._unet_parts(run):
                     unet, made_of = self._unet_of(run)  # changed since the last step
                 noise_pred = predict_noise(unet, scheduler, run, timestep, number)
                 output = scheduler.step(noise_pred, number, latents, **extra)
-                step = Step(
-                    index, timestep, output.prev_sample, denoised(scheduler, output, noise_pred, number, latents)
-                )
+                clean = denoised(scheduler, output, noise_pred, number, latents)
+                step = Step(index, timestep, run.with_kept(output.prev_sample, index + 1), clean)
                 check_first_step(step, run, noise_pred.dtype)
                 run.latents = step.latents  # for the caller to see
                 yield step
@@ -364,75 +407,40 @@ class StableDiffusionDepth2ImgPipeline(PreparationMixin):
 
     def _unet_of(self, run: Run) -> tuple[Any, tuple[Any, ...]]:
         """Return the UNet as a run uses it, with its scale and approximations, and what it was made of."""
-        made_of = self.unet, self._adapters, run.cross_attention_kwargs, run.approximations
+        made_of = self._unet_parts(run)
         unet = self._at_scale("unet", self._at_work("unet"), check_kwargs(run.cross_attention_kwargs))
-        unet = approximated(unet, run.approximations)
+        unet = seamless(approximated(unet, run.approximations), run.seamless)
         if unet is not self.unet and self._fast:
             speed.enable(unet)
         return unet, made_of
 
+    def _unet_parts(self, run: Run) -> tuple[Any, ...]:
+        """Return what the UNet of a run is made of."""
+        return self.unet, self._adapters, run.cross_attention_kwargs, run.approximations, run.seamless
+
     @torch.no_grad()
     @uses_weights
-    def decode(self, latents: Tensor, output_type: Literal["pil", "np", "pt", "latent"] = "pil") -> Any:
-        """Turn latents (B, 4, h, w) on any device into pictures, of the kind of `output_type` (see `__call__`)."""
+    def decode(self, latents: Tensor | Run, output_type: Literal["pil", "np", "pt", "latent"] = "pil") -> Any:
+        """Turn latents into pictures.
+
+        Args:
+            latents: (B, 4, h, w), on any device; or a run, whose pictures are then seamless, decoded in tiles, or have
+                the kept part of the image pasted in, as it was prepared.
+            output_type: see `__call__`.
+        """
         output_type = read_output_type(output_type)
         self._need("vae")
+        run, latents = (latents, latents.latents) if isinstance(latents, Run) else (None, latents)
         check_latents(latents, self.vae.config.latent_channels)
         if output_type == "latent":
             return check_finite(latents, "the latents")
-        vae, scaled = self._at_work("vae"), latents.to(self._execution_device) / self.vae.config.scaling_factor
+        vae = self._at_work("vae") if run is None else self._vae_of(run.seamless, run.windows)
+        scaled = latents.to(self._execution_device) / self.vae.config.scaling_factor
         pixels = finite("vae", vae, lambda net: net.decode(scaled.to(dtype_of(net)), return_dict=False)[0], scaled)
+        if run is not None and run.kept is not None:
+            pixels = run.kept.paste(pixels)
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         """Turn latents (B, 4, h, w) into an array (B, H, W, 3), float32, in [0, 1]."""
         return self.decode(latents, "np")
-
-
-def predict_noise(unet: Any, scheduler: Any, run: Run, timestep: Tensor, number: Tensor | None = None) -> Tensor:
-    """Ask the UNet for the noise in the latents, and apply guidance.
-
-    Args:
-        unet: the network, or one that approximates it.
-        scheduler: the run's.
-        run: whose latents, embeddings and depth.
-        timestep: for the UNet, a tensor without dimensions.
-        number: the same on the CPU, for the scheduler.
-
-    Returns:
-        (B, 4, h, w).
-    """
-    check_tensors(run, run.latents, unet)
-    latents, embeds, depth = run.latents, run.prompt_embeds, run.depth
-    number = timestep if number is None else number
-    guided = run.guides(number)
-    if run.guidance_scale > 1 and not guided:  # outside its interval: the prompts alone
-        embeds = embeds.chunk(2)[1]
-    rows = len(embeds)
-    depth = depth[-rows:] if len(depth) >= rows else torch.cat([depth] * 2)
-    sample = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, number)
-    sample = torch.cat([sample.to(depth.dtype), depth], dim=1)  # (2B, 5, h, w)
-    noise_pred = unet(
-        sample,
-        timestep,
-        encoder_hidden_states=embeds,
-        cross_attention_kwargs=run.cross_attention_kwargs,
-        return_dict=False,
-    )[0]
-    if not guided:
-        return noise_pred
-    uncond, cond = noise_pred.chunk(2)
-    return apply_guidance(uncond, cond, run.guidance_scale)
-
-
-def apply_guidance(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
-    """Push a prediction away from the one without the prompt.
-
-    Args:
-        uncond: (B, 4, h, w), prediction for the negative prompt.
-        cond: (B, 4, h, w), prediction for the prompt.
-        guidance_scale: 1 gives `cond`, 0 `uncond`; larger follows the prompt more closely.
-
-    Source: arXiv:2207.12598, eq. 6, with w = guidance_scale - 1.
-    """
-    return uncond + guidance_scale * (cond - uncond)

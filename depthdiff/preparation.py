@@ -7,8 +7,8 @@ Letters: B pictures, N images, L tokens, C channels, H, W pixels, h, w latents.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,43 +16,36 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from depthdiff.adapters.mixin import LoraLoaderMixin
-from depthdiff.checks import check_device, check_flag, check_number
-from depthdiff.conditioning import Ends, draw_latents, encode_images, encode_texts, fit_depth, text_length
+import depthdiff.fast as speed
+from depthdiff.call_options import CallOptions
+from depthdiff.checks import check_flag
+from depthdiff.conditioning import Ends, draw_latents, encode_images, fit_depth
 from depthdiff.depth_maps import read_disparity
 from depthdiff.devices import dtype_of, uses_weights
 from depthdiff.estimators import call_function, cut_padding, keeping_aspect
 from depthdiff.image import ImageInput, from_pixels, image_size, is_latents, read_images, to_pil
 from depthdiff.inputs import (
-    LARGEST_SCALE,
     check_callbacks,
     check_prompt,
-    check_prompts,
-    pair_texts,
     read_numbers,
-    repeat_rows,
 )
+from depthdiff.masks import Kept, keep
 from depthdiff.noise import randn
 from depthdiff.parts import is_function
 from depthdiff.precision import finite
-from depthdiff.previews import LatentToRGB, preview_pictures
-from depthdiff.prompt_syntax import (
-    PromptSyntax,
-    check_prompt_syntax,
-    chunk_tokens,
-    count_chunks,
-    encode_chunks,
-    fill_up,
-    parse_prompt,
-)
-from depthdiff.run import Step, step_kwargs
+from depthdiff.previews import PreviewMixin
+from depthdiff.prompts import PromptMixin
+from depthdiff.run import step_kwargs
+from depthdiff.scene import Scene
+from depthdiff.seamless import seamless
 from depthdiff.single_files import FromSingleFileMixin
+from depthdiff.windows import tiled
 
 
-class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
+class PreparationMixin(PromptMixin, PreviewMixin, FromSingleFileMixin):
     """Adds to the components what a call does before its first step."""
 
-    FOR_TEXT, FOR_DEPTH = ("tokenizer", "text_encoder"), ("feature_extractor", "depth_estimator")
+    FOR_DEPTH = "feature_extractor", "depth_estimator"
 
     def check_inputs(
         self,
@@ -71,119 +64,6 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         check_prompt(negative_prompt, negative_prompt_embeds, "negative_prompt")
         if prompt is None and prompt_embeds is None:
             raise ValueError("Provide either `prompt` or `prompt_embeds`; both are None")
-
-    @torch.no_grad()
-    @uses_weights
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device | str | None = None,
-        num_images_per_prompt: int = 1,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-        prompt_syntax: PromptSyntax | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Read the prompts.
-
-        Args:
-            prompt: one or several.
-            device: of the result.
-            num_images_per_prompt: each prompt's embeddings are repeated so often, neighbours staying neighbours.
-            do_classifier_free_guidance: read the negative prompts as well.
-            negative_prompt: one for all, or one a prompt; the empty text if None.
-            prompt_embeds: (B, L, C), instead of `prompt`.
-            negative_prompt_embeds: (B, L, C), instead of `negative_prompt`.
-            lora_scale: multiplies all active adapters.
-            clip_skip: how many of the last layers to leave out for the prompt; as in diffusers the negative one is
-                always read with all.
-            prompt_syntax: "a1111" reads brackets in prompts as weights, and prompts of any length in chunks (see
-                `depthdiff.prompt_syntax`); None reads them as plain text, and cuts them at the tokenizer's length.
-
-        Returns:
-            Two tensors (B * num_images_per_prompt, L, C): for the prompts, and for the negative ones or None. With
-            `prompt_syntax`, L is that of the longest chunks of both, together.
-
-        Raises:
-            ValueError: numbers of prompts that do not pair, a `clip_skip` beyond the encoder's layers, an unknown
-                `prompt_syntax`, or one without any text, or beside embeddings whose length is not that of the chunks.
-        """
-        prompt_syntax = check_prompt_syntax(prompt_syntax)
-        guided = check_flag("do_classifier_free_guidance", do_classifier_free_guidance)
-        given = prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
-        clip_skip = check_prompts(self, *given, clip_skip, guided)
-        _, _, times, *_ = read_numbers(num_images_per_prompt=num_images_per_prompt)
-        device = self._execution_device if device is None else check_device("device", device)
-        if lora_scale is not None:
-            lora_scale = check_number("lora_scale", lora_scale, -LARGEST_SCALE, LARGEST_SCALE)
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        negatives = None
-        if guided and negative_prompt_embeds is None:
-            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
-            negatives = pair_texts(negatives, len(prompt_embeds if texts is None else texts))  # type: ignore[arg-type]
-        if prompt_syntax is not None and prompt is None and negative_prompt is None:
-            raise ValueError("`prompt_syntax` is for prompts given as text, got embeddings; leave it out")
-        if prompt_syntax is not None and (texts or negatives):
-            embeds = prompt_embeds, negative_prompt_embeds if guided else None
-            prompt_embeds, negative_prompt_embeds = self._read_chunks((texts, negatives), embeds, lora_scale, clip_skip)
-        if prompt_embeds is None:
-            length = None if negative_prompt_embeds is None else negative_prompt_embeds.shape[1]
-            prompt_embeds = self._read_at(texts or [], length, lora_scale, clip_skip)
-        if negatives is not None and negative_prompt_embeds is None:
-            negative_prompt_embeds = self._read_at(negatives, prompt_embeds.shape[1], lora_scale)
-        network = self.text_encoder if self.unet is None else self.unet
-        kind: dict[str, Any] = {
-            "device": device,
-            "dtype": prompt_embeds.dtype if network is None else dtype_of(network),
-        }
-        positive = prompt_embeds.to(**kind).repeat_interleave(times, dim=0)
-        if not guided:
-            return positive, None
-        negative = repeat_rows("negative_prompt_embeds", negative_prompt_embeds, len(prompt_embeds))
-        return positive, negative.to(**kind).repeat_interleave(times, dim=0)  # type: ignore[union-attr]
-
-    def _read_at(
-        self, texts: list[str], length: int | None, lora_scale: float | None, clip_skip: int | None = None
-    ) -> Tensor:
-        """Encode texts, (B, L, C), at a length L, or the tokenizer's if None, with the adapters at a scale."""
-        encoder = self._at_scale("text_encoder", self._at_work("text_encoder"), lora_scale)
-        device, tokenizer = self._execution_device, self.tokenizer
-        texts = [str(self.maybe_convert_prompt(text, tokenizer)) for text in texts]
-
-        def read(net: Any) -> Tensor:
-            return encode_texts(texts, tokenizer, net, device, clip_skip, length)
-
-        return finite("text_encoder", encoder, read)
-
-    def _read_chunks(
-        self,
-        texts: tuple[list[str] | None, list[str] | None],
-        embeds: tuple[Tensor | None, Tensor | None],
-        lora_scale: float | None,
-        clip_skip: int | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Encode the texts of both sides, or of one beside the embeddings of the other, in equally many chunks."""
-        encoder = self._at_scale("text_encoder", self._at_work("text_encoder"), lora_scale)
-        device, tokenizer = self._execution_device, self.tokenizer
-        length = text_length(tokenizer, encoder)
-        sides = [
-            [
-                chunk_tokens(parse_prompt(str(self.maybe_convert_prompt(text, tokenizer))), tokenizer, length)
-                for text in side or ()
-            ]
-            for side in texts
-        ]
-        count = count_chunks([chunks for side in sides for chunks in side], embeds)
-        read = list(embeds)
-        for place, (side, skip) in enumerate(zip(sides, (clip_skip, None), strict=True)):
-            if side:
-                rows = [fill_up(chunks, count, tokenizer) for chunks in side]
-                work = partial(encode_chunks, rows, device=device, clip_skip=skip)
-                read[place] = finite("text_encoder", encoder, work)
-        return read[0], read[1]
 
     @torch.no_grad()
     @uses_weights
@@ -287,6 +167,7 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         dtype: torch.dtype,
         device: torch.device,
         generator: Generator | Sequence[Generator] | None = None,
+        vae: Any = None,
     ) -> Tensor:
         """Encode images, and add the noise of the first step.
 
@@ -298,6 +179,7 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
             dtype: of the latents.
             device: of the latents.
             generator: one, or one a picture; one draws for every image encoded and then the noise.
+            vae: to encode with, instead of the pipeline's.
 
         Returns:
             (B * num_images_per_prompt, 4, h, w).
@@ -311,7 +193,7 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         if image.shape[1] == 4:
             latents = image.to(device, dtype).repeat_interleave(copies, dim=0)
         else:
-            vae, config = self._at_work("vae"), self.vae.config
+            vae, config = self._at_work("vae") if vae is None else vae, self.vae.config
             encoded = finite("vae", vae, lambda net: encode_images(net, image.to(device, dtype_of(net)))).to(dtype)
             latents = config.scaling_factor * draw_latents(encoded, config.latent_channels, generator, copies)
         if not len(timestep):
@@ -319,47 +201,96 @@ class PreparationMixin(LoraLoaderMixin, FromSingleFileMixin):
         noise = randn(latents.shape, generator, device=device, dtype=dtype)
         return self.scheduler.add_noise(latents, noise, timestep)
 
-    @torch.no_grad()
-    @uses_weights
-    def preview(self, step_or_latents: Step | Tensor, decoder: Any = None) -> list[Image.Image]:
-        """Turn latents on the way into pictures, for little work.
+    def _depth_of(
+        self,
+        scene: Scene,
+        options: CallOptions,
+        batch: int,
+        guided: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Find the depth of a scene; the result is that of `prepare_depth_map`."""
+        image, depth_map = scene.image, scene.depth_map
+        if depth_map is None and (options.reads_depth or options.depth_keep_aspect):
+            estimate = self.estimate_depth(image, options.depth_keep_aspect)  # type: ignore[arg-type]
+            depth_map = read_disparity(estimate, options.depth_invert, options.depth_range)
+        if image is None:  # only its size counts where the depth is given
+            image = torch.zeros(1, 4, *(side // self.vae_scale_factor for side in scene.size))
+        return self.prepare_depth_map(image, depth_map, batch, guided, dtype, device, **options.for_depth)
 
-        Args:
-            step_or_latents: a step of `denoise`, of which the clean latents that it predicts are shown, or its latents
-                where the scheduler does not tell; or latents (B, 4, h, w).
-            decoder: see `depthdiff.previews.preview_pictures`. If None, a `LatentToRGB` is fitted to the pipeline's own
-                autoencoder, again in every call; in a loop, fit it once and pass it.
+    def _start(
+        self,
+        scene: Scene,
+        strength: float,
+        num_inference_steps: int,
+        pictures: int,
+        num_images_per_prompt: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Generator | Sequence[Generator] | None,
+        axes: str,
+        windows: tuple[int, int] | None,
+    ) -> dict[str, Any]:
+        """Plan the steps and make the first latents; return the fields of a run that follow from that."""
+        pixels = None if scene.image is None else self.image_processor.preprocess(scene.image)
+        vae = {"vae": self._vae_of(axes, windows)} if axes or windows else {}
+        each: Any = pictures, num_images_per_prompt, dtype, device, generator
+        batch, kept = pictures * num_images_per_prompt, None
+        with self._planning:  # calls share the scheduler, which holds the timesteps of one run at a time
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+            timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, strength, device)
+            if scene.mask is not None:
+                assert pixels is not None
+                clean = self.prepare_latents(pixels, timesteps[:0].repeat(batch), *each, **vae)
+                noise = randn(clean.shape, generator, device=device, dtype=dtype)
+                kept = keep(scene.mask, pixels, clean, noise, scene.blur, self.vae_scale_factor)
+                latents = self._masked_start(scene, kept, timesteps[:1].repeat(batch), generator)
+            elif scene.pure_noise:
+                shape = batch, self.vae.config.latent_channels, *(side // self.vae_scale_factor for side in scene.size)
+                latents = randn(shape, generator, device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+            else:
+                assert pixels is not None
+                latents = self.prepare_latents(pixels, timesteps[:1].repeat(batch), *each, **vae)
+            scheduler = copy.deepcopy(self.scheduler)
+        return {
+            "scheduler": scheduler,
+            "timesteps": timesteps,
+            "num_inference_steps": num_inference_steps,
+            "latents": latents,
+            "kept": kept,
+        }
 
-        Returns:
-            B RGB images.
+    def _masked_start(
+        self, scene: Scene, kept: Kept, timestep: Tensor, generator: Generator | Sequence[Generator] | None
+    ) -> Tensor:
+        """Make the first latents (B, 4, h, w) of a run with a mask; `timestep` is empty where no step is run."""
+        clean, noise = kept.clean, kept.noise
+        if not len(timestep):
+            return clean
+        content = clean
+        if scene.noisy_content:
+            content = kept.put_back(randn(clean.shape, generator, device=clean.device, dtype=clean.dtype), clean)
+        if scene.pure_noise:
+            latents = noise * self.scheduler.init_noise_sigma
+        else:
+            latents = self.scheduler.add_noise(content, noise, timestep)
+        return kept.put_back(latents, self.scheduler.add_noise(clean, noise, timestep))
 
-        Raises:
-            FloatingPointError: NaN or infinity in what an autoencoder decodes.
-            TypeError: neither a step nor latents, or not a decoder.
-            ValueError: latents of another number of channels.
-        """
-        latents = step_or_latents
-        if isinstance(latents, Step):
-            latents = latents.latents if latents.denoised is None else latents.denoised
-        if decoder is not None and decoder is not self.vae:
-            return preview_pictures(latents, decoder)
-        vae, device = self._at_work("vae"), self._execution_device
-        return preview_pictures(latents, LatentToRGB.fit(vae, device) if decoder is None else vae, device)
+    def _vae_of(self, axes: str, windows: tuple[int, int] | None) -> Any:
+        """Return the autoencoder as a run uses it: seamless along some axes, in tiles as large as its windows."""
+        vae = seamless(self._at_work("vae"), axes)
+        if windows is not None:
+            vae = tiled(vae, windows[0] * self.vae_scale_factor, self.vae_scale_factor)
+        if vae is not self.vae and self._fast:
+            speed.enable(vae)
+        return vae
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Return `eta` and `generator`, as far as the scheduler's `step` accepts them."""
         return step_kwargs(self.scheduler, generator, eta)
 
     # What else diffusers' class has
-
-    def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
-        """Return the prompt as it is: the tokenizer itself spells out words of several vectors."""
-        return prompt
-
-    def _encode_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Read the prompts, the negative ones first, in one tensor; arguments as those of `encode_prompt`."""
-        positive, negative = self.encode_prompt(*args, **kwargs)
-        return positive if negative is None else torch.cat([negative, positive])
 
     def run_safety_checker(self, image: Any, device: Any, dtype: Any) -> tuple[Any, None]:
         """Return the images as they are, and None: no safety check runs."""

@@ -5,6 +5,7 @@ Letters: B pictures, C channels of the latents, h and w height and width of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,12 +15,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from depthdiff.checks import check_path, check_tensor, show
+from depthdiff.checks import check_number, check_path, check_tensor, show
 from depthdiff.config import CheckpointError
-from depthdiff.devices import device_of, dtype_of, hook_device
+from depthdiff.devices import DeviceMixin, device_of, dtype_of, hook_device, uses_weights
 from depthdiff.image import from_pixels
 from depthdiff.models.autoencoder_tiny import AutoencoderTiny
 from depthdiff.precision import finite
+from depthdiff.run import Step
+
+PREVIEW_STEPS = 5
+"""After how many steps a preview is made where nothing else is asked for."""
 
 SAMPLES, SIDE, SEED = 32, 8, 0
 """How many latents the linear map is fitted on, their height and width, and the seed that draws them."""
@@ -149,3 +154,65 @@ def _config(vae: Any) -> Any:
     if not hasattr(vae, "decode") or not hasattr(vae, "config"):
         raise TypeError(f"the decoder must be a LatentToRGB or an autoencoder, got {show(vae)}")
     return vae.config
+
+
+class PreviewMixin(DeviceMixin):
+    """Adds to a pipeline pictures of what is in the making."""
+
+    vae: Any
+
+    @torch.no_grad()
+    @uses_weights
+    def preview(self, step_or_latents: Step | Tensor, decoder: Any = None) -> list[Image.Image]:
+        """Turn latents on the way into pictures, for little work.
+
+        Args:
+            step_or_latents: a step of `denoise`, of which the clean latents that it predicts are shown, or its latents
+                where the scheduler does not tell; or latents (B, 4, h, w).
+            decoder: see `depthdiff.previews.preview_pictures`. If None, a `LatentToRGB` is fitted to the pipeline's own
+                autoencoder, again in every call; in a loop, fit it once and pass it.
+
+        Returns:
+            B RGB images.
+
+        Raises:
+            FloatingPointError: NaN or infinity in what an autoencoder decodes.
+            TypeError: neither a step nor latents, or not a decoder.
+            ValueError: latents of another number of channels.
+        """
+        latents = step_or_latents
+        if isinstance(latents, Step):
+            latents = latents.latents if latents.denoised is None else latents.denoised
+        if decoder is not None and decoder is not self.vae:
+            return preview_pictures(latents, decoder)
+        vae, device = self._at_work("vae"), self._execution_device
+        return preview_pictures(latents, LatentToRGB.fit(vae, device) if decoder is None else vae, device)
+
+    def _watch(
+        self, preview: Callable[[int, list[Image.Image]], Any] | None, preview_steps: object, decoder: Any
+    ) -> Callable[[Step], None]:
+        """Return what shows every so many steps to a callback; the decoder is fitted once, when it is needed first.
+
+        Raises:
+            TypeError: not a callback, not a number, or not a decoder.
+            ValueError: no step at all, or a decoder or number of steps without a callback.
+        """
+        for name, value in (("preview_steps", preview_steps), ("preview_decoder", decoder)):
+            if value is not None and preview is None:
+                raise ValueError(f"{name} needs preview, the function that gets the pictures")
+        if preview is None:
+            return lambda step: None
+        if not callable(preview):
+            raise TypeError(f"preview must be a function of an index and pictures, got {show(preview)}")
+        every = PREVIEW_STEPS if preview_steps is None else check_number("preview_steps", preview_steps, 1, whole=True)
+        if decoder is not None and not isinstance(decoder, LatentToRGB):
+            _config(decoder)
+        fitted: list[Any] = [] if decoder is None else [decoder]
+
+        def watch(step: Step) -> None:
+            if (step.index + 1) % every == 0:
+                if not fitted:
+                    fitted.append(LatentToRGB.fit(self._at_work("vae"), self._execution_device))
+                preview(step.index, self.preview(step, fitted[0]))
+
+        return watch

@@ -8,11 +8,9 @@ from __future__ import annotations
 import copy
 import inspect
 import io
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +21,12 @@ from depthdiff.approximations import Approximations
 from depthdiff.checks import check_generators, check_number, check_tensor, nearest, show
 from depthdiff.config import BaseOutput
 from depthdiff.devices import dtype_of
-from depthdiff.inputs import LARGEST_SCALE, widths_read
+from depthdiff.inputs import check_scales, is_guided, read_guidance, widths_read
+from depthdiff.interruption import Stop
+from depthdiff.masks import Kept
 from depthdiff.schedulers.exponential import ExponentialSchedulerMixin
 from depthdiff.schedulers.schedule import predict_x0
 
-P = ParamSpec("P")
-R = TypeVar("R")
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 """(pipeline, index, timestep, tensors by name) -> the tensors to replace; diffusers' `callback_on_step_end`."""
 
@@ -59,79 +57,6 @@ class StableDiffusionPipelineOutput(BaseOutput):
         return file.getvalue()
 
 
-class CallState(threading.local):
-    """What the pipeline's properties report, per thread: values of the current or latest call.
-
-    Attributes:
-        guidance_scale: of the call.
-        clip_skip: of the call.
-        cross_attention_kwargs: of the call.
-        num_timesteps: how many times it runs the UNet.
-        nesting: how many calls are under way, each made in a callback of the one before.
-        prepared: whether the innermost call has prepared its run.
-    """
-
-    guidance_scale: float = 7.5
-    clip_skip: int | None = None
-    cross_attention_kwargs: dict[str, Any] | None = None
-    num_timesteps: int = 0
-    nesting: int = 0
-    prepared: bool = False
-
-    def begin(
-        self,
-        guidance_scale: float,
-        clip_skip: int | None,
-        cross_attention_kwargs: dict[str, Any] | None,
-        num_timesteps: int,
-    ) -> None:
-        """Take over what the call that begins was given."""
-        self.guidance_scale, self.clip_skip = guidance_scale, clip_skip
-        self.cross_attention_kwargs, self.num_timesteps = cross_attention_kwargs, num_timesteps
-
-    def present(self) -> tuple[float, int | None, dict[str, Any] | None, int]:
-        """Return what `begin` takes over."""
-        return self.guidance_scale, self.clip_skip, self.cross_attention_kwargs, self.num_timesteps
-
-    def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
-        return CallState, ()
-
-
-def keeps_the_outer_call(call: Callable[P, R]) -> Callable[P, R]:
-    """Let a call that is made in a callback leave the values of the outer call unchanged."""
-
-    @wraps(call)
-    def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
-        state: CallState = args[0]._call  # type: ignore[attr-defined]
-        before, prepared = state.present(), state.prepared
-        state.nesting, state.prepared = state.nesting + 1, False
-        try:
-            return call(*args, **kwargs)
-        finally:
-            state.nesting, state.prepared = state.nesting - 1, prepared
-            if state.nesting:
-                state.begin(*before)
-
-    return keeping
-
-
-def keeps_the_call(prepare: Callable[P, R]) -> Callable[P, R]:
-    """Let a run that is prepared in a callback leave the values of the call unchanged."""
-
-    @wraps(prepare)
-    def keeping(*args: P.args, **kwargs: P.kwargs) -> R:
-        state: CallState = args[0]._call  # type: ignore[attr-defined]
-        before, within = state.present(), state.nesting > 0 and state.prepared
-        try:
-            return prepare(*args, **kwargs)
-        finally:
-            state.prepared = True
-            if within:
-                state.begin(*before)
-
-    return keeping
-
-
 def step_kwargs(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
     """Return `eta` and `generator`, as far as the scheduler's `step` accepts them."""
     known = inspect.signature(scheduler.step).parameters
@@ -142,8 +67,8 @@ def step_kwargs(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
 class Run:
     """Everything that a run needs once it is prepared; assign to a field to change the run.
 
-    `latents`, `prompt_embeds`, `depth`, `guidance_scale`, `cross_attention_kwargs` and `approximations` are read again
-    at every step, the other fields when `denoise` starts.
+    `generator` and `eta` are read when `denoise` starts, as are `scheduler` and `timesteps`; the other fields are read
+    again at every step.
 
     Attributes:
         scheduler: the run's own copy of the pipeline's, with its timesteps set.
@@ -152,11 +77,16 @@ class Run:
         latents: (B, 4, h, w), as noisy as the next step expects.
         prompt_embeds: (B, L, C), the prompts; with guidance (2B, L, C), the negative ones first.
         depth: (B, 1, h, w) in [-1, 1], near is large; with guidance (2B, 1, h, w), once for each prompt.
-        guidance_scale: guidance is on above 1.
+        guidance_scale: guidance is on above 1; one, or one a picture.
         generator: for schedulers that add noise on the way.
         eta: noise added on the way, for DDIM.
         cross_attention_kwargs: for the attention processors; "scale" multiplies the active adapters.
         approximations: what is left out for speed.
+        guidance_rescale: share of the deviation to bring back, see `depthdiff.guidance.rescale_guidance`.
+        seamless: axes along which the pictures repeat: "", "x", "y" or "xy".
+        windows: (size, stride) in latents, of which the UNet sees one at a time; None for the whole.
+        kept: what stays of the image outside a mask; None where there is no mask.
+        stop: whether the run is asked to stop.
     """
 
     scheduler: Any
@@ -165,11 +95,16 @@ class Run:
     latents: Tensor
     prompt_embeds: Tensor
     depth: Tensor
-    guidance_scale: float
+    guidance_scale: float | tuple[float, ...]
     generator: Generator | Sequence[Generator] | None = None
     eta: float = 0.0
     cross_attention_kwargs: dict[str, Any] | None = None
     approximations: Approximations = field(default_factory=Approximations)
+    guidance_rescale: float = 0.0
+    seamless: str = ""
+    windows: tuple[int, int] | None = None
+    kept: Kept | None = None
+    stop: Stop = field(default_factory=Stop)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -186,8 +121,8 @@ class Run:
 
     def guides(self, timestep: Tensor) -> bool:
         """Return whether a step uses guidance: where it is on, and its interval holds the timestep."""
-        if self.guidance_scale <= 1 or self.approximations.guidance_interval == (0.0, 1.0):
-            return self.guidance_scale > 1
+        if not is_guided(self.guidance_scale) or self.approximations.guidance_interval == (0.0, 1.0):
+            return is_guided(self.guidance_scale)
         return self.approximations.guides(float(timestep) / self.scheduler.config.num_train_timesteps)
 
     def add_noise(self, clean: Tensor, noise: Tensor, index: int = 0) -> Tensor:
@@ -206,6 +141,12 @@ class Run:
             scheduler = copy.copy(scheduler)
             scheduler.set_begin_index(len(scheduler.timesteps) - len(self) + index)
         return scheduler.add_noise(clean, noise, timestep)
+
+    def with_kept(self, latents: Tensor, index: int) -> Tensor:
+        """Put what is kept of the image into latents (B, 4, h, w), as noisy as a step expects them."""
+        if self.kept is None:
+            return latents
+        return self.kept.put_back(latents, self.add_noise(self.kept.clean, self.kept.noise, index))
 
 
 @dataclass
@@ -242,7 +183,7 @@ def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: 
     tensors = {
         "latents": step.latents,
         "prompt_embeds": run.prompt_embeds,
-        "negative_prompt_embeds": run.prompt_embeds.chunk(2)[0] if run.guidance_scale > 1 else None,
+        "negative_prompt_embeds": run.prompt_embeds.chunk(2)[0] if is_guided(run.guidance_scale) else None,
         "depth_mask": run.depth,
     }
     replaced = function(pipeline, step.index, step.timestep, {name: tensors[name] for name in names})
@@ -254,11 +195,11 @@ def call_back(function: StepCallback, names: Sequence[str], pipeline: Any, run: 
         raise TypeError(f"callback_on_step_end returned an unknown tensor {name!r}{nearest(name, tensors)}")
     step.latents = replaced.get("latents", step.latents)
     negative = replaced.get("negative_prompt_embeds")  # as in diffusers, `prompt_embeds` holds both halves and wins
-    if negative is not None and run.guidance_scale > 1 and "prompt_embeds" not in replaced:
+    if negative is not None and is_guided(run.guidance_scale) and "prompt_embeds" not in replaced:
         replaced = {**replaced, "prompt_embeds": _with_negative(run.prompt_embeds, negative)}
     run.prompt_embeds = replaced.get("prompt_embeds", run.prompt_embeds)
     run.depth = replaced.get("depth_mask", run.depth)
-    run.guidance_scale = check_number("guidance_scale", pipeline.guidance_scale, 0, LARGEST_SCALE)
+    run.guidance_scale = read_guidance(pipeline.guidance_scale)
 
 
 def _with_negative(both: Tensor, value: object) -> Tensor:
@@ -300,9 +241,10 @@ def check_tensors(run: Run, latents: Tensor, unet: Any) -> None:
         TypeError: not a tensor, or a guidance scale that is not a number.
         ValueError: names the tensor, its shape or dtype, and what it must be.
     """
-    run.guidance_scale = check_number("guidance_scale", run.guidance_scale, 0, LARGEST_SCALE)
+    run.guidance_scale = read_guidance(run.guidance_scale)
     check_tensor("latents", latents, "(B, 4, h, w)", 4)
-    guided, (batch, channels, height, width), dtype = run.guidance_scale > 1, latents.shape, dtype_of(unet)
+    check_scales(run.guidance_scale, len(latents))
+    guided, (batch, channels, height, width), dtype = is_guided(run.guidance_scale), latents.shape, dtype_of(unet)
     if channels != unet.config.in_channels - 1:
         raise ValueError(f"latents must have {unet.config.in_channels - 1} channels, got {channels}")
     check_tensor("prompt_embeds", run.prompt_embeds, "(B, L, C)", 3)

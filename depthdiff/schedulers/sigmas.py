@@ -293,7 +293,10 @@ class SigmaSchedulerMixin(IndexedSchedulerMixin):
         """
         check_pair("original_samples", original_samples, "noise", noise)
         sigmas = self.sigmas.to(original_samples.device, original_samples.dtype)
-        sigmas = sigmas[self._indices_of(timesteps, len(original_samples))]
+        indices = self._indices_of(timesteps, len(original_samples))
+        sigmas = sigmas[indices]
+        if self._begin_index is not None:  # also within a step, whose level the table of the ends does not have
+            sigmas = torch.full_like(sigmas, self._plan_as_it_is().sigma_at(indices[0]))
         return self._mix(original_samples, noise, sigmas.view(-1, *(1,) * (original_samples.ndim - 1)))
 
     def _mix(self, original_samples: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
