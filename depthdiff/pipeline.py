@@ -313,19 +313,9 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
             **chosen.for_prompts,
         )
         depth = self._depth_of(scene, chosen, batch, guided, positive.dtype, device)
-        windows = chosen.windows_of_latents(self.vae_scale_factor)
         run = Run(
             **self._start(
-                scene,
-                strength,
-                num_inference_steps,
-                pictures,
-                num_images_per_prompt,
-                positive.dtype,
-                device,
-                generator,
-                chosen.axes,
-                windows,
+                scene, strength, num_inference_steps, pictures, num_images_per_prompt, positive.dtype, device, generator
             ),
             prompt_embeds=positive if negative is None else torch.cat([negative, positive]),
             depth=depth,
@@ -335,8 +325,6 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
             cross_attention_kwargs=cross_attention_kwargs,
             approximations=approximations,
             guidance_rescale=chosen.guidance_rescale,
-            seamless=chosen.axes,
-            windows=windows,
         )
         self._call.num_timesteps = len(run)
         return run
@@ -360,13 +348,11 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
         self._need("scheduler", "vae", "unet")
         height, width = (self.vae_scale_factor * max(1, round(side * growth)) for side in run.latents.shape[2:])
         pixels = enlarge(self.decode(run, "pt").float() * 2 - 1, height, width)
-        scene = Scene((pixels + 1) / 2, None, None, (height, width))
+        scene = Scene((pixels + 1) / 2, None, None, (height, width), axes=run.seamless, windows=run.windows)
         if run.kept is not None:
             scene = replace(scene, mask=resize_maps(run.kept.sharp, height, width), blur=run.kept.blur * growth)
-        started = self._start(
-            scene, strength, run.scheduler.num_inference_steps, len(run.latents), 1, run.latents.dtype,
-            run.latents.device, run.generator, run.seamless, run.windows,
-        )  # fmt: skip
+        device, steps = run.latents.device, run.scheduler.num_inference_steps
+        started = self._start(scene, strength, steps, len(run.latents), 1, run.latents.dtype, device, run.generator)
         if run.kept is not None:  # the kept part is the image itself, not what it became
             started["kept"].pixels = enlarge(run.kept.pixels, height, width)
         depth = F.interpolate(run.depth, size=started["latents"].shape[2:], mode="bicubic").clamp(-1, 1)

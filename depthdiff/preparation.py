@@ -214,7 +214,8 @@ class PreparationMixin(PromptMixin, PreviewMixin, FromSingleFileMixin):
         image, depth_map = scene.image, scene.depth_map
         if depth_map is None and (options.reads_depth or options.depth_keep_aspect):
             estimate = self.estimate_depth(image, options.depth_keep_aspect)  # type: ignore[arg-type]
-            depth_map = read_disparity(estimate, options.depth_invert, options.depth_range)
+            name = "the estimated depth"
+            depth_map = read_disparity(estimate, options.depth_invert, options.depth_range, name)
         if image is None:  # only its size counts where the depth is given
             image = torch.zeros(1, 4, *(side // self.vae_scale_factor for side in scene.size))
         return self.prepare_depth_map(image, depth_map, batch, guided, dtype, device, **options.for_depth)
@@ -229,12 +230,10 @@ class PreparationMixin(PromptMixin, PreviewMixin, FromSingleFileMixin):
         dtype: torch.dtype,
         device: torch.device,
         generator: Generator | Sequence[Generator] | None,
-        axes: str,
-        windows: tuple[int, int] | None,
     ) -> dict[str, Any]:
         """Plan the steps and make the first latents; return the fields of a run that follow from that."""
         pixels = None if scene.image is None else self.image_processor.preprocess(scene.image)
-        vae = {"vae": self._vae_of(axes, windows)} if axes or windows else {}
+        vae = {"vae": self._vae_of(scene.axes, scene.windows)} if scene.axes or scene.windows else {}
         each: Any = pictures, num_images_per_prompt, dtype, device, generator
         batch, kept = pictures * num_images_per_prompt, None
         with self._planning:  # calls share the scheduler, which holds the timesteps of one run at a time
@@ -259,6 +258,8 @@ class PreparationMixin(PromptMixin, PreviewMixin, FromSingleFileMixin):
             "num_inference_steps": num_inference_steps,
             "latents": latents,
             "kept": kept,
+            "seamless": scene.axes,
+            "windows": scene.windows,
         }
 
     def _masked_start(

@@ -34,6 +34,8 @@ class Scene:
         blur: deviation of the mask's feather in pixels.
         noisy_content: whether what is repainted starts from noise.
         pure_noise: whether everything does.
+        axes: along which the pictures repeat.
+        windows: (size, stride) in latents.
         counts: how many there are of each kind.
     """
 
@@ -44,6 +46,8 @@ class Scene:
     blur: float = BLUR
     noisy_content: bool = False
     pure_noise: bool = False
+    axes: str = ""
+    windows: tuple[int, int] | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
     def paired(self, pictures: int) -> Scene:
@@ -103,5 +107,7 @@ def read_scene(image: ImageInput | None, depth_map: Any, options: CallOptions, f
         blur=BLUR if options.mask_blur is None else options.mask_blur,
         noisy_content=options.mask_content == "noise",
         pure_noise=start is None or options.start == "noise",
+        axes=options.axes,
+        windows=options.windows_of_latents(factor),
         counts=counts,
     )
