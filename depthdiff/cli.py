@@ -18,41 +18,32 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-import depthdiff
-from depthdiff.adapters.formats import PICKLES
-from depthdiff.approximations import Approximations, resolve_preset
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.single_file import SUFFIXES
-from depthdiff.checkpoint.weights import check_variant
-from depthdiff.checkpoint.write import check_target, try_to_write
-from depthdiff.checks import best_device, check_device, check_number
-from depthdiff.conditioning import cut_words
-from depthdiff.depth_files import check_depth_type, read_depth_file, write_depth_file
-from depthdiff.depth_maps import check_depth_options, depth_preview, read_disparity
-from depthdiff.image import contact_sheet, depth_image, read_images
-from depthdiff.inputs import LARGEST_SCALE
-from depthdiff.inspect_checkpoint import inspect
-from depthdiff.options import DTYPES, MAX_IMAGES, MAX_SIZE, MAX_STEPS, SHORTCUT_HELP, build_parser
-from depthdiff.picture_files import (
-    MAX_PIXELS,
-    check_text,
-    check_type,
-    files_of,
-    open_image,
-    refuse_one_file_for_two,
-    save_image,
+from depthdiff.checks import best_device
+from depthdiff.command_checks import (
+    check_files,
+    check_numbers,
+    check_room,
+    lora_weight,
+    preview_path,
+    shortcuts,
+    split_option,
 )
+from depthdiff.command_inputs import Inputs, checksums, fit_inputs, options_of_call, read_inputs
+from depthdiff.conditioning import cut_words
+from depthdiff.depth_files import write_depth_file
+from depthdiff.depth_maps import depth_preview, read_disparity
+from depthdiff.image import contact_sheet, depth_image
+from depthdiff.inspect_checkpoint import inspect
+from depthdiff.options import DTYPES, read_options
+from depthdiff.picture_files import save_image
 from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
 from depthdiff.previews import LatentToRGB, load_preview_decoder
-from depthdiff.process import (
-    Terminated,
-    allow_tf32,
-    cleaning_up,
-    keep_freed_buffers,
-    lenient_streams,
-)
+from depthdiff.process import Terminated, allow_tf32, cleaning_up, keep_freed_buffers, lenient_streams, stopping
 from depthdiff.registry import make_scheduler
 from depthdiff.schedulers import DDIMScheduler
+from depthdiff.settings import settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with cleaning_up() as came:
                 if arguments[:1] == ["inspect"]:
                     return run_inspect(arguments[1:])
-                options = build_parser().parse_args(arguments)
+                options = read_options(arguments)
                 verbose = options.verbose
                 logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
                 check_numbers(options)
-                run(options, check_files(options))
+                return run(options, check_files(options))
         except KeyboardInterrupt:
             return fail("interrupted", 130)
         except Terminated:
@@ -110,93 +101,13 @@ def run_inspect(arguments: Sequence[str]) -> int:
     return 0 if report.loads else 1
 
 
-def check_numbers(options: argparse.Namespace) -> None:
-    """Refuse numbers, a device or a prompt that cannot be, before any work.
-
-    Raises:
-        ValueError: names the option.
-    """
-    check_number("--strength", options.strength, 0, 1)
-    check_number("--steps", options.steps, 1, MAX_STEPS, whole=True)
-    check_number("--guidance", options.guidance, 0, LARGEST_SCALE)
-    check_number("--eta", options.eta, 0, 1)
-    check_number("--num-images", options.num_images, 1, MAX_IMAGES, whole=True)
-    if options.seed is not None:
-        check_number("--seed", options.seed, 0, 2**64 - options.num_images, whole=True)
-    if options.clip_skip is not None:
-        check_number("--clip-skip", options.clip_skip, 0, whole=True)
-    if options.preview is not None:
-        check_number("--preview", options.preview, 1, whole=True)
-    elif options.preview_decoder is not None:
-        raise ValueError("--preview-decoder is for previews; give --preview as well")
-    if options.size is not None:
-        check_number("--size", options.size, 8, MAX_SIZE, whole=True)
-    for name in ("prompt", "negative_prompt"):
-        if not (getattr(options, name) or "").isascii():
-            check_text(name, getattr(options, name))
-    check_variant(options.variant)
-    if options.device != "auto":
-        check_device("--device", options.device)
-    for text in options.lora:
-        lora_weight(text)
-    shortcuts(options)
-    check_depth_options(options.depth_invert, options.depth_range)
-    if options.depth_keep_aspect and options.depth is not None:
-        raise ValueError("--depth-keep-aspect is for depth that is estimated; leave it out, or --depth")
-
-
-def check_files(options: argparse.Namespace) -> list[Path]:
-    """Name the pictures to write, and refuse places that cannot be written before any work.
-
-    Raises:
-        OSError: the photo is missing, or a folder to write to is, or it cannot be written.
-        ValueError: a file type that Pillow cannot write, or one file named for two things.
-    """
-    inputs: dict[str, Path] = {}
-    for name in ("image", "depth"):
-        path: Path | None = getattr(options, name)
-        if path is not None:
-            if not path.is_file():
-                raise FileNotFoundError(f"{name} {path} is not a file")
-            inputs[f"the {'photo' if name == 'image' else name} {path}"] = path
-    for name, texts in (("lora", options.lora), ("embedding", options.embedding)):
-        for file in (split_option(text)[0] for text in texts):
-            if Path(file).suffix in (".safetensors", *PICKLES) and not Path(file).is_file():
-                raise FileNotFoundError(f"{name} {file} is not a file")
-            inputs |= files_of(name, file)
-    if options.preview_decoder is not None:
-        if not options.preview_decoder.exists():
-            raise FileNotFoundError(f"--preview-decoder {options.preview_decoder} is neither a file nor a folder")
-        inputs |= files_of("preview decoder", str(options.preview_decoder))
-    inputs |= files_of("model", options.model or BUNDLED)
-    output: Path = options.output or options.image.with_name(f"{options.image.stem}-depthdiff.png")
-    outputs = [output]
-    if options.num_images > 1:
-        outputs = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, options.num_images + 1)]
-    writes = [*outputs, *filter(None, (options.save_depth, options.depth_preview, options.sheet))]
-    writes += map(preview_path, outputs) if options.preview is not None else ()
-    for path in writes:
-        check_target(path)
-    for path in {*outputs[:1], options.sheet, options.depth_preview} - {None}:
-        check_type(path)
-    if options.save_depth is not None:
-        check_depth_type(options.save_depth)
-    refuse_one_file_for_two(inputs, writes)
-    for folder in {path.absolute().parent for path in writes}:
-        try_to_write(folder)
-    return outputs
-
-
-def run(options: argparse.Namespace, outputs: list[Path]) -> None:
-    """Do the work: load, repaint, save."""
+def run(options: argparse.Namespace, outputs: list[Path]) -> int:
+    """Do the work: read, load, repaint, save; return the exit status."""
     device = best_device() if options.device == "auto" else options.device
     dtype: Any = DTYPES[options.dtype or ("float16" if device.startswith("cuda") else "auto")]
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
-    photo = read_images(open_image(options.image, "image"))[0]
-    assert isinstance(photo, Image.Image)
-    given = None if options.depth is None else read_depth_file(options.depth, "--depth")
-    depth_map = None if given is None else read_disparity(given, options.depth_invert, options.depth_range, "--depth")
-    check_room(options, outputs, photo)
+    inputs, sums = read_inputs(options), checksums(options)
+    check_room(options, outputs, *inputs.size)
 
     keep_freed_buffers()
     if options.tf32 and device.startswith("cuda"):
@@ -206,17 +117,61 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     pipe.to(device)
     pipe.set_attention(options.attention)
     pipe.set_progress_bar_config(unit="step", disable=None if options.verbose else not sys.stderr.isatty())
-    photo = fit_photo(photo, options.size, pipe)
+    inputs, said = fit_inputs(inputs, options, pipe)
+    if said is not None:
+        print(f"depthdiff: {said}", file=sys.stderr)
     warn_of_cut_prompts(options, pipe)
     print(f"seed {seed}")
+    depth_map = inputs.depth_map
     if depth_map is None:
-        estimate = pipe.estimate_depth(photo, keep_aspect=options.depth_keep_aspect)
+        assert inputs.photo is not None
+        estimate = pipe.estimate_depth(inputs.photo, keep_aspect=options.depth_keep_aspect)
         depth_map = read_disparity(estimate, options.depth_invert, options.depth_range, "the estimated depth")
-    paint: Any = pipe if options.preview is None else partial(paint_with_previews, pipe, options, outputs)
-    result = paint(
+    pictures, taken = paint(pipe, options, dataclasses.replace(inputs, depth_map=depth_map), seed, outputs)
+    if not pictures:
+        raise KeyboardInterrupt
+    works = [
+        partial(save_image, picture, path, settings(options, picture, seed, i, pipe, sums, taken))
+        for i, (picture, path) in enumerate(zip(pictures, outputs, strict=True))
+    ]
+    if options.save_depth is not None:
+        works.append(partial(write_depth_file, depth_map[0], options.save_depth))
+    if options.depth_preview is not None:
+        works.append(partial(save_image, depth_preview(depth_map[0]), options.depth_preview))
+    if options.sheet is not None:
+        preview = depth_image(depth_map[0], bits=8).resize(pictures[0].size)
+        shown = {"photo": inputs.photo, "depth": preview}
+        tiles = {label: image for label, image in shown.items() if image is not None}
+        labels = [*tiles, *[options.prompt] * len(pictures)]
+        works.append(partial(save_image, contact_sheet([*tiles.values(), *pictures], labels), options.sheet))
+    save_all(works)
+    return 0 if taken is None else fail("interrupted; what there was is written", 130)
+
+
+def paint(
+    pipe: StableDiffusionDepth2ImgPipeline,
+    options: argparse.Namespace,
+    inputs: Inputs,
+    seed: int,
+    outputs: list[Path],
+) -> tuple[list[Image.Image], int | None]:
+    """Paint the pictures, write previews on the way, and stop early where `--save-partial` allows that.
+
+    Returns:
+        The pictures, and after how many steps they were interrupted; None where they are complete.
+    """
+    decoder: Any = None
+    if options.preview is not None:
+        device = pipe.execution_device
+        if options.preview_decoder is not None:
+            decoder = load_preview_decoder(options.preview_decoder).to(device, pipe.vae.dtype)
+        else:
+            decoder = LatentToRGB.fit(pipe.vae, device)
+    height, width = (None, None) if inputs.wanted is None else inputs.wanted
+    run = pipe.prepare(
         options.prompt,
-        photo,
-        depth_map,
+        inputs.photo,
+        inputs.depth_map,
         strength=options.strength,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
@@ -226,41 +181,29 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
         clip_skip=options.clip_skip,
         **dataclasses.asdict(shortcuts(options)),
         generator=[torch.Generator().manual_seed(seed + i) for i in range(options.num_images)],
+        mask_image=inputs.mask,
+        height=height,
+        width=width,
+        resize_mode=None if height is None else "stretch",
+        **options_of_call(options),
     )
-    pictures: list[Image.Image] = result[0]
-    works = [
-        partial(save_image, picture, path, settings(options, picture, seed + i, pipe))
-        for i, (picture, path) in enumerate(zip(pictures, outputs, strict=True))
-    ]
-    if options.save_depth is not None:
-        works.append(partial(write_depth_file, depth_map[0], options.save_depth))
-    if options.depth_preview is not None:
-        works.append(partial(save_image, depth_preview(depth_map[0]), options.depth_preview))
-    if options.sheet is not None:
-        preview = depth_image(depth_map[0], bits=8).resize(pictures[0].size)
-        labels = ["photo", "depth", *[options.prompt] * len(pictures)]
-        works.append(partial(save_image, contact_sheet([photo, preview, *pictures], labels), options.sheet))
-    save_all(works)
-
-
-def preview_path(output: Path) -> Path:
-    """Name the preview of a picture."""
-    return output.with_name(f"{output.stem}-preview.png")
-
-
-def paint_with_previews(
-    pipe: StableDiffusionDepth2ImgPipeline, options: argparse.Namespace, outputs: list[Path], *args: Any, **call: Any
-) -> tuple[list[Image.Image]]:
-    """Call the pipeline, and every few steps write what each picture will be, as far as that is known."""
-    decoder: Any = LatentToRGB.fit(pipe.vae, pipe.execution_device)
-    if options.preview_decoder is not None:
-        decoder = load_preview_decoder(options.preview_decoder).to(pipe.execution_device, pipe.vae.dtype)
-    run = pipe.prepare(*args, **call)
-    for step in pipe.progress_bar(pipe.denoise(run), total=len(run)):
-        if (step.index + 1) % options.preview == 0:
-            for picture, output in zip(pipe.preview(step, decoder), outputs, strict=True):
-                save_image(picture, preview_path(output))
-    return (pipe.decode(run.latents),)
+    taken, latest = 0, None
+    with stopping(pipe.interrupt if options.save_partial else None):
+        for factor in (None, *([] if options.hires is None else [options.hires])):
+            if factor is not None:
+                run = pipe.enlarge(run, factor, options.hires_strength)
+            for step in pipe.progress_bar(pipe.denoise(run), total=len(run)):
+                taken, latest = taken + 1, step
+                if options.preview is not None and (step.index + 1) % options.preview == 0:
+                    for picture, output in zip(pipe.preview(step, decoder), outputs, strict=True):
+                        save_image(picture, preview_path(output))
+            if run.stop.asked:
+                break
+    if not run.stop.asked:
+        return pipe.decode(run), None
+    if latest is not None and latest.denoised is not None:
+        run.latents = latest.denoised
+    return pipe.decode(run) if latest is not None else [], taken
 
 
 def save_all(works: list[partial[None]]) -> None:
@@ -278,24 +221,6 @@ def save_all(works: list[partial[None]]) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
-
-
-def check_room(options: argparse.Namespace, outputs: list[Path], photo: Image.Image) -> None:
-    """Refuse pictures that are too large, or for which there is no room on the disk, as far as that is known.
-
-    Raises:
-        ValueError: too many pixels.
-        OSError: a disk has less free room than the pictures have bytes.
-    """
-    factor = 1.0 if options.size is None else options.size / min(photo.size)
-    pixels = round(photo.width * factor) * round(photo.height * factor)
-    if pixels > MAX_PIXELS:
-        raise ValueError(
-            f"--size {options.size} asks for {pixels:,} pixels, at most {MAX_PIXELS:,} can be; choose less"
-        )
-    if options.model is not None or options.size is not None:  # else the bundled model may choose a smaller size
-        for folder in {path.absolute().parent for path in outputs}:
-            try_to_write(folder, pixels * len(outputs) // 20)  # less than any type needs
 
 
 def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> StableDiffusionDepth2ImgPipeline:
@@ -347,79 +272,3 @@ def warn_of_cut_prompts(options: argparse.Namespace, pipe: StableDiffusionDepth2
         if lost := cut_words(text, pipe.tokenizer, length):
             which = name.replace("_", " ")
             print(f"depthdiff: the {which} is longer than {length - 2} tokens; not read: {lost}", file=sys.stderr)
-
-
-def shortcuts(options: argparse.Namespace) -> Approximations:
-    """Read what is to be left out for speed."""
-    return resolve_preset(options.preset, **{name: getattr(options, name) for name in SHORTCUT_HELP})
-
-
-def split_option(text: str) -> tuple[str, str | None]:
-    """Cut `FILE:MORE` in two, where FILE is there, else at the last colon; a file with a colon in its name is whole."""
-    colons = [place for place in range(len(text) - 1, 0, -1) if text[place] == ":"]
-    if Path(text).exists() or not colons:
-        return text, None
-    for place in colons:
-        if Path(text[:place]).exists():
-            return text[:place], text[place + 1 :]
-    file, more = text[: colons[0]], text[colons[0] + 1 :]
-    return (text, None) if "/" in more or "\\" in more else (file, more)
-
-
-def lora_weight(text: str) -> float:
-    """Read the weight of `FILE:WEIGHT`, 1 if absent."""
-    weight = split_option(text)[1]
-    try:
-        number = 1.0 if weight is None else float(weight)
-    except ValueError as error:
-        raise ValueError(f"--lora {text}: {weight!r} must be a number") from error
-    check_number(f"the weight of --lora {text}", number, -LARGEST_SCALE, LARGEST_SCALE)
-    return number
-
-
-def fit_photo(photo: Image.Image, size: int | None, pipe: StableDiffusionDepth2ImgPipeline) -> Image.Image:
-    """Resize the photo's shorter side to `size`; if absent and far too large for the bundled model, to what that knows.
-
-    Other models are left alone: the published one's config says 256 pixels, and was trained on 512.
-    """
-    shorter, trained = min(photo.size), pipe.unet.config.sample_size
-    if size is None and pipe.name_or_path == BUNDLED and isinstance(trained, int):
-        trained = trained * pipe.vae_scale_factor
-        size = trained if shorter > 1.5 * trained else None
-    if size is None or size == shorter:
-        return photo
-    width, height = (round(side * size / shorter) for side in photo.size)
-    print(f"depthdiff: photo resized from {photo.width}x{photo.height} to {width}x{height}", file=sys.stderr)
-    return photo.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def settings(
-    options: argparse.Namespace,
-    picture: Image.Image,
-    seed: int,
-    pipe: StableDiffusionDepth2ImgPipeline,
-) -> dict[str, Any]:
-    """Say how a picture was made: enough to make it again with `--num-images 1`."""
-    return {
-        "prompt": options.prompt,
-        "negative_prompt": options.negative_prompt,
-        "image": options.image.name,
-        "depth": None if options.depth is None else options.depth.name,
-        "depth_invert": options.depth_invert,
-        "depth_range": options.depth_range,
-        "depth_keep_aspect": options.depth_keep_aspect,
-        "strength": options.strength,
-        "steps": options.steps,
-        "guidance": options.guidance,
-        "eta": options.eta,
-        "clip_skip": options.clip_skip,
-        **dataclasses.asdict(shortcuts(options)),
-        "size": picture.size,
-        "seed": seed,
-        "scheduler": type(pipe.scheduler).__name__,
-        "model": options.model,
-        "lora": options.lora,
-        "embedding": options.embedding,
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "version": depthdiff.__version__,
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 
 import depthdiff
 from depthdiff.approximations import PRESETS
+from depthdiff.call_options import HIRES_STRENGTH
 from depthdiff.checkpoint.hub import BUNDLED
+from depthdiff.masks import BLUR
 from depthdiff.models.attention import FORMS
 from depthdiff.prompt_syntax import SYNTAXES
 from depthdiff.schedulers.names import SHORT_NAMES, find_scheduler
+from depthdiff.sizes import MODES
 
 PHOTO_MODEL = "sd2-community/stable-diffusion-2-depth"
 DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "float16", "bfloat16")}
@@ -31,6 +35,16 @@ SCHEDULER_HELP = (
     + ", ".join(f"{name} ({solver.others[0]})" if solver.others else name for name, solver in SHORT_NAMES.items())
     + "; or the name of its class"
 )
+IMAGE_HELP = "the photo to start from; without it, --depth alone says what is where"
+STRENGTH_HELP = "0..1, how far to go from the photo (0.8; 1 without IMAGE or with --start noise)"
+START_HELP = "noise: start from noise alone, so that no colour of the photo is left"
+RESCALE_HELP = "0..1, bring the contrast of guided predictions back (%(default)s)"
+SEAMLESS_HELP = "make a picture that can be laid side by side, along both axes or one"
+MODE_HELP = "where photo and --height, --width differ in aspect: crop (default), pad with the border, or stretch"
+HIRES_HELP = "1..4, repaint the result once more, so many times larger, with the same depth"
+WINDOWS_HELP = "let the UNet see one window at a time, for pictures larger than it knows; such as 512 64"
+MASK_HELP = "white is repainted, black keeps the photo as it is; of any size"
+PARTIAL_HELP = "at Ctrl-C, write what the pictures are expected to become, and end; again to end at once"
 SYNTAX_HELP = "read weights and long prompts as AUTOMATIC1111's web UI does: (more), [less], (word:1.3), BREAK"
 PREVIEW_HELP = "every N steps, write OUT-preview.png, a picture of what is being painted, at little cost"
 PREVIEW_DECODER_HELP = "TAESD, which makes --preview sharper: its folder, or taesd_decoder beside taesd_encoder"
@@ -84,19 +98,47 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     """Describe the options that say how the picture is to look."""
     look = parser.add_argument_group("the picture")
     look.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what it should not show")
-    look.add_argument("--strength", type=float, default=0.8, help="0..1, how far to go from the photo (%(default)s)")
+    look.add_argument("--strength", type=float, help=STRENGTH_HELP)
     look.add_argument("--steps", type=int, default=50, help="denoising steps at strength 1 (%(default)s)")
     look.add_argument("--guidance", type=float, default=7.5, help="how closely to follow the prompt (%(default)s)")
     look.add_argument("--seed", type=int, help="of the random numbers (default: a new one, printed)")
     look.add_argument("--num-images", type=int, default=1, metavar="N", help="how many pictures (%(default)s)")
     look.add_argument("--eta", type=float, default=0.0, help="0..1, added noise, for ddim and tcd (%(default)s)")
-    look.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
+    look.add_argument("--start", choices=("image", "noise"), default="image", help=START_HELP)
+    look.add_argument("--guidance-rescale", type=float, default=0.0, metavar="SHARE", help=RESCALE_HELP)
+    look.add_argument("--seamless", nargs="?", const=True, default=False, choices=("x", "y"), help=SEAMLESS_HELP)
     look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
     look.add_argument("--prompt-syntax", choices=SYNTAXES, help=SYNTAX_HELP)
-    look.add_argument("--preview", type=int, metavar="N", help=PREVIEW_HELP)
-    look.add_argument("--preview-decoder", metavar="FILE", type=Path, help=PREVIEW_DECODER_HELP)
     look.add_argument("--scheduler", metavar="NAME", type=scheduler_name, help=SCHEDULER_HELP)
     look.add_argument("--karras", action="store_true", help="space the noise levels as Karras et al. do")
+
+    size = parser.add_argument_group("size")
+    size.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
+    size.add_argument("--height", type=int, metavar="PIXELS", help="of the picture; of two, the other one follows")
+    size.add_argument("--width", type=int, metavar="PIXELS", help="of the picture; of two, the other one follows")
+    size.add_argument("--resize-mode", choices=MODES, help=MODE_HELP)
+    size.add_argument("--hires", type=float, metavar="FACTOR", help=HIRES_HELP)
+    size.add_argument("--hires-strength", type=float, metavar="S", help=f"of the second pass ({HIRES_STRENGTH})")
+    size.add_argument("--windows", nargs=2, type=int, metavar=("SIZE", "STRIDE"), help=WINDOWS_HELP)
+
+    mask = parser.add_argument_group("mask")
+    mask.add_argument("--mask", metavar="FILE", type=Path, help=MASK_HELP)
+    mask.add_argument("--mask-blur", type=float, metavar="PIXELS", help=f"deviation of the edge's feather ({BLUR:g})")
+    mask.add_argument("--mask-content", choices=("original", "noise"), help="what the repainted part starts from")
+
+    watch = parser.add_argument_group("watching and stopping")
+    watch.add_argument("--preview", type=int, metavar="N", help=PREVIEW_HELP)
+    watch.add_argument("--preview-decoder", metavar="FILE", type=Path, help=PREVIEW_DECODER_HELP)
+    watch.add_argument("--save-partial", action="store_true", help=PARTIAL_HELP)
+
+
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; wrong usage ends with status 2."""
+    parser = build_parser()
+    options = parser.parse_intermixed_args(arguments)
+    if options.image is None and options.depth is None:
+        parser.error("IMAGE is missing: name the photo to start from, or a depth map alone with --depth")
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,10 +149,11 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: depthdiff 'a golden sphere and a blue cube, at sunset' scene.png --strength 1 --guidance 2. "
         f"Without --model the small model that comes with the package is used; it knows tables with toys. For "
         f"photographs: --model {PHOTO_MODEL} (5 GB, downloaded once). "
-        "depthdiff inspect PATH says what a checkpoint is and whether it will load.",
+        "depthdiff inspect PATH says what a checkpoint is and whether it will load; depthdiff redo PICTURE makes a "
+        "picture again.",
     )
     parser.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="the photo to start from")
+    parser.add_argument("image", metavar="IMAGE", nargs="?", type=Path, help=IMAGE_HELP)
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, help="file to write (default: IMAGE-depthdiff.png)")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is done; show tracebacks")
     parser.add_argument("--version", action="version", version=f"depthdiff {depthdiff.__version__}")

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import FrameType
 from typing import TextIO
@@ -89,6 +89,25 @@ def lenient_streams() -> Iterator[None]:
 
 class Terminated(BaseException):
     """The process was asked to end, by SIGTERM or SIGHUP."""
+
+
+@contextmanager
+def stopping(stop: Callable[[], None] | None) -> Iterator[None]:
+    """Within, the first SIGINT calls `stop`, and the next one ends the process as outside; None changes nothing."""
+    before = signal.getsignal(signal.SIGINT)
+    if stop is None or before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop()
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

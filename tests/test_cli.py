@@ -227,7 +227,7 @@ def test_tf32_is_for_cuda_alone(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     monkeypatch.setattr("depthdiff.cli.load", lambda options, dtype: 1 / 0)
-    monkeypatch.setattr("depthdiff.cli.check_device", lambda argument, name: None)
+    monkeypatch.setattr("depthdiff.command_checks.check_device", lambda argument, name: None)
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
     for device, expected in (("cpu", []), ("cuda", ["high"])):
         assert main(["a cup", str(tmp_path / "photo.png"), "--tf32", "--device", device]) == 1

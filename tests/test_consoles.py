@@ -11,7 +11,8 @@ from PIL import Image
 from random_checkpoint import build_pipeline
 
 import depthdiff
-from depthdiff.cli import main, split_option
+from depthdiff.cli import main
+from depthdiff.command_checks import split_option
 from depthdiff.run import StableDiffusionPipelineOutput
 
 ROOT = Path(__file__).parents[1]

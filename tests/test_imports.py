@@ -26,6 +26,8 @@ ORDER = (
     ("preparation",),
     ("pipeline",),
     ("options",),
+    ("command_checks",),
+    ("command_inputs", "settings"),
     ("cli",),
     ("__main__",),
 )

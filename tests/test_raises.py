@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from PIL import Image
 from random_checkpoint import build_pipeline, load_tokenizer
 from torch import nn
 
@@ -26,7 +25,8 @@ from depthdiff import (
 )
 from depthdiff.checkpoint import hub, transaction, write
 from depthdiff.checks import check_dense, check_names, check_path, check_text
-from depthdiff.cli import check_room, save_all
+from depthdiff.cli import save_all
+from depthdiff.command_checks import check_room
 from depthdiff.config import CheckpointError, Config
 from depthdiff.fast.compile import compile as compile_pipeline
 from depthdiff.fast.cuda_graphs import capture
@@ -117,9 +117,9 @@ def replace_parts(folder: Path, part: str) -> None:
 
 def without_room(place: Path) -> None:
     """Check the room on a disk that has 10 bytes left."""
-    options = argparse.Namespace(size=512, model=None)
+    options = argparse.Namespace(size=512, height=None, width=None, hires=None, model=None)
     with mock.patch("shutil.disk_usage", return_value=argparse.Namespace(free=10)):
-        check_room(options, [place / "a.png"], Image.new("RGB", (64, 48)))
+        check_room(options, [place / "a.png"], 48, 64)
 
 
 def without_peft(network: nn.Module) -> None:
@@ -219,7 +219,7 @@ CASES = {
     "check_target empty": (lambda: write.check_target(""), ValueError, "path of a file to write must not be empty"),
     "writing empty": (lambda: write_into(""), ValueError, "path of a file to write must not be empty"),
     "check_room pixels": (
-        lambda: check_room(argparse.Namespace(size=10**6, model=None), [], Image.new("RGB", (64, 48))),
+        lambda: check_room(argparse.Namespace(size=10**6, height=None, width=None, hires=None), [], 48, 64),
         ValueError,
         "--size 1000000 asks for .* pixels, at most",
     ),
