@@ -186,6 +186,8 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> None:
     assert isinstance(photo, Image.Image)
     given = None if options.depth is None else read_depth_file(options.depth, "--depth")
     depth_map = None if given is None else read_disparity(given, options.depth_invert, options.depth_range, "--depth")
+    if depth_map is not None:
+        warn_of_a_map_on_its_side(depth_map, photo)
     check_room(options, outputs, photo)
 
     keep_freed_buffers()
@@ -314,6 +316,14 @@ def warn_of_cut_prompts(options: argparse.Namespace, pipe: StableDiffusionDepth2
         if lost := cut_words(text, pipe.tokenizer, length):
             which = name.replace("_", " ")
             print(f"depthdiff: the {which} is longer than {length - 2} tokens; not read: {lost}", file=sys.stderr)
+
+
+def warn_of_a_map_on_its_side(depth_map: torch.Tensor, photo: Image.Image) -> None:
+    """Say where one of map and photo is upright and the other lies: a program that made the map may drop EXIF tags."""
+    height, width = depth_map.shape[-2:]
+    if (width - height) * (photo.width - photo.height) < 0:
+        sizes = f"the depth map is {width}x{height}, the upright photo {photo.width}x{photo.height}"
+        print(f"depthdiff: {sizes}; is one of them on its side?", file=sys.stderr)
 
 
 def shortcuts(options: argparse.Namespace) -> Approximations:

@@ -452,7 +452,7 @@ def test_the_preview_shows_the_map_that_was_used(command):
 
 
 @pytest.mark.parametrize("tagged", [True, False])
-def test_a_photo_on_its_side_and_its_map_are_both_turned_upright(command, small_photo, tagged):
+def test_a_photo_on_its_side_and_its_map_are_both_turned_upright(command, small_photo, tagged, capsys):
     """The map carries the tag as well, or was drawn for the upright photo."""
     photo, depth = np.asarray(small_photo), RNG.integers(0, 65536, (88, 120), dtype=np.uint16)
     Path("side.png").write_bytes(turned(photo, 6, "PNG"))
@@ -464,6 +464,11 @@ def test_a_photo_on_its_side_and_its_map_are_both_turned_upright(command, small_
     assert np.array_equal(found, expected)
     found, _ = command("--depth", "given.png", photo="side.jpg")
     assert found.shape == expected.shape == (88, 120, 3)
+    assert "on its side" not in capsys.readouterr().err
+    Path("bare.png").write_bytes(pillow(np.ascontiguousarray(np.rot90(depth))))  # by a program that dropped the tag
+    command("--depth", "bare.png", photo="side.jpg")
+    line = "depthdiff: the depth map is 88x120, the upright photo 120x88; is one of them on its side?"
+    assert line in capsys.readouterr().err
 
 
 REFUSED = {
