@@ -78,12 +78,14 @@ def with_alpha(colours):
     return np.concatenate([colours, RNG.integers(0, 256, (H, W, 1), dtype=np.uint8)], axis=-1)
 
 
-def window():
-    """A region of a larger render, as Blender writes it."""
-    corners = [np.array(corner, np.int32) for corner in ((2, 1), (W + 1, H), (0, 0), (W + 3, H + 2))]
+def window(corner=(2, 1)):
+    """A region of a larger render, as Blender writes it: a header, and the whole picture."""
+    left, top = corner
+    data = np.array([left, top], np.int32), np.array([left + W - 1, top + H - 1], np.int32)
+    display = np.array([0, 0], np.int32), np.array([W + 3, H + 2], np.int32)
     whole = np.full((H + 3, W + 4), np.nan, np.float32)
-    whole[1 : H + 1, 2 : W + 2] = METRES
-    return {"dataWindow": tuple(corners[:2]), "displayWindow": tuple(corners[2:])}, whole
+    whole[top : top + H, left : left + W] = METRES[: max(H + 3 - top, 0), : max(W + 4 - left, 0)]
+    return {"dataWindow": data, "displayWindow": display}, whole
 
 
 HALF = METRES.astype(np.float16)
@@ -131,6 +133,7 @@ FORMS = {
     "EXR whole numbers": (lambda: exr(Z=DEEP.astype(np.uint32)), DEEP),
     "EXR, not compressed": (lambda: exr(header={"compression": OpenEXR.NO_COMPRESSION}, Z=METRES), METRES),
     "EXR of a region": (lambda: exr(header=window()[0], Z=METRES), window()[1]),
+    "EXR of a region that reaches out": (lambda: exr(header=window((9, 5))[0], Z=METRES), window((9, 5))[1]),
     "NPY uint16": (lambda: numpy_file(DEEP), DEEP),
     "NPY float64": (lambda: numpy_file(SKY.astype(np.float64)), SKY),
     "NPY half, big-endian": (lambda: numpy_file(HALF.astype(">f2")), HALF),

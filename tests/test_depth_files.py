@@ -33,6 +33,7 @@ from tests.depth_forms import (
     pypng,
     tiff,
     turned,
+    window,
 )
 
 
@@ -128,6 +129,10 @@ BAD = {
     "EXR of normals": (
         lambda: exr(**{"A.Normal.X": METRES, "A.Normal.Z": METRES}),
         "one channel, or one named .* got A.Normal.X, A.Normal.Z",
+    ),
+    "EXR of a region elsewhere": (
+        lambda: exr(header=window((90, 90))[0], Z=METRES),
+        "its data window is beside its display window",
     ),
     "HDR": (lambda: b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n", "known type"),
 }
