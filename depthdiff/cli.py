@@ -107,6 +107,7 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> int:
     dtype: Any = DTYPES[options.dtype or ("float16" if device.startswith("cuda") else "auto")]
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     inputs, sums = read_inputs(options), checksums(options)
+    warn_of_a_map_on_its_side(inputs)
     check_room(options, outputs, *inputs.size)
 
     keep_freed_buffers()
@@ -272,3 +273,13 @@ def warn_of_cut_prompts(options: argparse.Namespace, pipe: StableDiffusionDepth2
         if lost := cut_words(text, pipe.tokenizer, length):
             which = name.replace("_", " ")
             print(f"depthdiff: the {which} is longer than {length - 2} tokens; not read: {lost}", file=sys.stderr)
+
+
+def warn_of_a_map_on_its_side(inputs: Inputs) -> None:
+    """Say where one of map and photo is upright and the other lies: a program that made the map may drop EXIF tags."""
+    if inputs.photo is None or inputs.depth_map is None:
+        return
+    (height, width), photo = inputs.depth_map.shape[-2:], inputs.photo
+    if (width - height) * (photo.width - photo.height) < 0:
+        sizes = f"the depth map is {width}x{height}, the upright photo {photo.width}x{photo.height}"
+        print(f"depthdiff: {sizes}; is one of them on its side?", file=sys.stderr)

@@ -9,6 +9,7 @@ import io
 import re
 import tempfile
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -165,7 +166,10 @@ def _read_picture(path: Path, name: str) -> Array:
 
 def _is_unsigned(path: Path) -> bool:
     """Return whether a picture is a TIFF of 32-bit numbers without a sign."""
-    with Image.open(path) as file:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` has looked at its size
+        file = Image.open(path)
+    with file:
         tags: Mapping[int, Any] = getattr(file, "tag_v2", {})
         return bool(tags) and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,)
 
@@ -247,11 +251,17 @@ def _read_exr(path: Path) -> Array:
         raise ValueError(f"its depth is subsampled, to {values.shape[1]}x{values.shape[0]} values")
     if (left, top, right, bottom) == (x, y, x_end, y_end):
         return values
+    first, last = (max(top, y), max(left, x)), (min(bottom, y_end), min(right, x_end))
+    if first[0] > last[0] or first[1] > last[1]:
+        raise ValueError("its data window is beside its display window, so that no pixel has a depth")
     whole = np.full((y_end - y + 1, x_end - x + 1), np.nan, np.float32)
-    rows, columns = slice(max(top, y), min(bottom, y_end) + 1), slice(max(left, x), min(right, x_end) + 1)
-    inner = values[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-    whole[rows.start - y : rows.start - y + len(inner), columns.start - x : columns.start - x + inner.shape[1]] = inner
+    rows, columns = (slice(begin, end + 1) for begin, end in zip(first, last, strict=True))
+    whole[_shifted(rows, y), _shifted(columns, x)] = values[_shifted(rows, top), _shifted(columns, left)]
     return whole
+
+
+def _shifted(part: slice, origin: int) -> slice:
+    return slice(part.start - origin, part.stop - origin)
 
 
 def _channel(names: list[str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -242,3 +244,34 @@ def test_processors_that_cannot_are_refused_by_name(small_photo):
         swapped(net, processor).estimate_depth(small_photo)
     with pytest.raises(TypeError, match="keep_aspect must be True or False, got int 1"):
         pipe.estimate_depth(small_photo, keep_aspect=1)
+
+
+def test_the_pages_programs_run(small_photo, monkeypatch):
+    """With stand-ins for what is downloaded."""
+    page = (Path(__file__).parents[2] / "docs" / "depth.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    made = {"depth-anything/Depth-Anything-V2-Small-hf": depth_anything(), "Intel/zoedepth-nyu-kitti": zoe_depth()}
+    auto = transformers.AutoModelForDepthEstimation, transformers.AutoImageProcessor
+    for index, kind in enumerate(auto):
+        monkeypatch.setattr(kind, "from_pretrained", lambda name, index=index: made[name][index])
+    own = build_pipeline("tiny")
+
+    class Quick:
+        register_modules, estimate_depth = own.register_modules, own.estimate_depth
+
+        def __call__(self, *arguments, **options):
+            return own(*arguments, num_inference_steps=1, strength=1.0, **options)
+
+    def load(name, **parts):
+        own.register_modules(**parts)
+        return Quick()
+
+    monkeypatch.setattr(depthdiff.StableDiffusionDepth2ImgPipeline, "from_pretrained", load)
+    metres = torch.rand(1, 30, 40) * 50 + 0.1
+    names = {"photo": small_photo, "metres": metres, "pipe": Quick()}
+    names["read_my_sensor"] = lambda image: np.full((5, 7), 2.0)
+    exec(first, names)
+    assert names["disparity"].max() <= 1 / 0.5
+    exec(second, names)
+    assert names["metres"].shape == (1, 88, 120)
+    assert own.depth_estimator is names["from_my_sensor"]
