@@ -12,7 +12,7 @@ import depthdiff
 from depthdiff.config import CheckpointError
 from tests.parity.both import load_both, paint
 
-TOLERANCE = 1e-5  # absolute, of numbers around 1; observed: 0
+TOLERANCE = 1e-5  # absolute, of numbers around 1; observed: 0, and 3e-7 between tiles and the whole
 SIZES = {
     "published": {},
     "narrow": {"encoder_block_out_channels": [8] * 4, "decoder_block_out_channels": [12] * 4},
