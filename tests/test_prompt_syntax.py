@@ -12,6 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from depthdiff.cli import main
 from depthdiff.prompt_syntax import BREAK, chunk_tokens, parse_prompt, weigh
 from depthdiff.tokenizer import clip_tokenizer
 
@@ -400,3 +401,13 @@ def test_what_is_cut_off_is_named_on_both_sides(pipe, options, caplog):
     caplog.clear()
     pipe.encode_prompt("a cat", "cpu", 1, True, "! " * 75)
     assert not caplog.records
+
+
+def test_the_command_warns_of_words_only_where_they_are_not_read(tmp_path, tiny_folder, small_photo, capsys):
+    small_photo.save(tmp_path / "photo.png")
+    call = ["! " * 80, str(tmp_path / "photo.png"), "-n", "? " * 80, "--model", str(tiny_folder), "--steps", "1"]
+    for more, lines in (([], 2), (["--prompt-syntax", "a1111"], 0)):
+        assert main([*call, "-o", str(tmp_path / "out.png"), *more]) == 0
+        assert capsys.readouterr().err.count("not read") == lines
+    with pytest.raises(SystemExit):
+        main([*call, "--prompt-syntax", "compel"])

@@ -225,6 +225,12 @@ def test_original_files_are_read_strictly(fault, tmp_path):
         depthdiff.AutoencoderTiny.from_taesd(tmp_path / "encoder.safetensors", tmp_path / "decoder.safetensors")
 
 
+def test_single_files_of_stable_diffusion_hold_none(pipe, tmp_path):
+    save_file(pipe.vae.state_dict(), tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"single files hold no AutoencoderTiny, .* load it with from_pretrained"):
+        depthdiff.AutoencoderTiny.from_single_file(tmp_path / "vae.safetensors")
+
+
 REFUSED = {
     "encoder_block_out_channels must be as many": {"encoder_block_out_channels": [8, 8]},
     "decoder_block_out_channels must all be equal": {"decoder_block_out_channels": [8, 8, 8, 16]},
