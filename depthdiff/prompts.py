@@ -66,7 +66,7 @@ class PromptMixin(LoraLoaderMixin):
 
         Returns:
             Two tensors (B * num_images_per_prompt, L, C): for the prompts, and for the negative ones or None. With
-            `prompt_syntax`, L is that of the longest chunks of both, together.
+            `prompt_syntax`, L is 77 for each chunk of the longest text of both sides.
 
         Raises:
             ValueError: numbers of prompts that do not pair, a `clip_skip` beyond the encoder's layers, an unknown

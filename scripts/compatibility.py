@@ -43,6 +43,7 @@ VAE = {
     "layers_per_block": 2,
     "norm_num_groups": 8,
 }
+TINY = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (12,) * 4}
 TEXT = {"vocab_size": 99, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT |= {"bos_token_id": 1, "eos_token_id": 2}
 
@@ -137,15 +138,11 @@ TAKES_HUB = ("from_pretrained", "from_single_file", "load_config", "load_lora_ad
 def networks() -> dict[str, tuple[Any, Any]]:
     """Build ours and the published one of each network, from the same seed."""
     made = {}
-    for name, ours, theirs in (
-        ("UNet2DConditionModel", depthdiff.UNet2DConditionModel, diffusers.UNet2DConditionModel),
-        ("AutoencoderKL", depthdiff.AutoencoderKL, diffusers.AutoencoderKL),
-    ):
-        settings = UNET if name.startswith("UNet") else VAE
+    for name, settings in (("UNet2DConditionModel", UNET), ("AutoencoderKL", VAE), ("AutoencoderTiny", TINY)):
         pair = []
-        for kind in (ours, theirs):
+        for package in (depthdiff, diffusers):
             torch.manual_seed(0)
-            pair.append(kind(**settings))
+            pair.append(getattr(package, name)(**settings))
         made[name] = tuple(pair)
     torch.manual_seed(0)
     text = depthdiff.CLIPTextModel(depthdiff.CLIPTextConfig(**TEXT))

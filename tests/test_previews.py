@@ -1,5 +1,7 @@
 """Previews: the linear map is the least-squares solution, pictures resemble what is decoded, nothing is left behind."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from depthdiff import AutoencoderTiny, StableDiffusionDepth2ImgPipeline, Step
 from depthdiff.cli import main
 from depthdiff.config import CheckpointError
 from depthdiff.previews import LatentToRGB, load_preview_decoder, preview_pictures, smooth_latents
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def test_the_preview_of_an_encoded_photo_resembles_it(name, mini, fitted):
 
     A grey picture of the photo's own mean colour is 0.185 and 0.176 away.
     """
-    photo = Image.open(name).convert("RGB").resize((128, 96))
+    photo = Image.open(ROOT / name).convert("RGB").resize((128, 96))
     latents = mini.vae.encode(mini.image_processor.preprocess(photo)).latent_dist.mode()
     latents = latents * mini.vae.config.scaling_factor
     wanted = np.asarray(photo, dtype=np.float64) / 255

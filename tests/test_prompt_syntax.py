@@ -12,6 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from depthdiff.cli import main
 from depthdiff.prompt_syntax import BREAK, chunk_tokens, parse_prompt, weigh
 from depthdiff.tokenizer import clip_tokenizer
 
@@ -22,6 +23,14 @@ WORD = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
 @pytest.fixture(scope="module")
 def tokenizer():
     return clip_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    """One that knows words of several vectors."""
+    made = clip_tokenizer()
+    made.add_words({"<toy>": 3, "<one>": 1, "<long>": 30, "<many>": 76})
+    return made
 
 
 # Brackets
@@ -185,16 +194,20 @@ def test_weights_out_of_all_range(text):
 
 
 def cut(sections, comma):
-    """Cut sections of (id, weight), between which BREAK stands, into rows of at most 75."""
+    """Cut sections, between which BREAK stands, of (ids of a token or whole word, weight) into rows of (id, weight)."""
     rows = []
     for section in sections:
         rest = section
-        while len(rest) > ROOM:
-            late = [i + 1 for i in range(ROOM - 20, ROOM) if rest[i][0] == comma and rest[ROOM][0] != comma]
-            end = late[-1] if late else ROOM
-            rows.append(rest[:end])
+        while rest:
+            ends = [sum(len(ids) for ids, _ in rest[: i + 1]) for i in range(len(rest))]
+            end = sum(place <= ROOM for place in ends)  # how many fit
+            if end < len(rest) and ends[end - 1] == ROOM and rest[end][0] != [comma]:
+                late = [i + 1 for i in range(end) if rest[i][0] == [comma] and ends[i] > ROOM - 20]
+                end = late[-1] if late else end
+            rows.append([(index, weight) for ids, weight in rest[:end] for index in ids])
             rest = rest[end:]
-        rows.append(rest)
+        if not section:
+            rows.append([])
     return rows if sections[-1] or len(rows) == 1 else rows[:-1]
 
 
@@ -228,25 +241,46 @@ def test_chunks(count, commas, tokenizer):
         word = "," if choose.random() < commas else choose.choice(["cat", "dog"])
         number = choose.choice([None, 1.5, 0.25])
         text += f" {word}" if number is None else f" ({word}:{number})"
-        section.append((ids[word], number or 1.0))
+        section.append(([ids[word]], number or 1.0))
     same_chunks(text, cut([section], ids[","]), tokenizer)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_chunks_with_everything(seed, learnt):
+    """Commas, new chunks and words of several vectors, most of it near the ends of chunks."""
+    choose = random.Random(seed)
+    ids = {word: learnt(word).input_ids[1:-1] for word in ("cat", ",", "<toy>", "<one>", "<long>")}
+    text, sections = "", [[]]
+    for _ in range(6):
+        words = ["cat"] * choose.randint(45, 62)
+        words += choose.choices(["cat", ",", "<toy>", "<one>", "<long>"], [9, 1, 1, 1, 0.2], k=choose.randint(10, 25))
+        for word in words:
+            number = choose.choice([1.0, 1.0, 0.5])
+            text += f" ({word}:{number})" if number != 1 else f" {word}"
+            sections[-1].append((ids[word], number))
+        if choose.random() < 0.6:
+            while choose.random() < 0.5 and sum(len(one) for one, _ in sections[-1]) % 75:  # often fill a chunk
+                text, _ = text + " cat", sections[-1].append((ids["cat"], 1.0))
+            text += " BREAK"
+            sections.append([])
+    same_chunks(text, cut(sections, ids[","][0]), learnt)
 
 
 @pytest.mark.parametrize("place", [0, 54, 55, 56, 73, 74, 75, 76])
 def test_one_comma_at_a_time(place, tokenizer):
     """It ends a chunk from its 56th token on; as the first of the next it does not go back."""
-    words = ["cat"] * 100
+    words = ["cat"] * 200
     words[place] = ","
     chunks = chunk_tokens([(" ".join(words), 1.0)], tokenizer)
     first = place + 1 if 55 <= place <= 74 else 75
-    assert [chunk.ids.index(49407) - 1 for chunk in chunks] == [first, 100 - first]
+    assert [chunk.ids.index(49407) - 1 for chunk in chunks] == [first, 75, 125 - first]
 
 
 @pytest.mark.parametrize("counts", [(0, 1), (1, 0), (0, 0), (3, 0, 4), (75, 1), (76, 80, 0), (75, 75), (10, 0, 0)])
 def test_new_chunks(counts, tokenizer):
     cat = tokenizer("cat").input_ids[1]
     text = " BREAK ".join(" ".join(["cat"] * count) for count in counts)
-    same_chunks(text, cut([[(cat, 1.0)] * count for count in counts], -1), tokenizer)
+    same_chunks(text, cut([[([cat], 1.0)] * count for count in counts], -1), tokenizer)
 
 
 def test_a_plain_text_is_what_the_tokenizer_makes_of_it(tokenizer):
@@ -256,9 +290,15 @@ def test_a_plain_text_is_what_the_tokenizer_makes_of_it(tokenizer):
         assert set(chunk.weights) == {1.0}
 
 
-def test_words_of_several_vectors_stay_whole():
-    tokenizer = clip_tokenizer()
-    tokenizer.add_words({"<toy>": 3, "<many>": 76})
+def test_a_full_chunk_before_a_break_stays_whole(tokenizer):
+    """Nothing follows that would have to move, so that its comma does not count."""
+    cat, comma = (tokenizer(word).input_ids[1] for word in ("cat", ","))
+    rows = [[(cat, 1.0)] * 60 + [(comma, 1.0)] + [(cat, 1.0)] * 14, [(cat, 1.0)]]
+    same_chunks("cat " * 60 + ", " + "cat " * 14 + "BREAK cat", rows, tokenizer)
+
+
+def test_words_of_several_vectors_stay_whole(learnt):
+    tokenizer = learnt
     toy, cat = tokenizer.learnt_words["<toy>"], tokenizer("cat").input_ids[1]
     for before, lengths in ((72, [75]), (73, [73, 3]), (74, [74, 3]), (75, [75, 3]), (148, [75, 73, 3])):
         rows = [[(cat, 1.0)] * min(75, before - 75 * i) for i in range(math.ceil(before / 75))]
@@ -301,7 +341,7 @@ def test_a_batch_of_different_lengths_is_what_each_text_gives_alone(pipe):
     for text, row in zip(texts, together, strict=True):
         [alone] = read(pipe, text)[0]
         alone = torch.cat([alone, *[empty] * (3 - len(alone) // 77)])
-        torch.testing.assert_close(row, alone, rtol=0, atol=1e-6)  # observed: 0 to 5e-7, batches add up otherwise
+        torch.testing.assert_close(row, alone, rtol=0, atol=1e-6)  # observed: 0; other batches may add up otherwise
     twice = pipe.encode_prompt(texts, "cpu", 2, True, prompt_syntax="a1111")[0]
     assert torch.equal(twice, together.repeat_interleave(2, dim=0))
 
@@ -320,6 +360,7 @@ def test_weights_multiply_and_the_mean_stays(pipe):
 def test_weigh_keeps_rows_of_ones_and_works_in_half_precision():
     embeds = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)) + 1
     weights = torch.tensor([[1.0] * 5, [1, 2, 0.5, -1, 1]])
+    assert torch.equal(weigh(torch.zeros(1, 5, 6), weights[:1]), torch.zeros(1, 5, 6))  # whose mean is 0
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
         given = embeds.to(dtype)
         result = weigh(given, weights)
@@ -400,3 +441,13 @@ def test_what_is_cut_off_is_named_on_both_sides(pipe, options, caplog):
     caplog.clear()
     pipe.encode_prompt("a cat", "cpu", 1, True, "! " * 75)
     assert not caplog.records
+
+
+def test_the_command_warns_of_words_only_where_they_are_not_read(tmp_path, tiny_folder, small_photo, capsys):
+    small_photo.save(tmp_path / "photo.png")
+    call = ["! " * 80, str(tmp_path / "photo.png"), "-n", "? " * 80, "--model", str(tiny_folder), "--steps", "1"]
+    for more, lines in (([], 2), (["--prompt-syntax", "a1111"], 0)):
+        assert main([*call, "-o", str(tmp_path / "out.png"), *more]) == 0
+        assert capsys.readouterr().err.count("not read") == lines
+    with pytest.raises(SystemExit):
+        main([*call, "--prompt-syntax", "compel"])

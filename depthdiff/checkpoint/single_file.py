@@ -235,7 +235,10 @@ def load_single_model(
     from_where = {key: value for key, value in where.items() if key != "revision"}
     torch_dtype = read_dtype(torch_dtype)
     file = open_single_file(find_single_file(name, **where))
-    component = next(component for component, kind in NETWORKS.items() if kind == cls.__name__)
+    component = next((component for component, kind in NETWORKS.items() if kind == cls.__name__), None)
+    if component is None:
+        raise CheckpointError(f"single files hold no {cls.__name__}, but {', '.join(NETWORKS.values())}; load it with "
+                              "from_pretrained")  # fmt: skip
     if component not in file.parts:
         raise CheckpointError(f"{file.path} has no {component}, it holds {', '.join(file.parts)}")
     values = None if config is None else read_config(config, subfolder or component, **from_where)
