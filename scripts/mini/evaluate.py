@@ -115,6 +115,7 @@ class Evaluation:
         captions: list[str],
         depth: Tensor | None = None,
         output_type: Literal["pt", "latent"] = "pt",
+        with_photos: bool = True,
         **options: Any,
     ) -> Tensor:
         """Repaint every scene, with more options of a call: (S, 3, H, W) in 0..1, or latents (S, 4, h, w)."""
@@ -123,7 +124,7 @@ class Evaluation:
             part = slice(i, i + BATCH)
             images = self.pipe(
                 captions[part],
-                photos[part],
+                photos[part] if with_photos else None,
                 None if depth is None else depth[part],
                 strength=strength,
                 num_inference_steps=STEPS,
@@ -168,6 +169,10 @@ class Evaluation:
             "parts": self.parts(),
             "ceiling: the target itself": self.scores(self.wanted.image),
             "strength 1.0": self.scores(self.paint(1.0, guidance, self.captions)),
+            "strength 1.0, from noise": self.scores(self.paint(1.0, guidance, self.captions, start="noise")),
+            "depth without photos": self.scores(
+                self.paint(1.0, guidance, self.captions, self.read_depth(self.shown.image), with_photos=False)
+            ),
             "strength 0.8": self.scores(self.paint(0.8, guidance, self.captions)),
             "control: wrong caption": self.scores(self.paint(1.0, guidance, wrong)),
             "control: another scene's depth": self.scores(self.paint(1.0, guidance, self.captions, other)),
