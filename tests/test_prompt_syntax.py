@@ -29,7 +29,7 @@ def tokenizer():
 def learnt():
     """One that knows words of several vectors."""
     made = clip_tokenizer()
-    made.add_words({"<toy>": 3, "<one>": 1, "<long>": 30, "<many>": 76})
+    made.add_words({"<toy>": 3, "<one>": 1, "<long>": 30, "<huge>": 70, "<many>": 76})
     return made
 
 
@@ -290,6 +290,14 @@ def test_a_plain_text_is_what_the_tokenizer_makes_of_it(tokenizer):
         assert set(chunk.weights) == {1.0}
 
 
+def test_shorter_chunks(tokenizer):
+    """Of a text encoder that reads less than a comma's 20 tokens at once."""
+    for text, lengths in (("cat " * 25, [10, 10, 5]), (", " + "cat " * 12, [1, 10, 2]), ("cat cat, " * 4, [9, 3])):
+        chunks = chunk_tokens(parse_prompt(text), tokenizer, 12)
+        assert {len(chunk.ids) for chunk in chunks} == {len(chunk.weights) for chunk in chunks} == {12}
+        assert [chunk.ids.index(49407) - 1 for chunk in chunks] == lengths
+
+
 def test_a_full_chunk_before_a_break_stays_whole(tokenizer):
     """Nothing follows that would have to move, so that its comma does not count."""
     cat, comma = (tokenizer(word).input_ids[1] for word in ("cat", ","))
@@ -308,6 +316,8 @@ def test_words_of_several_vectors_stay_whole(learnt):
     comma = tokenizer(",").input_ids[1]  # the chunk is full, so that the comma counts before a word as well
     rows = [[(cat, 1.0)] * 60 + [(comma, 1.0)], [(cat, 1.0)] * 14 + [(index, 1.0) for index in toy]]
     same_chunks("cat " * 60 + ", " + "cat " * 14 + "<toy>", rows, tokenizer)
+    huge = [(index, 1.0) for index in tokenizer.learnt_words["<huge>"]]  # does not fit behind what moves on
+    same_chunks("cat " * 60 + ", " + "cat " * 14 + "<huge>", [rows[0], [(cat, 1.0)] * 14, huge], tokenizer)
     with pytest.raises(ValueError, match="has 76 vectors, a chunk of the text encoder holds 75"):
         chunk_tokens(parse_prompt("<many>"), tokenizer)
 
