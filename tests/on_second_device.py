@@ -122,6 +122,13 @@ def pixels(photo):
     return torch.from_numpy(np.asarray(photo).astype(np.float32) / 255)
 
 
+def halves():
+    """Make a mask that keeps the left half."""
+    mask = np.zeros((48, 64), np.float32)
+    mask[:, 32:] = 1
+    return mask
+
+
 def embeds(rows, where):
     return {"prompt_embeds": random(rows, 77, 40).to(where), "negative_prompt_embeds": random(rows, 77, 40).to(where)}
 
@@ -148,6 +155,17 @@ CASES = {
         "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds", "negative_prompt_embeds", "depth_mask"],
     },
     "older callback": lambda photo: {"callback": lambda index, timestep, latents: latents.mul_(0.9)},
+    "mask": lambda photo: {"mask_image": halves(), "mask_content": "noise", "num_images_per_prompt": 2},
+    "mask, PIL output": lambda photo: {"mask_image": halves(), "start": "noise", "output_type": "pil"},
+    "depth alone": lambda photo: {"image": None, "depth_map": random(48, 64).numpy()},
+    "distances": lambda photo: {"depth_map": random(48, 64).abs().numpy() + 1, "depth_invert": True},
+    "size": lambda photo: {"height": 32, "width": 40, "resize_mode": "pad", "depth_keep_aspect": True},
+    "seamless": lambda photo: {"seamless": True},
+    "windows": lambda photo: {"windows": (32, 16), "guidance_rescale": 0.5},
+    "second pass": lambda photo: {"hires": 1.5, "mask_image": halves()},
+    "scales": lambda photo: {"guidance_scale": [2.0, 5.0], "num_images_per_prompt": 2},
+    "syntax": lambda photo: {"prompt": "a (red:1.3) cup BREAK [of] tea", "prompt_syntax": "a1111"},
+    "preview": lambda photo: {"preview": lambda index, pictures: pictures[0].size, "preview_steps": 1},
 }
 # The same with tensors or generators on a device `at`
 WITH_TENSORS = {
@@ -161,6 +179,8 @@ WITH_TENSORS = {
         "prompt_embeds": embeds(1, at)["prompt_embeds"],
         "guidance_scale": 1.0,
     },
+    "mask": lambda photo, at: {"mask_image": torch.from_numpy(halves()).to(at)},
+    "depth alone": lambda photo, at: {"image": None, "depth_map": random(48, 64).to(at)},
     "generator": lambda photo, at: {"generator": seeded(3, device=at)[0]},
     "generators": lambda photo, at: {"generator": seeded(3, device=at) + seeded(4), "num_images_per_prompt": 2},
 }
