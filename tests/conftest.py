@@ -31,6 +31,7 @@ SLOW = (
     *("test_hosts.py::test_memory_is_flat", "test_hosts.py::test_schedulers_and_scales"),
     *("test_consoles.py::test_narrow_code_pages", "test_consoles.py::test_no_colours"),
     "parity/test_adapters.py::test_raw_peft_folders",
+    "parity/test_compatibility.py",
     *("test_old_folders.py::test_the_same_picture", "test_serving.py::test_concurrent_requests"),
     "test_single_file.py::test_what_is_refused",
     *(f"test_state.py::test_threads_with{rest}" for rest in ("out_adapters", "_scales_of_their_own")),
