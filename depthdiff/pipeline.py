@@ -7,7 +7,7 @@ scene while its geometry stays. Every step is a method under diffusers' name, an
     run = pipe.prepare("two tigers", photo, strength=0.7)
     for step in pipe.denoise(run):
         step.latents = step.latents + my_change(step.denoised)
-    pictures = pipe.decode(run.latents)
+    pictures = pipe.decode(run)
 
 Letters: B pictures (prompts or images, times `num_images_per_prompt`), L tokens, C channels, H, W pixels, h, w latents.
 """
@@ -161,8 +161,8 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
             image: to start from: PIL images, arrays or tensors (see `depthdiff.image.read_images`), or latents
                 (B, 4, h, w), for which `depth_map` is needed. Without one, the pictures start from pure noise, with the
                 size of the depth map, and `strength` is 1 whatever is given.
-            depth_map: near is large, in any unit: PIL images, arrays or tensors (see `depthdiff.image.read_depth`);
-                estimated from `image` if None.
+            depth_map: near is large, in any unit, NaN is the sky: PIL images, arrays or tensors (see
+                `depthdiff.depth_maps.read_disparity`); estimated from `image` if None.
             strength: in [0, 1], how far to go from the image: the share of the steps that is run.
             num_inference_steps: of a whole run, at strength 1.
             guidance_scale: how closely to follow the prompt, one number or one a picture; guidance is on above 1.
@@ -243,7 +243,7 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
                     if callback is not None and run.ends_step(step.index) and step.index % callback_steps == 0:
                         callback(step.index // run.order, step.timestep, step.latents)
                     watch(step)
-        images = self.decode(run, output_type)
+        images = self.decode(run if run.shapes_the_picture else run.latents, output_type)
         self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images) if return_dict else (images,)
 

@@ -114,6 +114,11 @@ class Run:
         """Calls of the UNet for each step but the last."""
         return int(getattr(self.scheduler, "order", 1))
 
+    @property
+    def shapes_the_picture(self) -> bool:
+        """Whether `decode` needs to know the run beside its latents."""
+        return self.kept is not None or bool(self.seamless) or self.windows is not None
+
     def ends_step(self, index: int) -> bool:
         """Return whether a step's last call is that at an index; as in diffusers, PNDM's extra call ends none."""
         extra = len(self) - self.num_inference_steps * self.order
