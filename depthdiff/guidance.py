@@ -67,8 +67,9 @@ def apply_guidance(uncond: Tensor, cond: Tensor, guidance_scale: float | tuple[f
     Source: arXiv:2207.12598, eq. 6, with w = guidance_scale - 1.
     """
     if isinstance(guidance_scale, tuple):
-        scales = torch.tensor([max(scale, 1.0) for scale in guidance_scale], dtype=cond.dtype, device=cond.device)
-        return uncond + scales.view(-1, 1, 1, 1) * (cond - uncond)
+        wide = torch.promote_types(cond.dtype, torch.float32)  # as one number is multiplied
+        scales = torch.tensor([max(scale, 1.0) for scale in guidance_scale], dtype=wide, device=cond.device)
+        return uncond + (scales.view(-1, 1, 1, 1) * (cond - uncond).to(wide)).to(cond.dtype)
     return uncond + guidance_scale * (cond - uncond)
 
 
@@ -85,4 +86,5 @@ def rescale_guidance(guided: Tensor, cond: Tensor, share: float) -> Tensor:
     if not share:
         return guided
     deviation, wanted = (x.std(dim=(1, 2, 3), keepdim=True) for x in (guided, cond))
-    return share * guided * (wanted / deviation) + (1 - share) * guided
+    factor = torch.where(deviation > 0, wanted / deviation, 1.0)  # nothing brings a constant back
+    return share * guided * factor + (1 - share) * guided

@@ -90,7 +90,7 @@ def read_guidance(guidance_scale: object) -> float | tuple[float, ...]:
                 "from a text, pass that as negative_prompt"
             )
     numbers = [check_number("guidance_scale", scale, 0, LARGEST_SCALE) for scale in scales]
-    return tuple(map(float, numbers)) if isinstance(given, (list, tuple)) else numbers[0]
+    return tuple(map(float, numbers)) if len(numbers) > 1 else numbers[0]
 
 
 def is_guided(guidance_scale: float | tuple[float, ...]) -> bool:

@@ -48,6 +48,9 @@ class Interruption:
         finally:
             with self._lock:
                 self._under_way.remove(entry)
+                left = [other for thread, other in self._under_way if thread == entry[0]]
+            if left and entry[0] == threading.get_ident():
+                self._here.latest = left[-1]
 
     def ask_all(self) -> None:
         """Ask all that is under way to stop."""

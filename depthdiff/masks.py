@@ -46,8 +46,9 @@ def read_mask(mask_image: ImageInput, name: str = "mask_image") -> Tensor:
         ValueError: empty, of a wrong shape, of different sizes, out of range, or not finite.
     """
     values = read_depth(mask_image, name)
-    first = mask_image[0] if isinstance(mask_image, (list, tuple)) else mask_image
-    mask = values / _white(first, float(values.max()), name)
+    if isinstance(mask_image, (list, tuple)):
+        return torch.cat([read_mask(one, name) for one in mask_image])
+    mask = values / _white(mask_image, float(values.max()), name)
     low, high = (float(end) for end in mask.aminmax())
     if low < -SLACK or high > 1 + SLACK:
         raise ValueError(f"{name} must be in [0, 1], got {low:g} to {high:g}; divide by its white, or use uint8")

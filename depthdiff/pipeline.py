@@ -188,6 +188,7 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
             callback: diffusers' older form, called with index, timestep and latents.
             callback_steps: every how many steps.
             hires: in [1, 4], repaint the result once more, so many times larger, with the same depth; see `enlarge`.
+                Steps are counted anew, also for callbacks.
             hires_strength: of that second pass (0.35 if None).
             preview: called with a step's index and pictures of what it predicts as the end, while they are in the
                 making; see `preview`.
@@ -236,7 +237,7 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
                 if enlarged and stop.asked:
                     break
                 run = self.enlarge(run, hires, hires_strength) if enlarged else run
-                run.stop = stop
+                run.stop, self._call.num_timesteps = stop, len(run)
                 for step in self.progress_bar(self.denoise(run), total=len(run)):
                     if callback_on_step_end is not None:
                         call_back(callback_on_step_end, names, self, run, step)
@@ -332,10 +333,10 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
     @torch.no_grad()
     @uses_weights
     def enlarge(self, run: Run, factor: float | None = 1.5, strength: float | None = None) -> Run:
-        """Prepare a second run that repaints the pictures of a finished one, enlarged, with the same depth.
+        """Prepare a second run that repaints the pictures of one, enlarged, with the same depth.
 
         Args:
-            run: a finished one.
+            run: whose latents are as they are to be enlarged, as when it has ended.
             factor: in [1, 4], by which height and width grow.
             strength: of the second run (0.35 if None).
 
@@ -356,7 +357,6 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
         if run.kept is not None:  # the kept part is the image itself, not what it became
             started["kept"].pixels = enlarge(run.kept.pixels, height, width)
         depth = F.interpolate(run.depth, size=started["latents"].shape[2:], mode="bicubic").clamp(-1, 1)
-        self._call.num_timesteps = len(started["timesteps"])
         return replace(run, **started, depth=depth, stop=Stop())
 
     @torch.no_grad()

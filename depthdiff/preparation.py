@@ -8,6 +8,7 @@ Letters: B pictures, N images, L tokens, C channels, H, W pixels, h, w latents.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -218,7 +219,17 @@ class PreparationMixin(PromptMixin, PreviewMixin, FromSingleFileMixin):
             depth_map = read_disparity(estimate, options.depth_invert, options.depth_range, name)
         if image is None:  # only its size counts where the depth is given
             image = torch.zeros(1, 4, *(side // self.vae_scale_factor for side in scene.size))
+        if options.for_depth:
+            self._check_override("prepare_depth_map", "ends", "depth_range and depth_normalize")
         return self.prepare_depth_map(image, depth_map, batch, guided, dtype, device, **options.for_depth)
+
+    def _check_override(self, method: str, argument: str, options: str) -> None:
+        """Refuse options that an override of a method with diffusers' arguments alone cannot know."""
+        if argument not in inspect.signature(getattr(self, method)).parameters:
+            raise ValueError(
+                f"{options} need an argument {argument} of {method}, which {type(self).__name__} overrides without it; "
+                f"let it take {argument}=None and pass it on"
+            )
 
     def _start(
         self,
@@ -233,6 +244,8 @@ class PreparationMixin(PromptMixin, PreviewMixin, FromSingleFileMixin):
     ) -> dict[str, Any]:
         """Plan the steps and make the first latents; return the fields of a run that follow from that."""
         pixels = None if scene.image is None else self.image_processor.preprocess(scene.image)
+        if scene.mask is not None or scene.axes or scene.windows:
+            self._check_override("prepare_latents", "vae", "mask_image, seamless and windows")
         vae = {"vae": self._vae_of(scene.axes, scene.windows)} if scene.axes or scene.windows else {}
         each: Any = pictures, num_images_per_prompt, dtype, device, generator
         batch, kept = pictures * num_images_per_prompt, None
@@ -282,7 +295,7 @@ class PreparationMixin(PromptMixin, PreviewMixin, FromSingleFileMixin):
         """Return the autoencoder as a run uses it: seamless along some axes, in tiles as large as its windows."""
         vae = seamless(self._at_work("vae"), axes)
         if windows is not None:
-            vae = tiled(vae, windows[0] * self.vae_scale_factor, self.vae_scale_factor)
+            vae = tiled(vae, windows[0], self.vae_scale_factor)
         if vae is not self.vae and self._fast:
             speed.enable(vae)
         return vae

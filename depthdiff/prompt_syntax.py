@@ -39,12 +39,12 @@ COMMA_REACH = 20
 PIECE = re.compile(
     r"""\\(?P<literal>[()\[\]\\]?)
     | (?P<open>[(\[])
-    | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
+    | :\s{0,9}(?P<weight>[+-]?(?:\d{1,9}(?:\.\d{0,99})?|\.\d{1,99}))\s{0,9}\)
     | (?P<close>[)\]])
     | (?P<text>[^\\()\[\]:]+|:)""",
     re.VERBOSE,
 )
-NEW_CHUNK = re.compile(r"\s*\bBREAK\b\s*")
+NEW_CHUNK = re.compile(r"\bBREAK\b")
 
 
 class Chunk(NamedTuple):
@@ -105,13 +105,21 @@ def parse_prompt(text: str) -> list[tuple[str, float]]:
         elif kind == "close" and opened[piece]:
             close(piece, EMPHASIS[piece])
         else:
-            first, *others = [piece] if kind == "literal" else NEW_CHUNK.split(found[0])
+            first, *others = [piece] if kind == "literal" else _sections(found[0])
             parts += [first, *(one for section in others for one in (None, section))]
             weights += [1.0] * (len(parts) - len(weights))
     for bracket, starts in opened.items():
         while starts:
             close(bracket, EMPHASIS[bracket])
     return _join(parts, weights)
+
+
+def _sections(text: str) -> list[str]:
+    """Split a text where new chunks start, without the spaces there."""
+    sections = NEW_CHUNK.split(text)
+    last = len(sections) - 1
+    sections = [section if i == 0 else section.lstrip() for i, section in enumerate(sections)]
+    return [section if i == last else section.rstrip() for i, section in enumerate(sections)]
 
 
 def _join(parts: Sequence[str | None], weights: Sequence[float]) -> list[tuple[str, float]]:

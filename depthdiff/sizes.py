@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 MODES = ("crop", "pad", "stretch")
+MOST_PIXELS = 2**28
+"""Of an image that is padded before it is resized."""
 
 
 def wanted_size(height: int | None, width: int | None, own: tuple[int, int], factor: int) -> tuple[int, int]:
@@ -48,11 +50,6 @@ class Fit:
     wanted: tuple[int, int]
     mode: str = "crop"
 
-    @property
-    def changes_aspect(self) -> bool:
-        """Whether more than half a pixel has to go, come or be stretched."""
-        return any(abs(first - last) for first, last in self.margins(*self.own))
-
     def margins(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return how many rows to add above and below, and columns left and right, to a map; negative to cut off."""
         (own_h, own_w), (h, w) = self.own, self.wanted
@@ -60,9 +57,9 @@ class Fit:
             return (0, 0), (0, 0)
         too_wide = own_w * h > own_h * w
         if (self.mode == "crop") == too_wide:  # the width changes
-            more = round(width * (own_h * w / (own_w * h) - 1))
+            more = max(round(width * (own_h * w / (own_w * h) - 1)), 1 - width)
             return (0, 0), (_half(more), more - _half(more))
-        more = round(height * (own_w * h / (own_h * w) - 1))
+        more = max(round(height * (own_w * h / (own_h * w) - 1)), 1 - height)
         return (_half(more), more - _half(more)), (0, 0)
 
     def images(self, images: list[Image.Image] | Tensor) -> list[Image.Image] | Tensor:
@@ -81,6 +78,12 @@ class Fit:
         """Crop or pad maps (..., H', W') to the aspect that is asked for; their resolution stays."""
         height, width = maps.shape[-2:]
         (top, bottom), (left, right) = self.margins(height, width)
+        pixels = (height + top + bottom) * (width + left + right)
+        if pixels > MOST_PIXELS:
+            own, wanted = f"{self.own[1]}x{self.own[0]}", f"{self.wanted[1]}x{self.wanted[0]}"
+            raise ValueError(
+                f"resize_mode must be crop or stretch from {own} to {wanted}: padded it has {pixels:,} pixels"
+            )
         maps = maps[..., max(-top, 0) : height - max(-bottom, 0), max(-left, 0) : width - max(-right, 0)]
         rows = torch.arange(-max(top, 0), maps.shape[-2] + max(bottom, 0), device=maps.device)
         columns = torch.arange(-max(left, 0), maps.shape[-1] + max(right, 0), device=maps.device)

@@ -20,7 +20,8 @@ def over_windows(network: Callable[[Tensor], Tensor], x: Tensor, windows: tuple[
     """Run a network on each window, and average what it returns where windows overlap.
 
     Averaging predictions equals averaging the latents after a step, as the paper does, where these depend linearly on
-    the prediction; all solvers here do. Source: arXiv:2302.08113 (MultiDiffusion), eq. 5, with equal weights.
+    the prediction, as in all solvers here without clipping. Source: arXiv:2302.08113 (MultiDiffusion), eq. 5, with
+    equal weights.
 
     Args:
         network: (B, C, size, size) -> (B, C', size, size).
@@ -39,8 +40,8 @@ def over_windows(network: Callable[[Tensor], Tensor], x: Tensor, windows: tuple[
             rows, columns = slice(top, top + size), slice(left, left + size)
             result = network(x[:, :, rows, columns])
             if total is None:
-                total = torch.zeros((*result.shape[:2], *x.shape[2:]), device=x.device)
-                dtype = result.dtype
+                dtype, wide = result.dtype, torch.promote_types(result.dtype, torch.float32)
+                total = torch.zeros((*result.shape[:2], *x.shape[2:]), device=x.device, dtype=wide)
             total[:, :, rows, columns] += result
             count[rows, columns] += 1
     assert total is not None
@@ -57,13 +58,16 @@ def starts(length: int, size: int, stride: int) -> Iterator[int]:
 def tiled(vae: AnyNetwork, size: int, factor: int) -> AnyNetwork:
     """Return an autoencoder with the same weights that works in tiles; the given one stays as it is.
 
+    Tiles are joined right where a quarter of them, which the next one covers again, is whole: they have a multiple of
+    four latents.
+
     Args:
         vae: ours, or one of diffusers.
-        size: of a tile in pixels.
+        size: of a tile in latents, about.
         factor: pixels that a latent stands for.
     """
     if not hasattr(vae, "use_tiling"):
         return vae
-    twin = with_weights(vae, {})
-    vars(twin).update(use_tiling=True, tile_sample_min_size=size, tile_latent_min_size=size // factor)
+    twin, size = with_weights(vae, {}), max(4, size - size % 4)
+    vars(twin).update(use_tiling=True, tile_sample_min_size=size * factor, tile_latent_min_size=size)
     return twin
