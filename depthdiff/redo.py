@@ -78,7 +78,10 @@ def read_redo(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         values, notes = read_settings(stored, picture)
         sums = check_kind("sha256", stored.get("sha256", {}), dict)
     notes = [f"{picture}: {note}" for note in notes]
+    blur = values.get("mask_blur")
     notes += change(values, changes)
+    if isinstance(stored, str) and blur is not None and values.get("mask") is None:
+        notes.append(f"{picture}: Mask blur: {blur} has no counterpart without the mask; name it with --set mask=PATH")
     typed = {name: values[name] for name in (*ADAPTERS, "model") if name in values and name not in changes}
     find_files(values, changes, sums, picture)
     if values.get("image") is None and values.get("depth") is None:
@@ -142,7 +145,7 @@ def read_stored(picture: Path) -> dict[str, Any] | str:
         stored = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"PICTURE {picture}: its settings are damaged: {error}") from error
-    return check_kind("the text depthdiff", stored, dict)
+    return check_kind("text depthdiff", stored, dict)
 
 
 def read_settings(stored: Mapping[str, Any], picture: Path) -> tuple[dict[str, Any], list[str]]:

@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from depthdiff import StableDiffusionDepth2ImgPipeline, cli
+from depthdiff import cli
 from depthdiff.cli import main
 from depthdiff.command_checks import shortcuts
 from depthdiff.infotext import read_infotext
@@ -74,7 +74,7 @@ CASES = {
     "preset": ["--preset", "fast", "--token-merging", 0.5, "--dtype", "float32"],
     "hires": ["--hires", 1.5, "--hires-strength", 0.6, "--guidance-rescale", 0.3],
     "mask": ["--mask", "mask.png", "--mask-blur", 2, "--mask-content", "noise", "--clip-skip", 1],
-    "noise": ["--start", "noise", "--prompt-syntax", "a1111", "--device", "cpu", "--attention", "eager"],
+    "noise": ["--start", "noise", "--prompt-syntax", "a1111", "--device", "cpu", "--attention", "sliced"],
     "seamless": ["--seamless", "x", "--depth", "depth.png", "--depth-invert", "flip"],
     "windows": ["--windows", 64, 32, "--depth-keep-aspect", "--depth-range", 0.5, 0.1],
     "one side": ["--size", 64, "--dtype", "bfloat16"],
@@ -113,7 +113,7 @@ def test_one_of_a_batch(paint, capsys, place):
     assert "without the others of its batch" in capsys.readouterr().err
     assert (stored_in("one.png")["seed"], stored_in("one.png")["index"]) == (13, 0)
     one, three = (np.asarray(Image.open(name)).astype(int) for name in ("one.png", "a-3.png"))
-    assert np.abs(one - three).max() <= 12  # observed: TODO, bfloat16 in a batch of another size
+    assert np.abs(one - three).max() <= 4  # of 255, as sums of a batch may be in another order; observed: 1
 
 
 def adapters(pipe):
@@ -233,7 +233,7 @@ def test_wrong_changes_are_one_line_before_any_work(case, place, unloaded, capsy
 
 DAMAGED = {
     "no JSON": ("{", "its settings are damaged"),
-    "a list": ("[]", "the stored the text depthdiff must be an object"),
+    "a list": ("[]", "the stored text depthdiff must be an object"),
     "prompt": ({"prompt": 3}, "prompt must be a text, got 3"),
     "steps": ({"steps": "many"}, "argument --steps: invalid int value"),
     "flag of steps": ({"steps": True}, "argument --steps: expected one argument"),
@@ -350,12 +350,12 @@ def test_pictures_of_the_web_ui(name, encoding, place):
     assert (options.prompt_syntax, options.start, options.mask_blur, options.hires) == ("a1111", "image", None, None)
     assert options.output == Path(f"{name[0]}-redo.png")
     lines = [line.removeprefix(f"{name}: ") for line in lines]
-    assert lines[-1].startswith("the picture will not be the same")
-    assert lines[0].startswith("<lora:style:0.8> in the prompt has no counterpart; name its file with --set lora=FILE:0.8")
-    assert [line.split(":")[0] for line in lines[1:-1]] == ["Mask blur", "Model hash", "Model", "Lora hashes", "Version"]
-    assert all("has no counterpart" in line or "--set mask=PATH" in line for line in lines[1:-1])
-    options, _ = read_redo([name, "--set", "image=photo.png", "--set", "mask=mask.png"])
-    assert options.mask_blur == 4
+    assert lines[0] == ("<lora:style:0.8> in the prompt has no counterpart; name its file with --set lora=FILE:0.8")
+    names = ["Model hash", "Model", "Lora hashes", "Version", "the picture will not be the same", "Mask blur"]
+    assert [line.split(":")[0] for line in lines[1:]] == names
+    assert all("has no counterpart" in line for line in (*lines[1:5], lines[6]))
+    options, lines = read_redo([name, "--set", "image=photo.png", "--set", "mask=mask.png"])
+    assert options.mask_blur == 4 and "Mask blur" not in str(lines)
     with pytest.raises(ValueError, match="does not say what photo it was made of; name one with --set image=PATH"):
         read_redo([name])
 
@@ -363,7 +363,12 @@ def test_pictures_of_the_web_ui(name, encoding, place):
 def test_text_to_image_of_the_web_ui():
     text = "cup\nSteps: 5, Sampler: Restart, Schedule type: Karras, Seed: 1, Size: 64x64, Denoising strength: 0.4, "
     values, lines = read_infotext(text + "Clip skip: 1, Hires upscale: 2, Hires steps: 3")
-    assert (values["start"], values["strength"], values["hires"], values["hires_strength"]) == ("noise", "1", "2", "0.4")
+    assert (values["start"], values["strength"], values["hires"], values["hires_strength"]) == (
+        "noise",
+        "1",
+        "2",
+        "0.4",
+    )
     assert values["clip_skip"] is None and "scheduler" not in values and "karras" not in values
     assert [line.split(":")[0] for line in lines[:2]] == ["Sampler", "Schedule type"]
     assert "start=noise" in lines[2] and lines[3] == "Hires steps: 3 has no counterpart"
@@ -396,6 +401,11 @@ def test_help(capsys):
         assert "usage: depthdiff redo" in capsys.readouterr().err
 
 
-def test_a_single_file(paint, tiny_folder, place, pipe):
-    """Whose networks have dtypes of their own by default, as a folder's have."""
-    StableDiffusionDepth2ImgPipeline.from_pretrained(tiny_folder)
+def test_the_small_model_that_comes_along(place):
+    """It chooses the size itself."""
+    assert main(["two tigers", "photo.png", "--steps", "2", "-o", "a.png"]) == 0
+    how = stored_in("a.png")
+    options, lines = read_redo(["a.png"])
+    assert lines == [] and how["model"] == options.model == "mini"
+    assert redo("a.png") == 0
+    assert same("a.png", "a-redo.png")
