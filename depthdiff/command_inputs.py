@@ -21,6 +21,9 @@ from depthdiff.masks import read_mask
 from depthdiff.picture_files import open_image
 from depthdiff.sizes import Fit, wanted_size
 
+FACTOR = 8
+"""Pixels that a latent stands for, in height and in width: in all autoencoders of Stable Diffusion 2."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -64,7 +67,7 @@ def read_inputs(options: argparse.Namespace) -> Inputs:
         mask = read_mask(open_image(options.mask, "--mask"), "--mask")
     chosen = CallOptions(**options_of_call(options), resize_mode=options.resize_mode, depth_keep_aspect=(
         options.depth_keep_aspect), height=options.height, width=options.width, mask_image=mask)  # fmt: skip
-    chosen.check(photo, depth_map, options.strength, True, 1, shortcuts(options).deep_cache)
+    chosen.check(photo, depth_map, options.strength, True, FACTOR, shortcuts(options).deep_cache)
     return Inputs(photo, depth_map, mask)
 
 
