@@ -64,16 +64,17 @@ def test_a_mask_keeps_the_photo(command, shared, photo):
     white = np.zeros((400, 600), dtype=bool)
     white[120:240, 200:360] = True
     Image.fromarray(white).save("mask.png")
-    found, how = command("--mask", "mask.png", "--mask-blur", 2.5, "--mask-content", "noise", front=("a cup", COFFEE))
+    found, how = command(
+        "--mask", "mask.png", "--mask-blur", 2.5, "--mask-content", "noise", "--strength", 0.4, front=("a cup", COFFEE)
+    )
     near = np.zeros_like(white)
     near[112:248, 192:368] = True  # 2.5 pixels * 3, rounded up
     own = np.asarray(photo)
     assert np.array_equal(found[~near], own[~near])
     assert (found[128:232, 208:352] != own[128:232, 208:352]).any(axis=-1).mean() > 0.95
     assert (how["mask"], how["mask_blur"], how["image"]) == ("mask.png", 2.5, "coffee.png")
-    assert np.array_equal(
-        found, library(shared, photo, mask_image=Image.fromarray(white), mask_blur=2.5, mask_content="noise")
-    )
+    options = {"mask_image": Image.fromarray(white), "mask_blur": 2.5, "mask_content": "noise", "strength": 0.4}
+    assert np.array_equal(found, library(shared, photo, **options))
 
 
 CASES = {
@@ -176,17 +177,31 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_wrong_combinations_are_one_line_before_the_model_is_loaded(case, place, monkeypatch, capsys):
+def test_wrong_combinations_are_one_line_before_the_model_is_loaded(case, place, tiny_folder, monkeypatch, capsys):
     def load(options, dtype):
         raise AssertionError("loading was reached")
 
     monkeypatch.setattr(cli, "load", load)
     before = sorted(place.iterdir())
     arguments, message = REFUSED[case]
-    assert cli.main([*arguments, "-o", "a.png"]) == 1
+    assert cli.main([*arguments, "-o", "a.png", "--model", str(tiny_folder)]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("depthdiff: error: ") and message in line
     assert sorted(place.iterdir()) == before
+
+
+def test_multiples_are_those_of_the_model(place, monkeypatch, capsys):
+    """Of 4 pixels for the small one that comes along; what is no folder is asked when it is loaded."""
+
+    def load(options, dtype):
+        raise AssertionError("loading was reached")
+
+    monkeypatch.setattr(cli, "load", load)
+    for windows, model in ((("60", "20"), []), (("61", "20"), ["--model", "some/model"])):
+        assert cli.main([*PHOTO, "--windows", *windows, *model]) == 1
+        assert "loading was reached" in capsys.readouterr().err
+    assert cli.main([*PHOTO, "--windows", "62", "20"]) == 1
+    assert "windows must be multiples of 4" in capsys.readouterr().err
 
 
 def test_filled_holes_are_one_line(command, capsys):

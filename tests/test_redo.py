@@ -25,11 +25,11 @@ RNG = np.random.default_rng(0)
 @pytest.fixture
 def place(tmp_path, small_photo, monkeypatch):
     """A working folder with a photo, a mask and a depth map."""
-    small_photo.save(tmp_path / "photo.png")
-    mask = np.zeros((88, 120), dtype=np.uint8)
-    mask[20:60, 30:80] = 255
+    small_photo.resize((72, 56)).save(tmp_path / "photo.png")
+    mask = np.zeros((56, 72), dtype=np.uint8)
+    mask[10:40, 20:50] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    Image.fromarray(RNG.integers(0, 65536, (88, 120), dtype=np.uint16)).save(tmp_path / "depth.png")
+    Image.fromarray(RNG.integers(0, 65536, (56, 72), dtype=np.uint16)).save(tmp_path / "depth.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -76,9 +76,9 @@ CASES = {
     "mask": ["--mask", "mask.png", "--mask-blur", 2, "--mask-content", "noise", "--clip-skip", 1],
     "noise": ["--start", "noise", "--prompt-syntax", "a1111", "--device", "cpu", "--attention", "sliced"],
     "seamless": ["--seamless", "x", "--depth", "depth.png", "--depth-invert", "flip"],
-    "windows": ["--windows", 64, 32, "--depth-keep-aspect", "--depth-range", 0.5, 0.1],
-    "one side": ["--size", 64, "--dtype", "bfloat16"],
-    "height and width": ["--height", 96, "--width", 64, "--resize-mode", "pad"],
+    "windows": ["--windows", 40, 16, "--depth-keep-aspect", "--depth-range", 0.5, 0.1],
+    "one side": ["--size", 48, "--dtype", "bfloat16"],
+    "height and width": ["--height", 64, "--width", 48, "--resize-mode", "pad"],
 }
 
 
@@ -94,7 +94,7 @@ def test_the_file_is_the_same_to_the_last_byte(case, paint, capsys):
 
 
 def test_a_depth_map_alone(paint):
-    how = paint("--depth", "depth.png", "--width", 96, photo=None)
+    how = paint("--depth", "depth.png", "--width", 64, photo=None)
     assert (how["image"], how["strength"]) == (None, 1)
     assert redo("a.png") == 0
     assert same("a.png", "a-redo.png")
@@ -155,7 +155,7 @@ def test_adapters_from_another_working_folder(paint, pipe, place, capsys, monkey
 
 def test_a_file_that_has_changed_is_named_and_used(paint, small_photo, place, capsys, monkeypatch):
     paint("--mask", "mask.png")
-    Image.new("L", (120, 88), 255).save("mask.png")
+    Image.new("L", (72, 56), 255).save("mask.png")
     capsys.readouterr()
     assert redo("a.png") == 0
     [line] = [line for line in capsys.readouterr().err.splitlines() if "SHA-256" in line]
