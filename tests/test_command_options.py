@@ -30,6 +30,12 @@ def shared():
     return pipe
 
 
+@pytest.fixture(scope="module")
+def small_photo(photo):
+    """A photograph, 96x56."""
+    return photo.resize((96, 56))
+
+
 @pytest.fixture
 def place(tmp_path, small_photo, monkeypatch):
     """A working folder with a photo and a depth map."""
@@ -80,7 +86,7 @@ def test_a_mask_keeps_the_photo(command, shared, photo):
 CASES = {
     "seamless": (["--seamless"], {"seamless": True}),
     "seamless along one axis": (["--seamless", "x"], {"seamless": "x"}),
-    "windows": (["--windows", 64, 32], {"windows": (64, 32)}),
+    "windows": (["--windows", 40, 16], {"windows": (40, 16)}),
     "start": (["--start", "noise"], {"start": "noise", "strength": 1.0}),
     "hires": (["--hires", 1.5], {"hires": 1.5}),
     "hires with strength": (["--hires", 2, "--hires-strength", 0.7], {"hires": 2, "hires_strength": 0.7}),
@@ -99,7 +105,7 @@ def test_options_are_those_of_the_library(case, command, shared, small_photo, pl
     assert np.array_equal(found, library(shared, small_photo, **arguments))
     if case == "preview":
         with Image.open("a-preview.png") as preview:
-            assert preview.size == (120, 88)
+            assert preview.size == (96, 56)
     else:
         assert {name: how[name] for name in arguments} == json.loads(json.dumps(arguments))
         plain = library(shared, small_photo)
@@ -118,24 +124,24 @@ def test_depth_alone(command, shared):
 
 
 SIZES = {
-    "crop": "photo resized from 120x88 to 96x96: cropped by left 16, right 16",
-    "pad": "photo resized from 120x88 to 96x96: padded by top 16, bottom 16",
-    "stretch": "photo resized from 120x88 to 96x96: stretched",
+    "crop": "photo resized from 96x56 to 64x64: cropped by left 20, right 20",
+    "pad": "photo resized from 96x56 to 64x64: padded by top 20, bottom 20",
+    "stretch": "photo resized from 96x56 to 64x64: stretched",
 }
 
 
 @pytest.mark.parametrize("mode", SIZES)
 def test_sizes(mode, command, shared, small_photo, capsys):
-    found, _ = command("--height", 96, "--width", 96, "--resize-mode", mode)
+    found, _ = command("--height", 64, "--width", 64, "--resize-mode", mode)
     assert f"depthdiff: {SIZES[mode]}" in capsys.readouterr().err.splitlines()
-    assert np.array_equal(found, library(shared, small_photo, height=96, width=96, resize_mode=mode))
-    assert found.shape == (96, 96, 3)
+    assert np.array_equal(found, library(shared, small_photo, height=64, width=64, resize_mode=mode))
+    assert found.shape == (64, 64, 3)
 
 
 def test_one_side_of_a_size(command, shared, small_photo, capsys):
-    found, _ = command("--width", 64)
-    assert found.shape == (48, 64, 3)
-    assert np.array_equal(found, library(shared, small_photo, width=64))
+    found, _ = command("--width", 48)
+    assert found.shape == (32, 48, 3)
+    assert np.array_equal(found, library(shared, small_photo, width=48))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,7 @@ def test_one_side_of_a_size(command, shared, small_photo, capsys):
     [
         ["--steps", "2", "a cup", "--seed", "5", "photo.png", "-o", "a.png"],
         ["--seed", "5", "--seamless", "x", "-o", "a.png", "a cup", "photo.png", "--steps", "2"],
-        ["-o", "a.png", "--windows", "64", "32", "a cup", "photo.png", "--steps", "2", "--seed", "5"],
+        ["-o", "a.png", "--windows", "40", "16", "a cup", "photo.png", "--steps", "2", "--seed", "5"],
         ["--karras", "--steps", "2", "--seed=5", "-o", "a.png", "--", "a cup", "photo.png"],
     ],
 )
@@ -258,7 +264,7 @@ def test_a_partial_picture_is_what_is_expected(command, shared, small_photo, mon
     assert Path("a-redo.png").read_bytes() == whole_file
 
 
-@pytest.mark.parametrize(("count", "size", "taken"), [(4, (88, 120), 4), (5, (176, 240), 5), (6, (176, 240), 6)])
+@pytest.mark.parametrize(("count", "size", "taken"), [(4, (56, 96), 4), (5, (112, 192), 5), (6, (112, 192), 6)])
 def test_a_second_pass_is_interrupted(count, size, taken, command, monkeypatch):
     """After the first pass, or within the second: a picture of that pass's size."""
     interrupt_after(monkeypatch, count)
@@ -307,5 +313,5 @@ def test_a_process_that_is_interrupted(place, tiny_folder):
     with Image.open("a.png") as picture:
         picture.load()
         how = json.loads(picture.text["depthdiff"])
-    assert picture.size == (120, 88) and 3 <= how["interrupted_after"] < 1000
+    assert picture.size == (96, 56) and 3 <= how["interrupted_after"] < 1000
     assert {path.name for path in place.iterdir()} == {"photo.png", "depth.npy", "a.png", "a-preview.png"}

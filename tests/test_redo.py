@@ -34,9 +34,26 @@ def place(tmp_path, small_photo, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    """Pipelines that were loaded before, which saves most of the time: options of loading -> pipeline."""
+    return {}
+
+
 @pytest.fixture
-def paint(place, tiny_folder):
+def paint(place, tiny_folder, loaded, monkeypatch):
     """Run the command; return what it stored."""
+    load = cli.load
+
+    def load_once(options, dtype):
+        if options.lora or options.embedding:
+            return load(options, dtype)
+        key = options.model, str(dtype), options.scheduler, options.karras
+        if key not in loaded:
+            loaded[key] = load(options, dtype)
+        return loaded[key]
+
+    monkeypatch.setattr(cli, "load", load_once)
 
     def run(*options, photo="photo.png", output="a.png"):
         arguments = ["two tigers", *([] if photo is None else [photo]), "--model", tiny_folder, "--steps", 2]
