@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from depthdiff.adapters.formats import PICKLES
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.single_file import SUFFIXES
@@ -111,7 +113,9 @@ def build_redo_parser() -> argparse.ArgumentParser:
         "depthdiff redo a.png --set strength=0.6 --set image=photos/scene.png -o b.png. "
         "Where redo is a prompt: depthdiff -- redo IMAGE",
     )
-    parser.add_argument("picture", metavar="PICTURE", type=Path, help="a PNG that the command wrote")
+    parser.add_argument(
+        "picture", metavar="PICTURE", type=Path, help="a PNG that the command wrote, or one of the web UI"
+    )
     set_help = (
         "change an option of the command, by its long name, or prompt or image; true or false for a flag, none for "
         "absent, two numbers with a comma between them; may be given several times"
@@ -346,8 +350,13 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
     if value is True:
         return [option]
     if isinstance(value, list):
-        return [option, *map(str, value)] if action.nargs == 2 else [f"{option}={one}" for one in value]
+        return [option, *map(_number, value)] if action.nargs == 2 else [f"{option}={one}" for one in value]
     return [f"{option}={value}"]
+
+
+def _number(value: Any) -> str:
+    """Write a number without an exponent, which the parser would take for an option behind a minus."""
+    return np.format_float_positional(value, trim="-") if isinstance(value, float) else str(value)
 
 
 def _path(options: argparse.Namespace, name: str) -> Path:

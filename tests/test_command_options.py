@@ -86,10 +86,11 @@ def test_a_mask_keeps_the_photo(command, shared, photo):
 CASES = {
     "seamless": (["--seamless"], {"seamless": True}),
     "seamless along one axis": (["--seamless", "x"], {"seamless": "x"}),
-    "windows": (["--windows", 40, 16], {"windows": (40, 16)}),
+    "windows": (["--windows", 64, 32], {"windows": (64, 32)}),
     "start": (["--start", "noise"], {"start": "noise", "strength": 1.0}),
     "hires": (["--hires", 1.5], {"hires": 1.5}),
     "hires with strength": (["--hires", 2, "--hires-strength", 0.7], {"hires": 2, "hires_strength": 0.7}),
+    "hires without a step": (["--hires", 2, "--hires-strength", 0], {"hires": 2, "hires_strength": 0}),
     "preview": (["--preview", 1], {}),
     "rescaled": (["--guidance-rescale", 0.7], {"guidance_rescale": 0.7}),
     "aspect": (["--depth-keep-aspect"], {"depth_keep_aspect": True}),
@@ -149,7 +150,7 @@ def test_one_side_of_a_size(command, shared, small_photo, capsys):
     [
         ["--steps", "2", "a cup", "--seed", "5", "photo.png", "-o", "a.png"],
         ["--seed", "5", "--seamless", "x", "-o", "a.png", "a cup", "photo.png", "--steps", "2"],
-        ["-o", "a.png", "--windows", "40", "16", "a cup", "photo.png", "--steps", "2", "--seed", "5"],
+        ["-o", "a.png", "--windows", "64", "32", "a cup", "photo.png", "--steps", "2", "--seed", "5"],
         ["--karras", "--steps", "2", "--seed=5", "-o", "a.png", "--", "a cup", "photo.png"],
     ],
 )
@@ -238,9 +239,6 @@ def interrupt_after(monkeypatch, count, *, times=1):
     monkeypatch.setattr(cli, "save_image", save_image)
 
 
-PARTIAL = ("--preview", 1, "--save-partial", "--scheduler", "ddim")
-
-
 def test_a_partial_picture_is_what_is_expected(command, shared, small_photo, monkeypatch, capsys):
     """The clean latents that the last step predicts, decoded. Its redo is the whole picture."""
     whole, _ = command("--strength", 1)
@@ -274,9 +272,23 @@ def test_a_second_pass_is_interrupted(count, size, taken, command, monkeypatch):
     assert how["interrupted_after"] == taken
 
 
+def test_between_two_passes_the_first_counts(command, shared, monkeypatch):
+    """Which is whole, but smaller than what was asked for."""
+    whole, _ = command("--strength", 1)
+    enlarge = shared.enlarge
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return enlarge(*arguments)
+
+    monkeypatch.setattr(shared, "enlarge", interrupted)
+    found, how = command("--strength", 1, "--hires", 2, "--save-partial", status=130)
+    assert np.array_equal(found, whole) and how["interrupted_after"] == 4  # PNDM's first step takes two
+
+
 def test_after_the_last_step_there_is_nothing_to_leave_out(command, monkeypatch):
     whole, _ = command("--strength", 1)
-    interrupt_after(monkeypatch, 4)  # PNDM's first step takes two
+    interrupt_after(monkeypatch, 4)
     found, how = command("--strength", 1, "--preview", 1, "--save-partial")
     assert np.array_equal(found, whole) and "interrupted_after" not in how
 

@@ -93,7 +93,7 @@ CASES = {
     "mask": ["--mask", "mask.png", "--mask-blur", 2, "--mask-content", "noise", "--clip-skip", 1],
     "noise": ["--start", "noise", "--prompt-syntax", "a1111", "--device", "cpu", "--attention", "sliced"],
     "seamless": ["--seamless", "x", "--depth", "depth.png", "--depth-invert", "flip"],
-    "windows": ["--windows", 40, 16, "--depth-keep-aspect", "--depth-range", 0.5, 0.1],
+    "windows": ["--windows", 40, 16, "--depth-keep-aspect", "--depth-range", 0.5, "-0.00001"],
     "one side": ["--size", 48, "--dtype", "bfloat16"],
     "height and width": ["--height", 64, "--width", 48, "--resize-mode", "pad"],
 }
