@@ -228,6 +228,7 @@ def paint(
                 return pipe.decode(run), None
     if latest is None:
         return [], taken
+    print("depthdiff: interrupted; decoding what there is; interrupt again to end at once", file=sys.stderr)
     if latest.denoised is not None and latest.index + 1 < len(run):
         run.latents = latest.denoised
     return pipe.decode(run), taken
