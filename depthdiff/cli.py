@@ -8,9 +8,11 @@ import logging
 import random
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +42,16 @@ from depthdiff.options import DTYPES, read_options
 from depthdiff.picture_files import save_image
 from depthdiff.pipeline import StableDiffusionDepth2ImgPipeline
 from depthdiff.previews import LatentToRGB, load_preview_decoder
-from depthdiff.process import Terminated, allow_tf32, cleaning_up, keep_freed_buffers, lenient_streams, stopping
+from depthdiff.process import (
+    Terminated,
+    allow_tf32,
+    cleaning_up,
+    keep_freed_buffers,
+    lenient_streams,
+    showing_warnings,
+    stopping,
+)
+from depthdiff.redo import read_redo
 from depthdiff.registry import make_scheduler
 from depthdiff.schedulers import DDIMScheduler
 from depthdiff.settings import settings
@@ -64,11 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with cleaning_up() as came:
                 if arguments[:1] == ["inspect"]:
                     return run_inspect(arguments[1:])
-                options = read_options(arguments)
+                redo = arguments[:1] == ["redo"]
+                options, said = read_redo(arguments[1:]) if redo else (read_options(arguments), [])
+                for line in said:
+                    print(f"depthdiff: {line}", file=sys.stderr)
                 verbose = options.verbose
                 logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
-                check_numbers(options)
-                return run(options, check_files(options))
+                with nullcontext() if verbose else showing_warnings("depthdiff.depth_maps"):
+                    check_numbers(options)
+                    return run(options, check_files(options))
         except KeyboardInterrupt:
             return fail("interrupted", 130)
         except Terminated:
@@ -104,7 +119,7 @@ def run_inspect(arguments: Sequence[str]) -> int:
 def run(options: argparse.Namespace, outputs: list[Path]) -> int:
     """Do the work: read, load, repaint, save; return the exit status."""
     device = best_device() if options.device == "auto" else options.device
-    dtype: Any = DTYPES[options.dtype or ("float16" if device.startswith("cuda") else "auto")]
+    dtype: Any = options.dtypes or DTYPES[options.dtype or ("float16" if device.startswith("cuda") else "auto")]
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
     inputs, sums = read_inputs(options), checksums(options)
     warn_of_a_map_on_its_side(inputs)
@@ -122,7 +137,7 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> int:
     if said is not None:
         print(f"depthdiff: {said}", file=sys.stderr)
     warn_of_cut_prompts(options, pipe)
-    print(f"seed {seed}")
+    print(f"seed {seed + (options.index or 0)}")
     depth_map = inputs.depth_map
     if depth_map is None:
         assert inputs.photo is not None
@@ -132,8 +147,8 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> int:
     if not pictures:
         raise KeyboardInterrupt
     works = [
-        partial(save_image, picture, path, settings(options, picture, seed, i, pipe, sums, taken))
-        for i, (picture, path) in enumerate(zip(pictures, outputs, strict=True))
+        partial(save_image, pictures[i], path, settings(options, pictures[i], seed, i, pipe, sums, taken))
+        for i, path in zip(numbers(options), outputs, strict=True)
     ]
     if options.save_depth is not None:
         works.append(partial(write_depth_file, depth_map[0], options.save_depth))
@@ -147,6 +162,11 @@ def run(options: argparse.Namespace, outputs: list[Path]) -> int:
         works.append(partial(save_image, contact_sheet([*tiles.values(), *pictures], labels), options.sheet))
     save_all(works)
     return 0 if taken is None else fail("interrupted; what there was is written", 130)
+
+
+def numbers(options: argparse.Namespace) -> Sequence[int]:
+    """Return which pictures of a batch are written: all, or the one that is made again."""
+    return range(options.num_images) if options.index is None else [options.index]
 
 
 def paint(
@@ -188,23 +208,30 @@ def paint(
         resize_mode=None if height is None else "stretch",
         **options_of_call(options),
     )
-    taken, latest = 0, None
-    with stopping(pipe.interrupt if options.save_partial else None):
+    taken, latest, asked = 0, None, threading.Event()
+    with stopping(asked.set if options.save_partial else None):
         for factor in (None, *([] if options.hires is None else [options.hires])):
-            if factor is not None:
-                run = pipe.enlarge(run, factor, options.hires_strength)
+            larger = run if factor is None or asked.is_set() else pipe.enlarge(run, factor, options.hires_strength)
+            if asked.is_set():
+                break
+            run, latest = larger, None
             for step in pipe.progress_bar(pipe.denoise(run), total=len(run)):
                 taken, latest = taken + 1, step
                 if options.preview is not None and (step.index + 1) % options.preview == 0:
-                    for picture, output in zip(pipe.preview(step, decoder), outputs, strict=True):
-                        save_image(picture, preview_path(output))
-            if run.stop.asked:
-                break
-    if not run.stop.asked:
-        return pipe.decode(run), None
-    if latest is not None and latest.denoised is not None:
+                    shown = pipe.preview(step, decoder)
+                    for i, output in zip(numbers(options), outputs, strict=True):
+                        save_image(shown[i], preview_path(output))
+                if asked.is_set():
+                    break
+        else:
+            if latest is None or latest.index + 1 == len(run):  # asked too late to leave anything out
+                return pipe.decode(run), None
+    if latest is None:
+        return [], taken
+    print("depthdiff: interrupted; decoding what there is; interrupt again to end at once", file=sys.stderr)
+    if latest.denoised is not None and latest.index + 1 < len(run):
         run.latents = latest.denoised
-    return pipe.decode(run) if latest is not None else [], taken
+    return pipe.decode(run), taken
 
 
 def save_all(works: list[partial[None]]) -> None:
@@ -224,7 +251,9 @@ def save_all(works: list[partial[None]]) -> None:
         raise errors[0]
 
 
-def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> StableDiffusionDepth2ImgPipeline:
+def load(
+    options: argparse.Namespace, dtype: torch.dtype | Literal["auto"] | dict[str, torch.dtype]
+) -> StableDiffusionDepth2ImgPipeline:
     """Load the pipeline, and show its warnings as plain lines."""
     if options.scheduler is not None:
         make_scheduler(options.scheduler, {}, "--scheduler", karras=options.karras)  # refuses before anything is loaded
@@ -235,6 +264,7 @@ def load(options: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> S
         warnings.simplefilter("always", UserWarning)
         where: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": options.offline}
         if options.model.endswith(SUFFIXES) and not Path(options.model).is_dir():
+            where["torch_dtype"] = "auto" if isinstance(dtype, dict) else dtype  # which is what differs by component
             pipe = StableDiffusionDepth2ImgPipeline.from_single_file(
                 options.model, prediction_type=options.prediction_type, scheduler_type=options.scheduler, **where
             )

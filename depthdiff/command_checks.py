@@ -94,10 +94,12 @@ def check_files(options: argparse.Namespace) -> list[Path]:
             raise FileNotFoundError(f"--preview-decoder {options.preview_decoder} is neither a file nor a folder")
         inputs |= files_of("preview decoder", str(options.preview_decoder))
     inputs |= files_of("model", options.model or BUNDLED)
+    if options.picture is not None:
+        inputs[f"the picture {options.picture}"] = options.picture
     start: Path = options.image or options.depth
     output: Path = options.output or start.with_name(f"{start.stem}-depthdiff.png")
     outputs = [output]
-    if options.num_images > 1:
+    if options.num_images > 1 and options.index is None:
         outputs = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, options.num_images + 1)]
     writes = [*outputs, *filter(None, (options.save_depth, options.depth_preview, options.sheet))]
     writes += map(preview_path, outputs) if options.preview is not None else ()

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from depthdiff.call_options import CallOptions
-from depthdiff.checkpoint.hub import BUNDLED
+from depthdiff.checkpoint.hub import BUNDLED, bundled, read_json
 from depthdiff.command_checks import shortcuts, split_option
 from depthdiff.depth_files import read_depth_file
 from depthdiff.depth_maps import disparity_ends, read_disparity
@@ -64,8 +64,15 @@ def read_inputs(options: argparse.Namespace) -> Inputs:
         mask = read_mask(open_image(options.mask, "--mask"), "--mask")
     chosen = CallOptions(**options_of_call(options), resize_mode=options.resize_mode, depth_keep_aspect=(
         options.depth_keep_aspect), height=options.height, width=options.width, mask_image=mask)  # fmt: skip
-    chosen.check(photo, depth_map, options.strength, True, 1, shortcuts(options).deep_cache)
+    chosen.check(photo, depth_map, options.strength, True, factor_of(options.model), shortcuts(options).deep_cache)
     return Inputs(photo, depth_map, mask)
+
+
+def factor_of(model: str | None) -> int:
+    """Return how many pixels a latent stands for, as far as a folder says so before it is loaded; else 1."""
+    config = (bundled() if model in (None, BUNDLED) else Path(model)) / "vae" / "config.json"
+    widths = read_json(config).get("block_out_channels") if config.is_file() else None
+    return 2 ** (len(widths) - 1) if isinstance(widths, list) and widths else 1
 
 
 def options_of_call(options: argparse.Namespace) -> dict[str, Any]:

@@ -65,6 +65,9 @@ SHORTCUT_HELP = {
     "token_merging": "0..0.75, share of tokens to merge in the finest self-attention (default: 0)",
 }
 
+BEYOND = {"picture": None, "index": None, "dtypes": None, "typed": None}
+"""What `depthdiff redo` says beyond the options: see `depthdiff.redo.read_redo`."""
+
 
 def scheduler_name(text: str) -> str:
     """Return the name of a solver, or say which there are."""
@@ -141,9 +144,9 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    parser = argparse.ArgumentParser(
+def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Describe the command line; `kind` says how errors are told."""
+    parser = kind(
         prog="depthdiff",
         description="Repaint a photo by a prompt and keep its depth, with Stable Diffusion 2 depth-to-image.",
         epilog="example: depthdiff 'a golden sphere and a blue cube, at sunset' scene.png --strength 1 --guidance 2. "
@@ -183,6 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--attention", choices=FORMS, default="sdpa", help="form of attention (%(default)s)")
     machine.add_argument("--tf32", action="store_true", help=TF32_HELP)
     machine.add_argument("--offline", action="store_true", help="use only what was downloaded before")
+    parser.set_defaults(**BEYOND)
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import os
 import signal
 import sys
@@ -85,6 +86,23 @@ def lenient_streams() -> Iterator[None]:
         stack.enter_context(redirect_stdout(Stream(sys.stdout)))
         stack.enter_context(redirect_stderr(Stream(sys.stderr)))
         yield
+
+
+@contextmanager
+def showing_warnings(name: str) -> Iterator[None]:
+    """Within, print the warnings of one logger on stderr, each as a line of the command, and nowhere else."""
+    logger, handler = logging.getLogger(name), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("depthdiff: %(message)s"))
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates
 
 
 class Terminated(BaseException):

@@ -10,6 +10,8 @@ from PIL import Image
 
 import depthdiff
 from depthdiff.command_checks import shortcuts
+from depthdiff.options import SHORTCUT_HELP
+from depthdiff.registry import CLASSES
 
 STORED = (
     *("prompt", "negative_prompt", "strength", "steps", "guidance", "eta", "num_images", "clip_skip", "karras"),
@@ -20,6 +22,21 @@ STORED = (
 """Options of the command that a picture depends on, stored as they are."""
 FILES = "image", "depth", "mask"
 """Options that name files that a picture depends on; their names are stored without folders."""
+OTHER_NAMES = {"size": "shorter_side", "scheduler": "solver"}
+"""Options that are stored under another name: what they lead to is stored under their own."""
+KEYS = (
+    *FILES,
+    *STORED,
+    *SHORTCUT_HELP,
+    *OTHER_NAMES.values(),
+    "seed",
+    "index",
+    "device",
+    "dtypes",
+    "sha256",
+    "version",
+)
+"""What is needed to make a picture again."""
 
 
 def settings(
@@ -42,7 +59,7 @@ def settings(
         sums: SHA-256 of the files that were read, by option.
         taken: steps after which it was interrupted; None where it is complete.
     """
-    chosen = {name: getattr(options, name) for name in STORED}
+    chosen = {name: getattr(options, name) for name in STORED} | (options.typed or {})
     names = {name: None if (path := getattr(options, name)) is None else path.name for name in FILES}
     return {
         **names,
@@ -52,8 +69,11 @@ def settings(
         "shorter_side": options.size,
         "seed": seed + index,
         "index": index,
+        "solver": options.scheduler,
         "scheduler": type(pipe.scheduler).__name__,
+        "device": pipe.execution_device.type,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "dtypes": {name: str(getattr(pipe, name).dtype).removeprefix("torch.") for name in CLASSES},
         "sha256": sums,
         **({} if taken is None else {"interrupted_after": taken}),
         "version": depthdiff.__version__,

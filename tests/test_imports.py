@@ -28,6 +28,8 @@ ORDER = (
     ("options",),
     ("command_checks",),
     ("command_inputs", "settings"),
+    ("infotext",),
+    ("redo",),
     ("cli",),
     ("__main__",),
 )
