@@ -156,7 +156,7 @@ class CallOptions:
         refuse(masked and latents, "mask_image", "needs the image as pixels, which are kept outside it, got latents")
         refuse(
             self.depth_keep_aspect and depth_map is not None,
-            "depth_keep_aspect", "is about estimating depth, but depth_map is given; leave one out",
+            "depth_keep_aspect", "applies to estimates, but depth_map is given; leave one out",
         )  # fmt: skip
         refuse(
             self.prompt_syntax is not None and not texts,

@@ -53,6 +53,9 @@ def check_numbers(options: argparse.Namespace) -> None:
     for name in ("size", "height", "width"):
         if getattr(options, name) is not None:
             check_number(f"--{name}", getattr(options, name), 8, MAX_SIZE, whole=True)
+    for name, needs in (("mask_blur", "mask"), ("mask_content", "mask"), ("hires_strength", "hires")):
+        if getattr(options, name) is not None and getattr(options, needs) is None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --{needs}")
     if options.size is not None and (options.height is not None or options.width is not None):
         raise ValueError("--size must be left out where --height or --width say the size")
     read_hires(options.hires, options.hires_strength)
@@ -66,8 +69,6 @@ def check_numbers(options: argparse.Namespace) -> None:
         lora_weight(text)
     shortcuts(options)
     check_depth_options(options.depth_invert, options.depth_range)
-    if options.depth_keep_aspect and options.depth is not None:
-        raise ValueError("--depth-keep-aspect is for depth that is estimated; leave it out, or --depth")
 
 
 def check_files(options: argparse.Namespace) -> list[Path]:
@@ -140,7 +141,6 @@ def check_room(options: argparse.Namespace, outputs: list[Path], height: int, wi
     if pixels > MAX_PIXELS:
         sizes = " ".join(f"--{n} {v}" for n, v in vars(options).items() if n in SIZES and v is not None)
         raise ValueError(f"{sizes} asks for {pixels:,} pixels, at most {MAX_PIXELS:,} can be; choose less")
-    # the bundled model may choose a smaller size
     if options.model is not None or any(
         getattr(options, name) is not None for name in SIZES[:3]
     ):  # else the bundled model may choose a smaller size

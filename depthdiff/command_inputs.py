@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from depthdiff.call_options import CallOptions
+from depthdiff.call_options import NAMES, CallOptions
 from depthdiff.checkpoint.hub import BUNDLED, bundled, read_json
 from depthdiff.command_checks import shortcuts, split_option
 from depthdiff.depth_files import read_depth_file
@@ -62,10 +63,26 @@ def read_inputs(options: argparse.Namespace) -> Inputs:
         depth_map = read_disparity(given, options.depth_invert, options.depth_range, "--depth")
     if options.mask is not None:
         mask = read_mask(open_image(options.mask, "--mask"), "--mask")
-    chosen = CallOptions(**options_of_call(options), resize_mode=options.resize_mode, depth_keep_aspect=(
-        options.depth_keep_aspect), height=options.height, width=options.width, mask_image=mask)  # fmt: skip
-    chosen.check(photo, depth_map, options.strength, True, factor_of(options.model), shortcuts(options).deep_cache)
+    try:
+        chosen = CallOptions(
+            **options_of_call(options),
+            resize_mode=options.resize_mode,
+            depth_keep_aspect=options.depth_keep_aspect,
+            height=options.height,
+            width=options.width,
+            mask_image=mask,
+        )
+        chosen.check(photo, depth_map, options.strength, True, factor_of(options.model), shortcuts(options).deep_cache)
+    except ValueError as error:
+        raise ValueError(in_command_line(str(error))) from error
     return Inputs(photo, depth_map, mask)
+
+
+def in_command_line(text: str) -> str:
+    """Write the options of a call in an error as those of the command."""
+    text = text.replace("mask_image", "mask").replace("depth_map", "depth").replace('start="noise"', "start noise")
+    names = "|".join((*NAMES, "mask", "depth"))
+    return re.sub(rf"\b({names})\b", lambda found: f"--{found[0].replace('_', '-')}", text)
 
 
 def factor_of(model: str | None) -> int:
@@ -97,6 +114,9 @@ def fit_inputs(inputs: Inputs, options: argparse.Namespace, pipe: Any) -> tuple[
     published one's config says 256 pixels, and was trained on 512.
     """
     own, factor = inputs.size, pipe.vae_scale_factor
+    for name in ("height", "width"):
+        if (getattr(options, name) or 0) % factor:
+            raise ValueError(f"--{name} must be a multiple of {factor} with this model, got {getattr(options, name)}")
     if options.height is not None or options.width is not None:
         fit = Fit(own, wanted_size(options.height, options.width, own, factor), options.resize_mode or "crop")
     else:

@@ -24,6 +24,8 @@ DTYPES = {name: getattr(torch, name, name) for name in ("auto", "float32", "floa
 MAX_STEPS, MAX_IMAGES, MAX_SIZE = 100_000, 1000, 2**14
 """Limit of the numbers of the command line; schedulers have lower ones."""
 
+VALUES = {"--seamless": ("x", "y"), "--depth-invert": ("flip",)}
+"""Options whose value may be left out, and the values."""
 SHELLS = ("bash", "zsh", "tcsh")
 COMPLETION_HELP = "print a completion script for this shell (needs shtab)"
 SIZE_HELP = "length of the picture's shorter side (default: the photo's, or 128 for mini if 1.5 times too large)"
@@ -109,7 +111,9 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     look.add_argument("--eta", type=float, default=0.0, help="0..1, added noise, for ddim and tcd (%(default)s)")
     look.add_argument("--start", choices=("image", "noise"), default="image", help=START_HELP)
     look.add_argument("--guidance-rescale", type=float, default=0.0, metavar="SHARE", help=RESCALE_HELP)
-    look.add_argument("--seamless", nargs="?", const=True, default=False, choices=("x", "y"), help=SEAMLESS_HELP)
+    look.add_argument(
+        "--seamless", nargs="?", const=True, default=False, choices=VALUES["--seamless"], help=SEAMLESS_HELP
+    )
     look.add_argument("--clip-skip", type=int, metavar="N", help="last layers of the text encoder to leave out")
     look.add_argument("--prompt-syntax", choices=SYNTAXES, help=SYNTAX_HELP)
     look.add_argument("--scheduler", metavar="NAME", type=scheduler_name, help=SCHEDULER_HELP)
@@ -138,10 +142,19 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; wrong usage ends with status 2."""
     parser = build_parser()
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(with_flags_last(arguments))
     if options.image is None and options.depth is None:
         parser.error("IMAGE is missing: name the photo to start from, or a depth map alone with --depth")
     return options
+
+
+def with_flags_last(arguments: Sequence[str]) -> list[str]:
+    """Move options whose value is left out behind the rest, whose first word argparse would take for that value."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    words, rest = list(arguments[:end]), list(arguments[end:])
+    following = [*words[1:], None]
+    alone = [i for i, word in enumerate(words) if word in VALUES and following[i] not in VALUES[word]]
+    return [word for i, word in enumerate(words) if i not in alone] + [words[i] for i in alone] + rest
 
 
 def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -194,7 +207,9 @@ def add_depth(parser: argparse.ArgumentParser) -> None:
     """Describe the options of depth."""
     depth = parser.add_argument_group("depth")
     depth.add_argument("--depth", metavar="FILE", type=Path, help=DEPTH_HELP)
-    depth.add_argument("--depth-invert", nargs="?", const=True, default=False, choices=("flip",), help=INVERT_HELP)
+    depth.add_argument(
+        "--depth-invert", nargs="?", const=True, default=False, choices=VALUES["--depth-invert"], help=INVERT_HELP
+    )
     depth.add_argument("--depth-range", nargs=2, type=float, metavar=("NEAR", "FAR"), help=RANGE_HELP)
     depth.add_argument(
         "--depth-keep-aspect", action="store_true", help="do not stretch the photo to estimate its depth"

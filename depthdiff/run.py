@@ -77,7 +77,7 @@ class Run:
         latents: (B, 4, h, w), as noisy as the next step expects.
         prompt_embeds: (B, L, C), the prompts; with guidance (2B, L, C), the negative ones first.
         depth: (B, 1, h, w) in [-1, 1], near is large; with guidance (2B, 1, h, w), once for each prompt.
-        guidance_scale: guidance is on above 1; one, or one a picture. `prompt_embeds` must match when it turns on or off.
+        guidance_scale: guidance is on above 1; one, or one a picture. `prompt_embeds` must match when it turns off.
         generator: for schedulers that add noise on the way.
         eta: noise added on the way, for DDIM.
         cross_attention_kwargs: for the attention processors; "scale" multiplies the active adapters.

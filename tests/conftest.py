@@ -58,6 +58,28 @@ SLOW = (
         for what in ("a_pipeline_goes_to", "schedulers_and_scales_of_their_own_in_threads[a")
     ),
     "test_state.py::test_interrupted_at_any_line",
+    *(f"test_call_options.py::test_{what}" for what in ("pairs_that_work", "the_same_in_a_loop", "a_saved_pipeline")),
+    *(f"test_windows.py::test_multidiffusion[windows{i}" for i in (2, 3)),
+    *("test_windows.py::test_with_a_photo", "test_windows.py::test_pictures_have_their_size"),
+    *(
+        f"test_seamless.py::test_{what}"
+        for what in ("no_seam", "threads_do", "it_is_off_afterwards[False", "networks_of")
+    ),
+    *(f"test_masks.py::test_a_white_mask_changes_nothing[{name}" for name in ("euler", "dpmpp_2m")),
+    *(
+        f"test_masks.py::test_{what}[{name}"
+        for what in ("the_kept_part_is_the_photo", "a_loop_of_one_s_own_does_the_same")
+        for name in ("ddpm", "lms", "euler-", "dpm2-", "dpm2_a", "dpmpp_2m-", "dpmpp_2s", "deis", "unipc", "lcm", "tcd")
+    ),
+    *(f"test_guidance.py::test_each_picture_has_its_own_scale[{kind}" for kind in ("tuple", "tensor", "array")),
+    *(f"test_hires.py::test_{what}" for what in ("enlarge_in_a_loop", "strength_nought")),
+    *(f"test_depth_only.py::test_diffusers_fed_with_noise[{name}" for name in ("ddim", "dpmpp_2m")),
+    *(f"test_depth_only.py::test_a_loop_of_one_s_own[{name}" for name in ("ddim", "euler-", "lms")),
+    *("test_interruption.py::test_another_thread", "test_interruption.py::test_a_callback_stops_no_other"),
+    *(f"test_previews.py::test_{what}" for what in ("the_command_writes", "half_precision")),
+    *(f"parity/test_depth_estimators.py::test_{what}" for what in ("pictures_by_the_estimator", "the_pages_programs")),
+    "test_depth_files.py::test_without_the_extra",
+    *("test_redo.py", "test_command_options.py"),
 )
 """Files and tests, as the names of tests begin below a folder, that take long; CI runs them all."""
 

@@ -90,8 +90,10 @@ def test_a_call_within_a_callback_is_stopped_alone(pipe, small_photo):
         if index == 0:
             paint(pipe, small_photo, stop)
 
-    paint(pipe, small_photo, nest)
+    flags = []
+    paint(pipe, small_photo, lambda *args: (nest(*args), flags.append(pipe._interrupt))[0])
     assert inner == [0] and len(outer) == STEPS + 1
+    assert not any(flags), "the outer call is not interrupted"
 
 
 def test_a_loop_of_one_s_own_ends(pipe, small_photo):

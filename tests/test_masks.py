@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from depthdiff import DDIMScheduler
+from depthdiff import DDIMScheduler, StableDiffusionDepth2ImgPipeline
 from depthdiff.config import FrozenDict
 from depthdiff.masks import feather, latent_mask, read_mask
 from depthdiff.registry import make_scheduler
@@ -229,6 +229,29 @@ def test_wrong_masks(wrong, pipe, small_photo):
 def test_read_mask_keeps_its_numbers():
     soft = torch.rand(2, 5, 7)
     assert torch.equal(read_mask(soft), soft)
+
+
+def test_each_mask_of_a_list_has_its_own_white(mask):
+    both = read_mask([np.asarray(mask).astype(np.uint16) * 257, np.asarray(mask)])
+    assert torch.equal(both[0], both[1]) and both.max() == 1
+
+
+class Painter(StableDiffusionDepth2ImgPipeline):
+    """A subclass with diffusers' own arguments."""
+
+    def prepare_latents(self, image, timestep, batch_size, num_images_per_prompt, dtype, device, generator=None):
+        return super().prepare_latents(image, timestep, batch_size, num_images_per_prompt, dtype, device, generator)
+
+
+def test_an_override_that_knows_no_mask(pipe, small_photo, mask):
+    painter = Painter(**pipe.components)
+    painter.set_progress_bar_config(disable=True)
+    assert np.array_equal(paint(painter, small_photo, output_type="np"), paint(pipe, small_photo, output_type="np"))
+    for options in ({"mask_image": mask}, {"seamless": True}, {"windows": (64, 32)}):
+        with pytest.raises(
+            ValueError, match="need an argument vae of prepare_latents, which Painter overrides without"
+        ):
+            paint(painter, small_photo, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

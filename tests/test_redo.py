@@ -215,7 +215,7 @@ WRONG = {
     "solver": ("scheduler=eular", "must be one of"),
     "no photo": ("image=none", "does not say what photo it was made of; name one with --set image=PATH"),
     "photo missing": ("image=nowhere.png", "image nowhere.png is not a file"),
-    "combination": ("mask_blur=3", "mask_blur needs mask_image"),
+    "combination": ("mask_blur=3", "--mask-blur needs --mask"),
 }
 
 

@@ -56,6 +56,16 @@ def test_depth_and_mask_go_with_the_photo(mode, pipe):
     assert (run.depth[:1] - small).abs().max() < 0.06  # observed: 0.03, of 2
 
 
+@pytest.mark.parametrize("mode", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("wanted", [(8, 512), (512, 8)])
+def test_extreme_aspects(wanted, mode):
+    """Something is left of every map, and nothing is padded beyond reason."""
+    fitted = Fit((64, 64), wanted, mode).maps(torch.rand(1, 4, 4))
+    assert min(fitted.shape) == 1 if mode == "crop" else min(fitted.shape[1:]) >= 4
+    with pytest.raises(ValueError, match="resize_mode must be crop or stretch from 4000x4000 to 16384x8"):
+        Fit((4000, 4000), (8, 16384), "pad").maps(torch.rand(1, 1, 1).expand(1, 4000, 4000))
+
+
 def test_one_side_follows_from_the_other():
     assert wanted_size(64, None, (88, 120), 8) == (64, 88)
     assert wanted_size(None, 64, (88, 120), 8) == (48, 64)

@@ -100,10 +100,25 @@ def test_the_unet_sees_windows_alone(pipe, monkeypatch):
 def test_tiles_are_those_of_the_autoencoder(pipe):
     """Observed: 0."""
     latents = torch.randn(1, 4, 8, 20)
-    found = tiled(pipe.vae, 64, 8).decode(latents)[0]
+    found = tiled(pipe.vae, 8, 8).decode(latents)[0]
     pipe.vae.enable_tiling()
     pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 64, 8
     assert torch.equal(found, pipe.vae.decode(latents)[0])
+
+
+@pytest.mark.parametrize(
+    "windows", [(8, 8), (16, 16), (24, 8), (40, 24), (48, 16), (72, 40), (100 // 8 * 8, 48), (512, 64)]
+)
+def test_pictures_have_their_size(windows, pipe, small_photo):
+    """Whatever the tiles of the autoencoder come to, and alike from a photo, a depth map and a masked photo."""
+    for given, size in (({"depth_map": WIDE}, (160, 64)), ({"image": small_photo}, (120, 88))):
+        picture = pipe("a cup", num_inference_steps=1, windows=windows, **given).images[0]
+        assert picture.size == size
+    mask = np.ones((88, 120), np.float32)
+    assert pipe("a cup", small_photo, num_inference_steps=1, windows=windows, mask_image=mask).images[0].size == (
+        120,
+        88,
+    )
 
 
 def test_with_a_photo_and_a_mask(pipe, small_photo):
