@@ -136,7 +136,7 @@ REFUSED = {
     "order of distances": (["--depth", "d.npy", "--depth-invert", "--depth-range", "9", "1"], "near below far"),
     "order of disparities": (["--depth", "d.npy", "--depth-range", "1", "9"], "near above far"),
     "no number": (["--depth-range", "nan", "9"], "near of depth_range must be in"),
-    "aspect of a file": (["--depth", "d.npy", "--depth-keep-aspect"], "--depth-keep-aspect applies to estimates, but --depth is given"),
+    "aspect of a file": (["--depth", "d.npy", "--depth-keep-aspect"], "--depth-keep-aspect applies to estimates"),
     "no map": (["--depth", "text.npy"], "--depth text.npy is damaged or not a picture of a known type"),
     "missing": (["--depth", "nowhere.npy"], "depth nowhere.npy is not a file"),
     "disparity as distances": (["--depth", "zero.npy", "--depth-invert"], "--depth must hold distances above 0"),
