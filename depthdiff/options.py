@@ -42,6 +42,7 @@ STRENGTH_HELP = "0..1, how far to go from the photo (0.8; 1 without IMAGE or wit
 START_HELP = "noise: start from noise alone, so that no colour of the photo is left"
 RESCALE_HELP = "0..1, bring the contrast of guided predictions back (%(default)s)"
 SEAMLESS_HELP = "make a picture that can be laid side by side, along both axes or one"
+SIDE_HELP = "of the picture; the side that is not given follows from the aspect"
 MODE_HELP = "where photo and --height, --width differ in aspect: crop (default), pad with the border, or stretch"
 HIRES_HELP = "1..4, repaint the result once more, so many times larger, with the same depth"
 WINDOWS_HELP = "let the UNet see one window at a time, for pictures larger than it knows; such as 512 64"
@@ -121,8 +122,8 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
 
     size = parser.add_argument_group("size")
     size.add_argument("--size", type=int, metavar="PIXELS", help=SIZE_HELP)
-    size.add_argument("--height", type=int, metavar="PIXELS", help="of the picture; of two, the other one follows")
-    size.add_argument("--width", type=int, metavar="PIXELS", help="of the picture; of two, the other one follows")
+    size.add_argument("--height", type=int, metavar="PIXELS", help=SIDE_HELP)
+    size.add_argument("--width", type=int, metavar="PIXELS", help=SIDE_HELP)
     size.add_argument("--resize-mode", choices=MODES, help=MODE_HELP)
     size.add_argument("--hires", type=float, metavar="FACTOR", help=HIRES_HELP)
     size.add_argument("--hires-strength", type=float, metavar="S", help=f"of the second pass ({HIRES_STRENGTH})")
