@@ -1,13 +1,17 @@
 """Windows: what MultiDiffusion's loop gives, one window at a time."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from depthdiff import DDIMScheduler, UNet2DConditionModel
+from depthdiff import DDIMScheduler, StableDiffusionDepth2ImgPipeline, UNet2DConditionModel
 from depthdiff.registry import make_scheduler
 from depthdiff.windows import over_windows, starts, tiled
 
+ROOT = Path(__file__).parents[1]
 WIDE = np.linspace(0, 1, 64 * 160, dtype=np.float32).reshape(64, 160)
 
 
@@ -119,6 +123,23 @@ def test_pictures_have_their_size(windows, pipe, small_photo):
         120,
         88,
     )
+
+
+def test_tiles_show_no_seam():
+    """With the bundled autoencoder: the change across the tiles' borders is that of the picture decoded as a whole.
+
+    Observed: 0.97 of it, and 0.034 between both pictures, whose pixels are in [-1, 1].
+    """
+    vae = StableDiffusionDepth2ImgPipeline.from_pretrained("mini").vae
+    with Image.open(ROOT / "docs" / "mini.png") as sheet:
+        picture = torch.from_numpy(np.array(sheet.convert("RGB").crop((0, 0, 512, 128)), np.float32) / 127.5 - 1)
+    with torch.no_grad():
+        latents = vae.encode(picture.movedim(2, 0)[None]).latent_dist.mean
+        whole, tiles = vae.decode(latents)[0], tiled(vae, 24, 4).decode(latents)[0]
+    borders = torch.arange(72, 512, 72)
+    across = [(x[..., borders] - x[..., borders - 1]).abs().mean() for x in (tiles, whole)]
+    assert across[0] < 1.1 * across[1]
+    assert (tiles - whole).square().mean().sqrt() < 0.06
 
 
 def test_with_a_photo_and_a_mask(pipe, small_photo):
