@@ -80,6 +80,20 @@ SLOW = (
     *(f"parity/test_depth_estimators.py::test_{what}" for what in ("pictures_by_the_estimator", "the_pages_programs")),
     "test_depth_files.py::test_without_the_extra",
     *("test_redo.py", "test_command_options.py"),
+    *(
+        f"parity/test_pictures.py::test_{what}"
+        for what in ("a_callback_may_give", "callbacks_see_and_change_the_same[small", "encode_prompt[small")
+    ),
+    *(
+        "parity/test_pictures.py::test_folders_go_back_and_forth[tiny-theirs",
+        "parity/test_pictures.py::test_same_picture[tiny-50",
+    ),
+    *("test_consoles.py::test_in_a_notebook", "fast/test_switch.py::test_networks_are_traced"),
+    *("field/test_components.py::test_a_compiled_unet", "field/test_components.py::test_accelerates_prepare"),
+    *(f"test_hub.py::test_{what}" for what in ("a_server_in_trouble", "gated_repository", "no_such_repository")),
+    *("test_inspect.py::test_no_tensor_is_read", "parity/test_autoencoder_tiny.py::test_as_the_autoencoder"),
+    *("test_pipeline.py::test_an_exported_unet", "parity/test_pipeline_contract.py::test_eight_threads"),
+    *("parity/test_pipeline_contract.py::test_autocast", "fast/test_guidance.py::test_a_unet_that_was_changed"),
 )
 """Files and tests, as the names of tests begin below a folder, that take long; CI runs them all."""
 
