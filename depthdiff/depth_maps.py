@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from depthdiff.checks import brief, check_number, plain, show
+from depthdiff.checks import brief, check_dense, check_number, plain, show
 from depthdiff.image import read_depth, read_maps
 
 logger = logging.getLogger(__name__)
@@ -157,6 +157,8 @@ def depth_preview(disparity: Any) -> Image.Image:
 
 def _range(depth_range: object) -> tuple[float, float]:
     """Read two numbers that differ as float32 does, where they differ at all."""
+    if isinstance(depth_range, Tensor):
+        check_dense("depth_range", depth_range)
     values = depth_range.tolist() if isinstance(depth_range, (np.ndarray, Tensor)) else depth_range
     if not isinstance(values, (tuple, list)) or len(values) != 2:
         found = f"{len(values)} values" if isinstance(values, (tuple, list)) else show(depth_range)

@@ -30,7 +30,7 @@ from depthdiff.approximations import approximated, resolve_preset
 from depthdiff.arguments import CALL, sort_out
 from depthdiff.call_options import NAMES, Options, read_hires, read_options
 from depthdiff.call_state import CallStateMixin, keeps_the_call, keeps_the_outer_call
-from depthdiff.checks import check_flag, plain
+from depthdiff.checks import check_flag, check_tensor, plain
 from depthdiff.devices import dtype_of, uses_weights
 from depthdiff.guidance import apply_guidance as apply_guidance  # which programs import from here
 from depthdiff.guidance import predict_noise
@@ -356,7 +356,8 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
         started = self._start(scene, strength, steps, len(run.latents), 1, run.latents.dtype, device, run.generator)
         if run.kept is not None:  # the kept part is the image itself, not what it became
             started["kept"].pixels = enlarge(run.kept.pixels, height, width)
-        depth = F.interpolate(run.depth, size=started["latents"].shape[2:], mode="bicubic").clamp(-1, 1)
+        depth = check_tensor("depth", run.depth, "(B, 1, h, w)", 4)  # which a callback may have replaced
+        depth = F.interpolate(depth, size=started["latents"].shape[2:], mode="bicubic").clamp(-1, 1)
         return replace(run, **started, depth=depth, stop=Stop())
 
     @torch.no_grad()

@@ -68,6 +68,8 @@ CALLS = {
     "no steps": ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be from 1 to 1000, got 0"),
     "too many steps": ({"num_inference_steps": 1001}, ValueError, "1001"),
     "half a step": ({"num_inference_steps": 2.5}, TypeError, "num_inference_steps must be an int"),
+    "a range without numbers": ({"depth_range": torch.empty(2, device="meta")}, TypeError, "depth_range.*meta device"),
+    "a sparse range": ({"depth_range": torch.eye(2)[0].to_sparse()}, TypeError, "depth_range.*sparse"),
     "negative guidance": ({"guidance_scale": -1}, ValueError, "guidance_scale"),
     "infinite guidance": ({"guidance_scale": float("inf")}, ValueError, "guidance_scale"),
     "guidance as text": ({"guidance_scale": "high"}, TypeError, "guidance_scale.*str"),
