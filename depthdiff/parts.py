@@ -17,7 +17,7 @@ NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokenizer": ("CLIPTokenizer", ("__call__", "decode", "model_max_length")),
     "unet": ("UNet2DConditionModel", ("config", "__call__")),
     "scheduler": ("scheduler", ("config", "set_timesteps", "scale_model_input", "step", "add_noise")),
-    "depth_estimator": ("DPTForDepthEstimation", ("config", "__call__")),
+    "depth_estimator": ("DPTForDepthEstimation", ("config", "__call__", "parameters")),
     "feature_extractor": ("DPTImageProcessor", ("__call__",)),
 }
 """Component -> its class, and what of that is used."""

@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from depthdiff.approximations import Approximations
-from depthdiff.checks import check_generators, check_number, check_tensor, nearest, show
+from depthdiff.checks import check_dense, check_generators, check_number, check_tensor, nearest, show
 from depthdiff.config import BaseOutput
 from depthdiff.devices import dtype_of
 from depthdiff.inputs import check_scales, is_guided, read_guidance, widths_read
 from depthdiff.interruption import Stop
 from depthdiff.masks import Kept
+from depthdiff.parts import check_part
 from depthdiff.schedulers.exponential import ExponentialSchedulerMixin
 from depthdiff.schedulers.schedule import predict_x0
 
@@ -231,6 +232,10 @@ def check_run(run: object) -> None:
     if not isinstance(run.approximations, Approximations):
         raise TypeError(f"approximations of a run must be Approximations, got {show(run.approximations)}")
     check_generators("generator", run.generator)
+    if not isinstance(run.timesteps, Tensor):
+        raise TypeError(f"timesteps of a run must be a tensor (steps,), got {show(run.timesteps)}")
+    check_dense("timesteps", run.timesteps)
+    check_part("scheduler", run.scheduler)
     check_tensor("latents", run.latents, "(B, 4, h, w)", 4)
 
 
