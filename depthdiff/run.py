@@ -24,7 +24,6 @@ from depthdiff.devices import dtype_of
 from depthdiff.inputs import check_scales, is_guided, read_guidance, widths_read
 from depthdiff.interruption import Stop
 from depthdiff.masks import Kept
-from depthdiff.parts import check_part
 from depthdiff.schedulers.exponential import ExponentialSchedulerMixin
 from depthdiff.schedulers.schedule import predict_x0
 
@@ -235,7 +234,8 @@ def check_run(run: object) -> None:
     if not isinstance(run.timesteps, Tensor):
         raise TypeError(f"timesteps of a run must be a tensor (steps,), got {show(run.timesteps)}")
     check_dense("timesteps", run.timesteps)
-    check_part("scheduler", run.scheduler)
+    if not hasattr(run.scheduler, "step"):
+        raise TypeError(f"scheduler of a run must have step, got {show(run.scheduler)}")
     check_tensor("latents", run.latents, "(B, 4, h, w)", 4)
 
 

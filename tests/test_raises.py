@@ -202,7 +202,11 @@ CASES = {
     "check_run approximations": (lambda: check_run(noisy_run(approximations=3)), TypeError, "approximations of a run"),
     "check_run generator": (lambda: check_run(noisy_run(generator=3)), TypeError, "generator must be"),
     "check_run timesteps": (lambda: check_run(noisy_run(timesteps=[1])), TypeError, "timesteps of a run must be"),
-    "check_run scheduler": (lambda: check_run(noisy_run(scheduler="ddim")), TypeError, "scheduler must be a"),
+    "check_run scheduler": (
+        lambda: check_run(noisy_run(scheduler="ddim")),
+        TypeError,
+        "scheduler of a run must have step",
+    ),
     "check_run latents list": (lambda: check_run(noisy_run(latents=[1.0])), TypeError, "latents must be a tensor"),
     "check_run latents": (lambda: check_run(noisy_run(latents=X[0])), ValueError, r"latents must .*\(4, 6, 8\)"),
     "config type": (lambda: Settings(size="a"), TypeError, "size must be int, got"),
