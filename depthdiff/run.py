@@ -234,9 +234,9 @@ def check_run(run: object) -> None:
     if not isinstance(run.timesteps, Tensor):
         raise TypeError(f"timesteps of a run must be a tensor (steps,), got {show(run.timesteps)}")
     check_dense("timesteps", run.timesteps)
+    check_tensor("latents", run.latents, "(B, 4, h, w)", 4)
     if not hasattr(run.scheduler, "step"):
         raise TypeError(f"scheduler of a run must have step, got {show(run.scheduler)}")
-    check_tensor("latents", run.latents, "(B, 4, h, w)", 4)
 
 
 def check_tensors(run: Run, latents: Tensor, unet: Any) -> None:
