@@ -94,6 +94,14 @@ SLOW = (
     *("test_inspect.py::test_no_tensor_is_read", "parity/test_autoencoder_tiny.py::test_as_the_autoencoder"),
     *("test_pipeline.py::test_an_exported_unet", "parity/test_pipeline_contract.py::test_eight_threads"),
     *("parity/test_pipeline_contract.py::test_autocast", "fast/test_guidance.py::test_a_unet_that_was_changed"),
+    *("parity/test_peft.py", "test_layerwise.py", "test_own_memory.py", "test_approximations.py::test_what_is_off"),
+    *(f"parity/test_solvers.py::test_{what}" for what in ("some_trajectories[", "both_forms_of_callbacks")),
+    *(f"test_hub.py::test_{what}" for what in ("a_repository_that_lacks", "overrides_are_not", "offline_without")),
+    *(f"test_serving.py::test_{what}" for what in ("health_answers", "a_client_that_leaves", "bad_requests")),
+    *("parity/test_schedulers.py::test_trajectories_equal[LMSD", "parity/test_pictures.py::test_legacy_callback[small"),
+    *(f"test_saving.py::test_{what}" for what in ("saving_over_the_folder", "two_processes", "a_failure_leaves")),
+    *("test_arguments.py::test_dtypes_by_name", "test_command_places.py::test_streams_that_are_closed"),
+    "parity/test_pipeline_contract.py::test_under_autocast",
 )
 """Files and tests, as the names of tests begin below a folder, that take long; CI runs them all."""
 
