@@ -13,7 +13,7 @@ from torch import Tensor
 
 from depthdiff.call_options import CallOptions
 from depthdiff.depth_maps import read_disparity
-from depthdiff.image import ImageInput, image_size, is_latents
+from depthdiff.image import ImageInput, image_size, is_latents, read_maps
 from depthdiff.inputs import paired, read_start
 from depthdiff.masks import BLUR, read_mask
 from depthdiff.sizes import Fit, resize_maps, wanted_size
@@ -28,7 +28,8 @@ class Scene:
     Attributes:
         image: as it was given where nothing had to be fitted, else as `depthdiff.image.read_images` returns it; None
             where the run starts from noise under a depth map alone.
-        depth_map: (N, H', W'), near is large; None where it is to be estimated.
+        depth_map: as it was given where nothing had to be done to it, else disparity (N, H', W'); None where it is to
+            be estimated.
         mask: (N, 1, H, W), 1 is repainted; None repaints all.
         size: (H, W).
         blur: deviation of the mask's feather in pixels.
@@ -40,7 +41,7 @@ class Scene:
     """
 
     image: ImageInput | None
-    depth_map: Tensor | None
+    depth_map: Any
     mask: Tensor | None
     size: tuple[int, int]
     blur: float = BLUR
@@ -89,6 +90,8 @@ def read_scene(image: ImageInput | None, depth_map: Any, options: CallOptions, f
         if options.height is not None or options.width is not None:
             fit = Fit(own, size, options.resize_mode or "crop")
             logger.info("%s: %s", "depth map" if start is None else "image", fit.text())
+    if disparity is not None and fit is None and not options.reads_depth and read_maps(depth_map).isfinite().all():
+        disparity = depth_map  # for those who override `prepare_depth_map`
     if fit is not None:
         image = None if start is None else fit.images(start)
         disparity = None if disparity is None else fit.maps(disparity)

@@ -145,6 +145,17 @@ def test_off_is_off(pipe, small_photo):
         assert np.array_equal(call(pipe, small_photo, **{name: value}), plain), name
 
 
+def test_an_override_sees_the_depth_map_as_it_was_given(pipe, small_photo):
+    """Where no option changes it; a list of arrays stays one."""
+    seen, prepare = [], pipe.prepare_depth_map
+    pipe.prepare_depth_map = lambda image, depth_map, *rest: (seen.append(depth_map), prepare(image, depth_map, *rest))[
+        1
+    ]
+    for given in (torch.rand(88, 120), DEPTH, [DEPTH], Image.fromarray(DEPTH), None):
+        call(pipe, small_photo, depth_map=given)
+        assert seen.pop() is given
+
+
 def test_both_lists_of_options_agree():
     """The record and the arguments for type checkers."""
     record = {field.name: field.type for field in dataclasses.fields(CallOptions)}

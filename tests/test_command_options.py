@@ -22,6 +22,14 @@ ROOT = Path(__file__).parents[1]
 COFFEE = ROOT / "tests" / "data" / "coffee.png"
 
 
+@pytest.fixture(autouse=True)
+def interrupts_arrive():
+    """Let SIGINT arrive, here and in new processes, also where it was ignored as by nohup or a shell's `&`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def shared():
     """A random pipeline in float32."""
