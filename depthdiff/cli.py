@@ -33,7 +33,7 @@ from depthdiff.command_checks import (
     split_option,
 )
 from depthdiff.command_inputs import Inputs, checksums, fit_inputs, options_of_call, read_inputs
-from depthdiff.conditioning import cut_words
+from depthdiff.conditioning import cut_words, text_length
 from depthdiff.depth_files import write_depth_file
 from depthdiff.depth_maps import depth_preview, read_disparity
 from depthdiff.image import contact_sheet, depth_image
@@ -299,7 +299,7 @@ def warn_of_cut_prompts(options: argparse.Namespace, pipe: StableDiffusionDepth2
         return
     for name in ("prompt", "negative_prompt"):
         text = str(pipe.maybe_convert_prompt(getattr(options, name) or "", pipe.tokenizer))
-        length = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
+        length = text_length(pipe.tokenizer, pipe.text_encoder)
         if lost := cut_words(text, pipe.tokenizer, length):
             which = name.replace("_", " ")
             print(f"depthdiff: the {which} is longer than {length - 2} tokens; not read: {lost}", file=sys.stderr)

@@ -21,6 +21,8 @@ from depthdiff.sizes import wanted_size
 
 STRENGTH = 0.8
 """Where nothing else is asked for, and there is a photo."""
+FILES = "image", "depth", "mask"
+"""Options that name files that a picture depends on."""
 SIZES = "size", "height", "width", "hires"
 """Options that say how large pictures are."""
 
@@ -53,9 +55,8 @@ def check_numbers(options: argparse.Namespace) -> None:
     for name in ("size", "height", "width"):
         if getattr(options, name) is not None:
             check_number(f"--{name}", getattr(options, name), 8, MAX_SIZE, whole=True)
-    for name, needs in (("mask_blur", "mask"), ("mask_content", "mask"), ("hires_strength", "hires")):
-        if getattr(options, name) is not None and getattr(options, needs) is None:
-            raise ValueError(f"--{name.replace('_', '-')} needs --{needs}")
+    if options.hires_strength is not None and options.hires is None:
+        raise ValueError("--hires-strength needs --hires")
     if options.size is not None and (options.height is not None or options.width is not None):
         raise ValueError("--size must be left out where --height or --width say the size")
     read_hires(options.hires, options.hires_strength)
@@ -79,7 +80,7 @@ def check_files(options: argparse.Namespace) -> list[Path]:
         ValueError: a file type that Pillow cannot write, or one file named for two things.
     """
     inputs: dict[str, Path] = {}
-    for name in ("image", "depth", "mask"):
+    for name in FILES:
         path: Path | None = getattr(options, name)
         if path is not None:
             if not path.is_file():
@@ -122,7 +123,7 @@ def preview_path(output: Path) -> Path:
 
 
 def check_room(options: argparse.Namespace, outputs: list[Path], height: int, width: int) -> None:
-    """Refuse pictures that are too large, or for which there is no room on the disk, as far as that is known.
+    """Refuse pictures that are too large, or for which the disk lacks room, as far as that is known.
 
     Args:
         options: of the command.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from depthdiff.call_options import NAMES, CallOptions
 from depthdiff.checkpoint.hub import BUNDLED, bundled, read_json
-from depthdiff.command_checks import shortcuts, split_option
+from depthdiff.command_checks import FILES, shortcuts, split_option
 from depthdiff.depth_files import read_depth_file
 from depthdiff.depth_maps import disparity_ends, read_disparity
 from depthdiff.image import read_images
@@ -31,7 +31,7 @@ class Inputs:
         photo: to start from; None where only a depth map is given.
         depth_map: (1, H, W), disparity; None where it is to be estimated.
         mask: (1, H, W), 1 is repainted; None repaints all.
-        wanted: height and width of the pictures where there is no photo; those of the depth map if None.
+        wanted: height and width of the pictures without a photo; those of the depth map if None.
     """
 
     photo: Image.Image | None
@@ -129,7 +129,7 @@ def fit_inputs(inputs: Inputs, options: argparse.Namespace, pipe: Any) -> tuple[
         fit = Fit(own, (height, width), "stretch")
     photo, depth_map, mask, wanted = inputs.photo, inputs.depth_map, inputs.mask, None
     if photo is None:
-        wanted = fit.wanted[0] - fit.wanted[0] % factor, fit.wanted[1] - fit.wanted[1] % factor
+        wanted = wanted_size(None, None, fit.wanted, factor)
     else:
         photo = fit.images([photo])[0]  # type: ignore[assignment]
     depth_map, mask = (None if maps is None else fit.maps(maps) for maps in (depth_map, mask))
@@ -140,7 +140,7 @@ def fit_inputs(inputs: Inputs, options: argparse.Namespace, pipe: Any) -> tuple[
 
 def checksums(options: argparse.Namespace) -> dict[str, str]:
     """Return the SHA-256 of each file that a picture depends on, but for the model's: name of the option -> sum."""
-    files = {name: getattr(options, name) for name in ("image", "depth", "mask")}
+    files = {name: getattr(options, name) for name in FILES}
     for name in ("lora", "embedding"):
         files |= {f"{name} {i}": Path(split_option(text)[0]) for i, text in enumerate(getattr(options, name), 1)}
     return {name: checksum(path) for name, path in files.items() if path is not None and path.is_file()}

@@ -1,6 +1,6 @@
 """Files of depth maps, read and written for the command: pictures, and the raw numbers of EXR, NumPy and PFM.
 
-What a file is, is told by its first bytes; what is to be written, by the ending of its name. H and W: of a map.
+The first bytes of a file say what it is, the ending of its name what is to be written. H and W: of a map.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from depthdiff.checkpoint.write import write_file
 from depthdiff.decoding import to_grey
-from depthdiff.image import depth_image, read_depth, read_maps
+from depthdiff.image import depth_image, one_map, read_maps
 from depthdiff.picture_files import MAX_PIXELS, depth_bits, open_image, save_image
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -123,10 +123,7 @@ def write_depth_file(disparity: Tensor, path: Path) -> None:
     if ending not in RAW:
         save_image(depth_image(disparity, depth_bits(path)), path)
         return
-    maps = read_depth(disparity, "disparity").detach().cpu().numpy()
-    if len(maps) > 1:
-        raise ValueError(f"disparity must be one map, got {len(maps)}; pass them one at a time")
-    content, values = io.BytesIO(), np.ascontiguousarray(maps[0])
+    content, values = io.BytesIO(), np.ascontiguousarray(one_map(disparity))
     if ending == ".npy":
         np.save(content, values, allow_pickle=False)
     elif ending == ".npz":

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from depthdiff.checks import brief, check_dense, check_number, plain, show
-from depthdiff.image import read_depth, read_maps
+from depthdiff.image import one_map, read_maps
 
 logger = logging.getLogger(__name__)
 
@@ -142,10 +142,8 @@ def depth_preview(disparity: Any) -> Image.Image:
     Source: D. A. Green, "A colour scheme for the display of astronomical intensity images", Bulletin of the
         Astronomical Society of India 39 (2011), sec. 2 (cubehelix): start 0.5, rotations -1.5, hue and gamma 1.
     """
-    maps = read_depth(disparity, "disparity").detach().cpu().double().numpy()
-    if len(maps) > 1:
-        raise ValueError(f"disparity must be one map, got {len(maps)}; pass them one at a time")
-    values = maps[0] - maps.min()
+    values = one_map(disparity).astype(np.float64)
+    values -= values.min()
     grey = values / (values.max() or 1)
     angle = 2 * math.pi * (0.5 / 3 + 1 - 1.5 * grey)
     amplitude = grey * (1 - grey) / 2

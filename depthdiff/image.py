@@ -211,12 +211,18 @@ def from_pixels(pixels: Tensor, output_type: str = "pil") -> list[Image.Image] |
     return [Image.fromarray(one) for one in (array * 255).round().astype(np.uint8)]
 
 
-def depth_image(disparity: Tensor, bits: Literal[8, 16] = 16) -> Image.Image:
-    """Convert a map (H, W) or (1, H, W) to a grey image from black (far) to white (near); a constant one is black."""
-    maps = read_depth(disparity, "disparity").detach().cpu().double().numpy()  # Apple's devices have no float64
+def one_map(disparity: Tensor) -> Array:
+    """Return the numbers (H, W), float32, of one map in any form of `read_depth`."""
+    maps = read_depth(disparity, "disparity").detach().cpu().numpy()
     if len(maps) > 1:
         raise ValueError(f"disparity must be one map, got {len(maps)}; pass them one at a time")
-    values = maps[0] - maps.min()
+    return maps[0]
+
+
+def depth_image(disparity: Tensor, bits: Literal[8, 16] = 16) -> Image.Image:
+    """Convert a map (H, W) or (1, H, W) to a grey image from black (far) to white (near); a constant one is black."""
+    values = one_map(disparity).astype(np.float64)
+    values -= values.min()
     scaled = values / (values.max() or 1) * (2**bits - 1)
     return Image.fromarray(scaled.round().astype(np.uint16 if bits == 16 else np.uint8))
 

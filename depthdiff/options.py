@@ -159,7 +159,7 @@ def with_flags_last(arguments: Sequence[str]) -> list[str]:
 
 
 def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Describe the command line; `kind` says how errors are told."""
+    """Describe the command line; `kind` handles errors."""
     parser = kind(
         prog="depthdiff",
         description="Repaint a photo by a prompt and keep its depth, with Stable Diffusion 2 depth-to-image.",

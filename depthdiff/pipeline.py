@@ -188,7 +188,7 @@ class StableDiffusionDepth2ImgPipeline(CallStateMixin, PreparationMixin):
             callback: diffusers' older form, called with index, timestep and latents.
             callback_steps: every how many steps.
             hires: in [1, 4], repaint the result once more, so many times larger, with the same depth; see `enlarge`.
-                Steps are counted anew, also for callbacks.
+                Steps are counted from 0 again, also for callbacks.
             hires_strength: of that second pass (0.35 if None).
             preview: called with a step's index and pictures of what it predicts as the end, while they are in the
                 making; see `preview`.

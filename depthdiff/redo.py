@@ -14,13 +14,13 @@ from depthdiff.adapters.formats import PICKLES
 from depthdiff.checkpoint.hub import BUNDLED
 from depthdiff.checkpoint.single_file import SUFFIXES
 from depthdiff.checks import FLOATS, brief, check_device, check_number, nearest
-from depthdiff.command_checks import split_option
+from depthdiff.command_checks import FILES, split_option
 from depthdiff.command_inputs import checksum, checksums
 from depthdiff.infotext import find_infotext, read_infotext
 from depthdiff.options import MAX_IMAGES, SHORTCUT_HELP, build_parser
 from depthdiff.picture_files import SETTINGS, open_image
 from depthdiff.registry import CLASSES
-from depthdiff.settings import FILES, KEYS, OTHER_NAMES, STORED
+from depthdiff.settings import KEYS, OTHER_NAMES, STORED
 
 NOT_SET = "help", "version", "completion"
 """Options of the command that belong to no picture."""

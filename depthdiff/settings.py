@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 import depthdiff
-from depthdiff.command_checks import shortcuts
+from depthdiff.command_checks import FILES, shortcuts
 from depthdiff.options import SHORTCUT_HELP
 from depthdiff.registry import CLASSES
 
@@ -20,8 +20,6 @@ STORED = (
     *("model", "prediction_type", "variant", "lora", "embedding", "attention", "tf32"),
 )
 """Options of the command that a picture depends on, stored as they are."""
-FILES = "image", "depth", "mask"
-"""Options that name files that a picture depends on; their names are stored without folders."""
 OTHER_NAMES = {"size": "shorter_side", "scheduler": "solver"}
 """Options that are stored under another name: what they lead to is stored under their own."""
 KEYS = (

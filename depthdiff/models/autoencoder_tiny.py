@@ -20,6 +20,7 @@ from depthdiff.checkpoint.taesd import load_taesd
 from depthdiff.config import BaseOutput, register_to_config
 from depthdiff.models.base import ModelMixin, recomputed
 from depthdiff.models.embeddings import ACTIVATIONS, get_activation
+from depthdiff.models.tiling import run_in_slices
 from depthdiff.models.vae import DecoderOutput
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ class AutoencoderTiny(ModelMixin):
         return self.decode(self.unscale_latents(stored), return_dict=return_dict)
 
     def _sliced(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.cat([run(one) for one in x.split(1)]) if self.use_slicing and len(x) > 1 else run(x)
+        return run_in_slices(run, x) if self.use_slicing else run(x)
 
     def _tiled_encode(self, x: Tensor) -> Tensor:
         return self._in_tiles(self.encoder, x, self.tile_sample_min_size, self.tile_latent_min_size)

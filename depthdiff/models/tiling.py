@@ -49,6 +49,11 @@ def run_in_tiles(
     return torch.cat(rows, dim=2)
 
 
+def run_in_slices(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run the samples of a batch (B, C, H, W) one after the other, and join the results."""
+    return torch.cat([run(one) for one in x.split(1)]) if len(x) > 1 else run(x)
+
+
 def fade(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
     """Blend the first `extent` rows (dim 2) or columns (dim 3) of `after` with the last ones of `before`."""
     extent = min(before.shape[dim], after.shape[dim], extent)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Generator, Tensor, nn
 
 from depthdiff.checks import refuse_values
@@ -22,7 +21,7 @@ from depthdiff.models.gaussian import DiagonalGaussianDistribution
 from depthdiff.models.levels import Level, make_downsamplers, make_upsamplers, resnet_options, widths_down
 from depthdiff.models.mid_blocks import UNetMidBlock2D
 from depthdiff.models.peft import PeftAdapterMixin
-from depthdiff.models.tiling import fade, run_in_tiles
+from depthdiff.models.tiling import fade, run_in_slices, run_in_tiles
 
 EPS = 1e-6
 """Epsilon of every group norm of the autoencoder; the UNet's residual blocks use 1e-5."""
@@ -409,4 +408,4 @@ class AutoencoderKL(ModelMixin, AttentionMixin, PeftAdapterMixin):
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def _sliced(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.cat([run(one) for one in x.split(1)]) if self.use_slicing and len(x) > 1 else run(x)
+        return run_in_slices(run, x) if self.use_slicing else run(x)
